@@ -1,0 +1,1 @@
+"""Shared nouns, errors, atomic files, run folders, metrics, device: what every stage needs."""

@@ -1,0 +1,118 @@
+"""Configs: frozen dataclasses with help texts, read from YAML or flags, written back equal.
+
+A field made by `field(...)` carries its help text and two marks: `input=True` for a path whose
+content the stage depends on, `semantic=False` for a setting that cannot change the result
+(devices, workers, cadence, logging). A stage's cache key is built from these marks.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from groundup.core.errors import ConfigError, closest
+
+T = TypeVar("T")
+
+
+def field(
+    default: Any = dataclasses.MISSING, *, help: str, input: bool = False, semantic: bool = True
+) -> Any:
+    """Declare a config field; without a default it is required."""
+    metadata = {"help": help, "input": input, "semantic": semantic}
+    return dataclasses.field(default=default, metadata=metadata, kw_only=True)
+
+
+def load(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """Build a config from plain values; a ConfigError names `where`, the key and the remedy."""
+    import pydantic  # 0.2 s: not needed for --help
+
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{where}: unknown key {key!r}{closest(str(key), names)}")
+    try:
+        config = pydantic.TypeAdapter(cls).validate_python(dict(values))
+    except pydantic.ValidationError as err:
+        first = err.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if part in names) or "a value"
+        if first["type"].startswith("missing"):
+            raise ConfigError(f"{where}: {key} is required and missing") from err
+        raise ConfigError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from err
+    return config
+
+
+def dump(config: Any) -> dict[str, Any]:
+    """Return a config as plain JSON values that `load` turns into an equal config."""
+    return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def plain(value: Any) -> Any:
+    """Return paths as strings, tuples as lists and dataclasses as dicts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dump(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return value
+
+
+def semantic_fields(config: Any) -> dict[str, Any]:
+    """Return the settings that can change the result, input paths left out."""
+    return {
+        f.name: plain(getattr(config, f.name))
+        for f in dataclasses.fields(config)
+        if f.metadata.get("semantic", True) and not f.metadata.get("input", False)
+    }
+
+
+def input_paths(config: Any) -> dict[str, list[str]]:
+    """Return the paths that the stage reads, by field; unset ones are left out."""
+    found: dict[str, list[str]] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.metadata.get("input", False) and value is not None:
+            many = value if isinstance(value, list | tuple) else [value]
+            found[f.name] = [str(path) for path in many]
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; a ConfigError names file and line."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise ConfigError(f"{path} does not exist") from err
+    except IsADirectoryError as err:
+        raise ConfigError(f"{path} is a folder; a YAML file is needed") from err
+    except yaml.YAMLError as err:
+        mark = getattr(err, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{path}{line} is not valid YAML: {getattr(err, 'problem', err)}"
+        ) from err
+    except UnicodeDecodeError as err:
+        raise ConfigError(f"{path} is not UTF-8 text ({err})") from err
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
+    return content
+
+
+SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def parse_duration_s(text: str) -> float:
+    """Return the seconds in '90s', '10m', '1.5h'; anything else, or zero, is a ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", str(text).strip())
+    if not match:
+        raise ConfigError(f"budget {text!r} is not a time: write 90s, 10m or 1.5h")
+    seconds = float(match[1]) * SECONDS[match[2]]
+    if seconds <= 0:
+        raise ConfigError(f"budget {text!r} leaves no time to train: 2m is a sensible least")
+    return seconds

@@ -1,0 +1,155 @@
+"""Files and folders that are complete or absent: written aside, synced, renamed."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from groundup.core.errors import DataError, StorageError
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a forbidden path into a StorageError that names it."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno == errno.ENOSPC:
+            free = shutil.disk_usage(existing_parent(path)).free
+            raise StorageError(
+                f"no space left on the disk while writing {path} ({free / 1e6:.0f} MB free): "
+                "free some, or choose another --out"
+            ) from err
+        if err.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            raise StorageError(f"cannot write {path}: {os.strerror(err.errno)}") from err
+        raise
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the nearest folder above `path` (or itself) that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(aside, "wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a broken file is a DataError that names file and line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise DataError(f"{path} does not exist") from err
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        where = f"line {err.lineno}: {err.msg}" if isinstance(err, json.JSONDecodeError) else err
+        raise DataError(f"{path} is not valid JSON ({where})") from err
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one JSON object a line, atomically; return the number of rows."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(path, "".join(lines))
+    return len(lines)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object); blank lines are passed over, anything else is a DataError."""
+    try:
+        handle = open(path, encoding="utf-8")  # noqa: SIM115 (closed below, after the last yield)
+    except OSError as err:
+        raise DataError(f"cannot read {path}: {err.strerror}") from err
+    with handle:
+        try:
+            for number, line in enumerate(handle, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as err:
+                    raise DataError(
+                        f"{path}, line {number} is not JSON ({err.msg}): mend or delete that line"
+                    ) from err
+                if not isinstance(row, dict):
+                    raise DataError(
+                        f"{path}, line {number} holds a {type(row).__name__}; "
+                        'each line must be an object such as {"text": "..."}'
+                    )
+                yield number, row
+        except UnicodeDecodeError as err:
+            raise DataError(f"{path} is not UTF-8 ({err}): convert it first") from err
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill; it appears at `path`, synced, only if the block succeeds.
+
+    An existing folder at `path` is replaced at that moment, not before.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            if path.exists():
+                os.rename(path, old)
+            os.rename(aside, path)
+            shutil.rmtree(old, ignore_errors=True)
+            fsync_folder(path.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def hash_json(content: Any) -> str:
+    """Return the SHA-256 of JSON content, keys sorted."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

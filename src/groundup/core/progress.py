@@ -1,0 +1,44 @@
+"""What a person sees on stderr: lines, bars and tables. stdout is kept for results."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: str = "") -> None:
+    """Print one line, markup off, so that file names with brackets survive."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items under a progress bar, which only a terminal sees."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def show_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table; numbers are right-aligned."""
+    body = [[str(cell) for cell in row] for row in rows]
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, header in enumerate(headers):
+        cells = [row[index] for row in body]
+        numeric = bool(cells) and all(cell[:1].isdigit() or cell[:1] in "-+<" for cell in cells)
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    for row in body:
+        table.add_row(*row)
+    console.print(table, markup=False) if not console.is_terminal else console.print(table)

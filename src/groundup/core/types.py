@@ -1,0 +1,146 @@
+"""The nouns that pass between stages, and the protocols by which stages see each other."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text with its origin; `id` is unique within a corpus, `source` the file or URL."""
+
+    id: str
+    text: str
+    source: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Message(TypedDict):
+    """One turn of a conversation, in OpenAI's shape."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """One conversation: a line of `chats.jsonl`. `meta` keeps task names and the like."""
+
+    messages: list[Message]
+    split: Split = "train"
+    source: str = ""
+    tools: list[dict[str, Any]] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """A prompt with a better and a worse answer, all as messages: a line of `preferences.jsonl`."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    split: Split = "train"
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample one request: the names, defaults and meanings of vLLM and OpenAI.
+
+    `top_k=0` and `top_p=1` switch the filters off; `temperature=0` is greedy.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 64
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionOutput:
+    """One generated answer. `logprobs[i]` maps token ids to natural log-probabilities at step i."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "abort"] | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, float]] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestOutput:
+    """All answers to one request. The first prompt token has no log-probability (None)."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    finished: bool = False
+
+
+class Encoder(Protocol):
+    """Text to ids and back; what data, evaluation and serving need of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of ids, special tokens included."""
+        ...
+
+    @property
+    def eos_token_id(self) -> int:
+        """Return the id that ends (and, as context, begins) a document."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a hash that changes whenever any text could encode differently."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Return ids; text can never become a special token."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many texts, in threads."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, invalid bytes replaced."""
+        ...
+
+
+class LM(Protocol):
+    """A language model of any kind: n-gram, network or mixture."""
+
+    def token_logprobs(self, documents: Iterable[NDArray[np.integer]]) -> list[NDArray[np.float64]]:
+        """Return log p(token | document so far), natural log, for every token of each document.
+
+        The first token is predicted from the end-of-document token alone, so documents
+        are independent of each other and of their order.
+        """
+        ...
