@@ -1,1 +1,1 @@
-"""TODO"""
+"""The command line: flags from config dataclasses, errors in one line."""

@@ -1,9 +1,10 @@
 """What a person sees on stderr: lines, bars and tables. stdout is kept for results."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -18,7 +19,7 @@ def say(text: str = "") -> None:
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield the items under a progress bar, which only a terminal sees."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
@@ -40,5 +41,5 @@ def show_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[Any]]
         numeric = bool(cells) and all(cell[:1].isdigit() or cell[:1] in "-+<" for cell in cells)
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in body:
-        table.add_row(*row)
-    console.print(table, markup=False) if not console.is_terminal else console.print(table)
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)

@@ -9,12 +9,14 @@ contents of the inputs and a hand-bumped version; devices, workers and clocks ar
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,8 @@ def load_object(spec: str) -> Any:
     try:
         if module_name.endswith(".py"):
             file_spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-            assert file_spec is not None and file_spec.loader is not None
+            assert file_spec is not None
+            assert file_spec.loader is not None
             module = importlib.util.module_from_spec(file_spec)
             file_spec.loader.exec_module(module)
         else:
@@ -189,6 +192,27 @@ def run_stage(
     return record
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the system lets go when the process ends, however it ends."""
+    import fcntl
+
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise ConfigError(
+                f"another groundup process is working in {folder}: "
+                "wait for it, or use another --out"
+            ) from err
+        yield
+    finally:
+        os.close(handle)
+
+
 def sweep(out: Path, *, everything: bool) -> None:
     """Remove what killed processes left beside or in the folder; all of it if `everything`."""
     for pattern in (f".{out.name}.*.tmp", f".{out.name}.*.old"):
@@ -249,9 +273,9 @@ def resolve_model(path: str | Path) -> Path:
             f"{place} does not exist: give a model folder, or a run folder such as runs/quickstart"
         )
     if (place / RUN_FILE).is_file():
-        stages = configs.read_yaml(place / RUN_FILE).get("stages", {})
+        stages: dict[str, Any] = configs.read_yaml(place / RUN_FILE).get("stages", {})
         for name in reversed(list(stages)):
-            folder = place / name
+            folder: Path = place / name
             if (folder / FINISHED).is_file() and (folder / "model" / "config.json").is_file():
                 return folder / "model"
         raise CheckpointError(

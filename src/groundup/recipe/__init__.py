@@ -1,1 +1,1 @@
-"""TODO"""
+"""Stages strung together: recipes, caching, resume, and the public stage functions."""

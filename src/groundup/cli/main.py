@@ -1,0 +1,82 @@
+"""`groundup COMMAND ...`: a table of strings, so that `--help` imports no stage and no torch."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+from groundup.core.errors import ConfigError, GroundupError, closest
+
+# command: (what it does, "module:function" that takes the remaining arguments)
+COMMANDS = {
+    "quickstart": (
+        "text on this machine to a model you can talk to",
+        "groundup.cli.runs:quickstart",
+    ),
+    "run": ("run a recipe (YAML); finished stages are skipped", "groundup.cli.runs:run"),
+    "data": ("build a corpus: read, clean, deduplicate, split", "groundup.cli.stages:data"),
+    "tokenizer": ("train a tokenizer", "groundup.cli.stages:tokenizer"),
+    "pretrain": ("train a model on a corpus", "groundup.cli.stages:pretrain"),
+    "finetune": ("teach a model from conversations", "groundup.cli.stages:finetune"),
+    "align": ("teach a model preferences (DPO)", "groundup.cli.stages:align"),
+    "evaluate": ("measure bits per byte of a model on text", "groundup.cli.stages:evaluate"),
+    "generate": ("continue a prompt", "groundup.cli.talk:generate"),
+    "chat": ("talk to a model in the terminal", "groundup.cli.talk:chat"),
+    "serve": ("serve a model: OpenAI's API and a chat page", "groundup.cli.talk:serve"),
+}
+
+
+def help_text() -> str:
+    """Return the overview that `groundup --help` prints."""
+    lines = ["usage: groundup COMMAND ...", "", "Build a language model from the ground up.", ""]
+    lines += [f"  {name:<11} {what}" for name, (what, _) in COMMANDS.items()]
+    lines += [
+        "",
+        "`groundup COMMAND --help` shows its options. Start with `groundup quickstart`.",
+        "--traceback shows where an error came from.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 2 for the user's fault, 1 for ours, 130 when interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in args
+    args = [arg for arg in args if arg != "--traceback"]
+    try:
+        return dispatch(args)
+    except GroundupError as err:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"groundup: {err}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ngroundup: stopped; the same command continues from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+    except Exception:
+        traceback.print_exc()
+        print("groundup: this is a bug in groundup, not in your input", file=sys.stderr)
+        return 1
+
+
+def dispatch(args: list[str]) -> int:
+    """Look the command up and call it with the remaining arguments."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if args[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"groundup {version('groundup')}")
+        return 0
+    if args[0] not in COMMANDS:
+        raise ConfigError(f"unknown command {args[0]!r}{closest(args[0], COMMANDS)}")
+    from groundup.core.run import load_object
+
+    load_object(COMMANDS[args[0]][1])(args[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""One command a stage: inputs positional, `--out` a folder, one flag a config field."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from groundup.cli.flags import add_config, config_values, parse, parser
+from groundup.core import config as configs
+from groundup.core.errors import ConfigError, closest
+from groundup.core.progress import say
+from groundup.core.run import exclusive, resolve_model, run_stage
+from groundup.recipe.stages import STAGES
+
+
+def stage_command(
+    prog: str, stage_name: str, argv: Sequence[str], *, positional: str, model: bool = False
+) -> None:
+    """Parse the stage's config from flags and run it into --out; again: resumes or skips."""
+    stage = STAGES[stage_name]
+    cls = stage.config_class()
+    flags = parser(prog, stage.help[0].upper() + stage.help[1:] + ".")
+    add_config(flags, cls, positional=positional)
+    flags.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
+    flags.add_argument("--json", action="store_true", help="print the summary as JSON")
+    args = parse(flags, argv)
+    values = config_values(args, cls)
+    if model:
+        values[positional] = resolve_model(values[positional])
+        say(f"model: {values[positional]}")
+    config = configs.load(cls, values, where=f"groundup {prog}")
+    with exclusive(args.out.absolute().parent / f".{args.out.name}.lock.d"):
+        record = run_stage(stage, config, args.out)
+    if args.json:
+        print(json.dumps(record["summary"]))
+    else:
+        say(f"{args.out}: done in {record['seconds']:.1f} s")
+
+
+def subcommand(prog: str, argv: Sequence[str], choices: dict[str, str]) -> Sequence[str]:
+    """Check the word after a command such as `data`; return the arguments behind it."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("\n".join(f"groundup {prog} {name}: {what}" for name, what in choices.items()))
+        raise SystemExit(0)
+    if argv[0] not in choices:
+        raise ConfigError(f"groundup {prog}: unknown {argv[0]!r}{closest(argv[0], choices)}")
+    return argv[1:]
+
+
+def data(argv: Sequence[str]) -> None:
+    """Run `groundup data build PATH... --out DIR`."""
+    rest = subcommand("data", argv, {"build": "files and folders to a corpus"})
+    stage_command("data build", "corpus", rest, positional="paths")
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """Run `groundup pretrain CORPUS --tokenizer DIR --out DIR`."""
+    stage_command("pretrain", "pretrain", argv, positional="corpus")
+
+
+def finetune(argv: Sequence[str]) -> None:
+    """Run `groundup finetune MODEL --data FILE --out DIR`."""
+    stage_command("finetune", "finetune", argv, positional="model", model=True)
+
+
+def align(argv: Sequence[str]) -> None:
+    """Run `groundup align MODEL --data FILE --out DIR`."""
+    stage_command("align", "align", argv, positional="model", model=True)
+
+
+def tokenizer(argv: Sequence[str]) -> None:
+    """Run `groundup tokenizer train PATH... --out DIR`, on a corpus or on files."""
+    rest = subcommand("tokenizer", argv, {"train": "a corpus folder to a tokenizer"})
+    stage_command("tokenizer train", "tokenizer", rest, positional="corpus")
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Run `groundup evaluate MODEL --data FILE`: bits per byte of a model on texts."""
+    flags = parser("evaluate", "Bits per byte and perplexity of a model on texts.")
+    flags.add_argument("model", metavar="MODEL", help="model folder or run folder")
+    flags.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files or folders")
+    flags.add_argument("--device", help="cpu, cuda or mps; unset: the best there is")
+    flags.add_argument("--json", action="store_true", help="print JSON")
+    args = parse(flags, argv)
+    from groundup.recipe.evaluation import evaluate_texts
+
+    scores: dict[str, Any] = evaluate_texts(
+        resolve_model(args.model), args.data, device=args.device
+    )
+    if args.json:
+        print(json.dumps(scores))
+    else:
+        for name, value in scores.items():
+            print(
+                f"{name:<16} {value:,.4f}" if isinstance(value, float) else f"{name:<16} {value:,}"
+            )

@@ -1,0 +1,152 @@
+"""The configs of the stages that join several packages; torch-free, as every config is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from groundup.core.config import field
+
+DEVICE_HELP = "cpu, cuda or mps; unset: the best there is"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Train a tokenizer on the training split of a corpus."""
+
+    corpus: Path = field(help="corpus folder", input=True)
+    kind: str = field("bpe", help="tokenizer kind")
+    vocab_size: int = field(4096, help="number of ids, special tokens included")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsConfig:
+    """Turn a corpus into memory-mapped token ids."""
+
+    corpus: Path = field(help="corpus folder", input=True)
+    tokenizer: Path = field(help="tokenizer folder", input=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NGramConfig:
+    """Count a modified Kneser-Ney n-gram model on the training split."""
+
+    shards: Path = field(help="token shard folder", input=True)
+    order: int = field(5, help="longest n-gram")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Time this machine and turn a time budget into model size, batch, rate and steps."""
+
+    shards: Path = field(help="token shard folder", input=True)
+    pretrain_s: float = field(help="seconds for pretraining")
+    device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Train a causal language model; a plan, where given, sets shape, batch, rate and steps."""
+
+    corpus: Path = field(help="corpus folder or token shard folder", input=True)
+    tokenizer: Path = field(help="tokenizer folder", input=True)
+    plan: Path | None = field(None, help="plan.json, or a folder that holds it", input=True)
+    ngram: Path | None = field(
+        None, help="n-gram folder: its level is drawn as the line to beat", input=True
+    )
+    model_type: Literal["qwen3", "llama"] = field("qwen3", help="architecture")
+    hidden_size: int = field(256, help="width")
+    num_hidden_layers: int = field(4, help="depth")
+    num_attention_heads: int | None = field(None, help="heads; unset: width / 64")
+    num_key_value_heads: int | None = field(None, help="key/value heads; unset: as many as heads")
+    intermediate_size: int | None = field(None, help="MLP width; unset: 8/3 of the width")
+    max_position_embeddings: int = field(512, help="context in tokens")
+    batch_size: int = field(8, help="rows in a micro-batch")
+    gradient_accumulation_steps: int = field(1, help="micro-batches in an optimizer step")
+    steps: int = field(500, help="optimizer steps")
+    learning_rate: float = field(0.02, help="peak rate of Muon (matrices)")
+    adam_learning_rate: float = field(0.003, help="peak rate of AdamW (embeddings, norms)")
+    dtype: Literal["fp32", "bf16"] = field("fp32", help="dtype of matrix products")
+    compile: bool = field(False, help="use torch.compile")
+    seed: int = field(1, help="seed of weights and data order")
+    checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
+    sample_every_s: float = field(20, help="seconds between sample completions", semantic=False)
+    device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Fine-tune on conversations; the loss counts the assistant's tokens only."""
+
+    model: Path = field(help="model folder", input=True)
+    data: Path = field(help="chats.jsonl", input=True)
+    plan: Path | None = field(None, help="plan.json: turns seconds into steps", input=True)
+    seconds: float | None = field(None, help="time for training, with --plan")
+    steps: int = field(300, help="optimizer steps, without --plan")
+    max_epochs: float = field(4, help="never more passes over the data than this")
+    batch_size: int = field(16, help="conversations in an optimizer step")
+    max_length: int | None = field(None, help="tokens a row; unset: the model's context")
+    learning_rate: float = field(0.004, help="peak rate of Muon (matrices)")
+    adam_learning_rate: float = field(0.001, help="peak rate of AdamW (embeddings, norms)")
+    seed: int = field(1, help="seed of the data order")
+    checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
+    device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencesConfig:
+    """Make preference pairs: other functions' answers, and the model's own worse samples."""
+
+    model: Path = field(help="fine-tuned model folder", input=True)
+    chats: Path = field(help="chats.jsonl", input=True)
+    sampled_prompts: int = field(200, help="prompts to sample the model's own answers for")
+    max_tokens: int = field(48, help="longest sampled answer in tokens")
+    seed: int = field(1, help="seed of pairing and sampling")
+    device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """Align to preferences with DPO against the starting model as reference."""
+
+    model: Path = field(help="fine-tuned model folder", input=True)
+    data: Path = field(help="preferences.jsonl", input=True)
+    method: Literal["dpo"] = field("dpo", help="alignment method")
+    beta: float = field(0.1, help="strength of the pull to the reference (DPO's beta)")
+    label_smoothing: float = field(0.0, help="share of pairs taken to be mislabelled")
+    sft_weight: float = field(0.0, help="weight of an NLL term on the chosen answers")
+    plan: Path | None = field(None, help="plan.json: turns seconds into steps", input=True)
+    seconds: float | None = field(None, help="time for training, with --plan")
+    steps: int = field(100, help="optimizer steps, without --plan")
+    max_epochs: float = field(2, help="never more passes over the pairs than this")
+    batch_size: int = field(16, help="pairs in an optimizer step")
+    max_length: int | None = field(None, help="tokens a row; unset: the model's context")
+    learning_rate: float = field(0.0005, help="peak rate of Muon (matrices)")
+    adam_learning_rate: float = field(0.0001, help="peak rate of AdamW (embeddings, norms)")
+    seed: int = field(1, help="seed of the data order")
+    checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
+    device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure the n-gram, the network and their mixture, and the answers of each stage."""
+
+    shards: Path = field(help="token shard folder", input=True)
+    ngram: Path = field(help="n-gram folder", input=True)
+    base: Path = field(help="pretrained model folder", input=True)
+    finetuned: Path = field(help="fine-tuned model folder", input=True)
+    aligned: Path = field(help="aligned model folder", input=True)
+    chats: Path = field(help="chats.jsonl", input=True)
+    preferences: Path = field(help="preferences.jsonl", input=True)
+    questions: int = field(240, help="held-out questions to answer, all tasks together")
+    max_tokens: int = field(48, help="longest answer in tokens")
+    seed: int = field(1, help="seed of the choice of questions and of samples")
+    device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write the run's report as one HTML file."""
+
+    run: Path = field(help="run folder", semantic=False)
+    stages: tuple[Path, ...] = field(help="stage folders to report on", input=True)

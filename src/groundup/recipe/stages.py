@@ -1,0 +1,81 @@
+"""The table of stages: what a recipe or the command line can run."""
+
+from groundup.core.run import Stage
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="corpus",
+            config="groundup.data:CorpusConfig",
+            run="groundup.data:build_corpus",
+            help="read, clean, deduplicate and split text by file",
+        ),
+        Stage(
+            name="tokenizer",
+            config="groundup.recipe.configs:TokenizerConfig",
+            run="groundup.recipe.texts:train_tokenizer",
+            help="train a byte-level BPE tokenizer",
+        ),
+        Stage(
+            name="shards",
+            config="groundup.recipe.configs:ShardsConfig",
+            run="groundup.recipe.texts:tokenize",
+            help="turn text into token ids",
+        ),
+        Stage(
+            name="ngram",
+            config="groundup.recipe.configs:NGramConfig",
+            run="groundup.recipe.texts:count_ngrams",
+            help="count the modified Kneser-Ney n-gram: the line to beat",
+        ),
+        Stage(
+            name="plan",
+            config="groundup.recipe.configs:PlanConfig",
+            run="groundup.recipe.pretraining:plan",
+            help="time this machine; choose size, batch, rate and steps",
+        ),
+        Stage(
+            name="pretrain",
+            config="groundup.recipe.configs:PretrainConfig",
+            run="groundup.recipe.pretraining:pretrain",
+            help="train the network on next tokens",
+        ),
+        Stage(
+            name="chats",
+            config="groundup.data:ChatsConfig",
+            run="groundup.data:build_chats",
+            help="write conversations whose answers can be known from the prompt",
+        ),
+        Stage(
+            name="finetune",
+            config="groundup.recipe.configs:FinetuneConfig",
+            run="groundup.recipe.tuning:finetune",
+            help="fine-tune on conversations, loss on the answers only",
+        ),
+        Stage(
+            name="preferences",
+            config="groundup.recipe.configs:PreferencesConfig",
+            run="groundup.recipe.tuning:make_preferences",
+            help="pair good answers with worse ones of matched length",
+        ),
+        Stage(
+            name="align",
+            config="groundup.recipe.configs:AlignConfig",
+            run="groundup.recipe.tuning:align",
+            help="align to the preferences (DPO)",
+        ),
+        Stage(
+            name="evaluate",
+            config="groundup.recipe.configs:EvaluateConfig",
+            run="groundup.recipe.evaluation:evaluate",
+            help="measure three models, the answers and the preferences, held out",
+        ),
+        Stage(
+            name="report",
+            config="groundup.recipe.configs:ReportConfig",
+            run="groundup.recipe.reporting:report",
+            help="write report.html",
+        ),
+    )
+}

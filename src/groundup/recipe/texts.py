@@ -1,0 +1,55 @@
+"""Stages on text: tokenizer, token shards, n-gram counts."""
+
+from pathlib import Path
+from typing import Any
+
+from groundup.model.ngram import NGram
+
+from groundup.core.progress import say, track
+from groundup.data import open_shard, read_corpus, write_shards
+from groundup.recipe.configs import NGramConfig, ShardsConfig, TokenizerConfig
+from groundup.tokenizer import Tokenizer
+
+
+def train_tokenizer(config: TokenizerConfig, out: Path) -> dict[str, Any]:
+    """Train on the training split; report bytes per token on text the trainer never saw."""
+    texts = (document.text for document in read_corpus(config.corpus, "train"))
+    tok = Tokenizer.train(
+        track(texts, "training the tokenizer"), kind=config.kind, vocab_size=config.vocab_size
+    )
+    tok.save(out)
+    held_out = [document.text for document in read_corpus(config.corpus, "validation")]
+    num_bytes = sum(len(text.encode()) for text in held_out)
+    num_tokens = sum(len(ids) for ids in tok.encode_batch(held_out))
+    bytes_per_token = num_bytes / max(1, num_tokens)
+    say(
+        f"  {tok.vocab_size:,} tokens; one token stands for {bytes_per_token:.2f} bytes "
+        "of validation text"
+    )
+    return {"vocab_size": tok.vocab_size, "bytes_per_token": bytes_per_token}
+
+
+def tokenize(config: ShardsConfig, out: Path) -> dict[str, Any]:
+    """Write memory-mapped ids of every split."""
+    summary = write_shards(config.corpus, Tokenizer.load(config.tokenizer), out)
+    for split in ("train", "validation", "test"):
+        shard = open_shard(out, split)
+        say(f"  {split}: {len(shard.offsets) - 1:,} documents, {len(shard.tokens):,} tokens")
+    return summary
+
+
+def count_ngrams(config: NGramConfig, out: Path) -> dict[str, Any]:
+    """Count the training split and measure the model on the validation split."""
+    from groundup.evaluate import bits_per_byte
+
+    train = open_shard(config.shards, "train")
+    model = NGram.train(
+        train.documents(),
+        order=config.order,
+        vocab_size=train.vocab_size,
+        eos_token_id=train.eos_token_id,
+    )
+    model.save(out)
+    score = bits_per_byte(model, open_shard(config.shards, "validation"))
+    say(f"  {config.order}-gram: {score['bits_per_byte']:.3f} bits per byte on validation text")
+    return {"bits_per_byte": score["bits_per_byte"], "order": config.order}
