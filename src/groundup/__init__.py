@@ -1,0 +1,51 @@
+"""groundup builds a language model from the ground up: raw text to a served assistant.
+
+The names below are imported on first use, so that `import groundup` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from groundup.core.types import SamplingParams
+    from groundup.generate import LLM
+    from groundup.model import load_model, save_model
+    from groundup.recipe.api import align, evaluate, finetune, pretrain
+    from groundup.recipe.configs import AlignConfig, FinetuneConfig, PretrainConfig
+    from groundup.tokenizer import Tokenizer
+
+__all__ = [
+    "LLM",
+    "AlignConfig",
+    "FinetuneConfig",
+    "PretrainConfig",
+    "SamplingParams",
+    "Tokenizer",
+    "align",
+    "evaluate",
+    "finetune",
+    "load_model",
+    "pretrain",
+    "save_model",
+]
+
+_HOMES = {
+    "LLM": "groundup.generate",
+    "AlignConfig": "groundup.recipe.configs",
+    "FinetuneConfig": "groundup.recipe.configs",
+    "PretrainConfig": "groundup.recipe.configs",
+    "SamplingParams": "groundup.core.types",
+    "Tokenizer": "groundup.tokenizer",
+    "align": "groundup.recipe.api",
+    "evaluate": "groundup.recipe.api",
+    "finetune": "groundup.recipe.api",
+    "load_model": "groundup.model",
+    "pretrain": "groundup.recipe.api",
+    "save_model": "groundup.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'groundup' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

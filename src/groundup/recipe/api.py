@@ -1,0 +1,34 @@
+"""The stages as functions: config in, finished folder out; the same as the command line runs."""
+
+from pathlib import Path
+from typing import Any
+
+from groundup.core.run import run_stage
+from groundup.recipe.configs import AlignConfig, FinetuneConfig, PretrainConfig
+from groundup.recipe.evaluation import evaluate_texts
+from groundup.recipe.stages import STAGES
+
+
+def pretrain(config: PretrainConfig, *, out: str | Path) -> Path:
+    """Train a model on a corpus or shards; return the model folder."""
+    return _model_stage("pretrain", config, out)
+
+
+def finetune(config: FinetuneConfig, *, out: str | Path) -> Path:
+    """Fine-tune a model on conversations; return the model folder."""
+    return _model_stage("finetune", config, out)
+
+
+def align(config: AlignConfig, *, out: str | Path) -> Path:
+    """Align a model to preferences; return the model folder."""
+    return _model_stage("align", config, out)
+
+
+def evaluate(model: str | Path, data: list[str], *, device: str | None = None) -> dict[str, Any]:
+    """Return bits per byte, perplexity and counts of a model on files or folders."""
+    return evaluate_texts(Path(model), data, device=device)
+
+
+def _model_stage(name: str, config: Any, out: str | Path) -> Path:
+    run_stage(STAGES[name], config, Path(out))
+    return Path(out) / "model"
