@@ -64,7 +64,7 @@ def need(module: str, *, extra: str, purpose: str) -> ModuleType:
 def closest(word: str, choices: Iterable[str]) -> str:
     """Return ' (did you mean ...?)' for a misspelt word, or the choices when none is near."""
     options = sorted(choices)
-    near = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(word, options, n=3, cutoff=0.6)
     if near:
         return f" (did you mean {', '.join(repr(n) for n in near)}?)"
     return f" (choose from {', '.join(options)})"
