@@ -1,1 +1,46 @@
-"""TODO"""
+"""Models: the decoder, the n-gram, their mixture, and Hugging Face folders in and out.
+
+Importing this package imports no torch; a name that needs it does so on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from groundup.model.config import ModelConfig
+    from groundup.model.counts import num_parameters, train_flops_per_token
+    from groundup.model.decoder import Decoder
+    from groundup.model.hf import load_model, save_model
+    from groundup.model.lm import NeuralLM
+    from groundup.model.mixture import Mixture
+    from groundup.model.ngram import NGram
+
+__all__ = [
+    "Decoder",
+    "Mixture",
+    "ModelConfig",
+    "NGram",
+    "NeuralLM",
+    "load_model",
+    "num_parameters",
+    "save_model",
+    "train_flops_per_token",
+]
+
+_HOMES = {
+    "Decoder": "decoder",
+    "Mixture": "mixture",
+    "ModelConfig": "config",
+    "NGram": "ngram",
+    "NeuralLM": "lm",
+    "load_model": "hf",
+    "num_parameters": "counts",
+    "save_model": "hf",
+    "train_flops_per_token": "counts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'groundup.model' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"groundup.model.{_HOMES[name]}"), name)
