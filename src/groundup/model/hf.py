@@ -104,9 +104,8 @@ def model_tensors(model: Decoder) -> dict[str, Tensor]:
     return {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
 
 
-def save_model(model: Decoder, tokenizer: SavesItself | None, out: Path) -> Path:
-    """Write a Hugging Face folder, complete or not at all, and read it back to be sure."""
-    tensors = model_tensors(model)
+def write_model(model: Decoder, tokenizer: SavesItself | None, folder: Path) -> None:
+    """Write a Hugging Face model's files into an existing folder."""
     config = model.config
     ends = list(tokenizer.stop_token_ids) if tokenizer else config.eos_token_id
     generation = {
@@ -114,15 +113,20 @@ def save_model(model: Decoder, tokenizer: SavesItself | None, out: Path) -> Path
         "eos_token_id": ends,
         "pad_token_id": config.pad_token_id,
     }
+    write_json(folder / "config.json", config.to_json())
+    known = {key: value for key, value in generation.items() if value is not None}
+    write_json(folder / "generation_config.json", known)
+    save_file(model_tensors(model), str(folder / WEIGHTS), metadata={"format": "pt"})
+    if tokenizer:
+        tokenizer.save(folder)
+
+
+def save_model(model: Decoder, tokenizer: SavesItself | None, out: Path) -> Path:
+    """Write a Hugging Face folder, complete or not at all, and read it back to be sure."""
+    tensors = model_tensors(model)
     with atomic_folder(Path(out)) as folder:
-        write_json(folder / "config.json", config.to_json())
-        known = {key: value for key, value in generation.items() if value is not None}
-        write_json(folder / "generation_config.json", known)
-        save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
-        if tokenizer:
-            tokenizer.save(folder)
-        again = load_model(folder)
-        for name, weight in again.named_parameters():
+        write_model(model, tokenizer, folder)
+        for name, weight in load_model(folder).named_parameters():
             if not torch.equal(weight.detach(), tensors[name].float()):
                 raise CheckpointError(f"{out}: {name} did not survive writing: is the disk sound?")
     return Path(out)

@@ -45,9 +45,7 @@ class NeuralLM:
                 start = scored - self.context // 2
 
     @torch.inference_mode()
-    def token_logprobs(
-        self, documents: Iterable[NDArray[np.integer]]
-    ) -> list[NDArray[np.float64]]:
+    def token_logprobs(self, documents: Iterable[NDArray[np.integer]]) -> list[NDArray[np.float64]]:
         """Return one natural-log probability a token, the first predicted from eos alone."""
         texts = [np.asarray(document, dtype=np.int64) for document in documents]
         inputs = [np.concatenate(([self.eos_token_id], text[:-1])) for text in texts]

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from groundup.model.ngram import NGram
-
 from groundup.core.progress import say, track
 from groundup.data import open_shard, read_corpus, write_shards
+from groundup.model.ngram import NGram
 from groundup.recipe.configs import NGramConfig, ShardsConfig, TokenizerConfig
 from groundup.tokenizer import Tokenizer
 

@@ -1,0 +1,217 @@
+"""Batch sources: where the steps of a training run come from, exactly resumable.
+
+A source answers `next_step()` with the micro-batches of one optimizer step; its state is a
+few integers, because every order follows from the seed and the epoch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from groundup.core.errors import DataError
+from groundup.model.decoder import IGNORE
+from groundup.train.objectives import MicroBatch
+
+StepBatch = list[MicroBatch]
+Row = tuple[list[int], list[bool]]  # ids, and which of them are trained on
+
+
+class BatchSource(Protocol):
+    """What the loop needs of a source."""
+
+    def next_step(self) -> StepBatch:
+        """Return all micro-batches of the next optimizer step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as JSON values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position."""
+        ...
+
+
+class TokenStream:
+    """Rows of equal length from documents in random order: every token is a target once an epoch.
+
+    Each document ends with eos; the input before its first token is the eos of the document
+    before it. The last row of an epoch is filled up with positions that count for nothing.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[np.integer],
+        offsets: NDArray[np.int64],
+        *,
+        eos_token_id: int,
+        context: int,
+        batch_size: int,
+        gradient_accumulation_steps: int,
+        seed: int,
+    ) -> None:
+        if len(tokens) < 2:
+            raise DataError("the training split holds no tokens: give more text")
+        self.tokens, self.offsets, self.eos = tokens, offsets, eos_token_id
+        self.context, self.batch_size = context, batch_size
+        self.accumulation, self.seed = gradient_accumulation_steps, seed
+        self.rows_per_epoch = -(-len(tokens) // context)
+        self.epoch, self.row = 0, 0
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Draw this epoch's order of documents and of rows."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        self.documents = rng.permutation(len(self.offsets) - 1)
+        lengths = np.diff(self.offsets)[self.documents]
+        self.ends = np.cumsum(lengths)
+        self.order = rng.permutation(self.rows_per_epoch)
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Return tokens start..stop of the epoch's stream; position -1 is eos."""
+        pieces = []
+        if start < 0:
+            pieces.append(np.array([self.eos]))
+            start = 0
+        at = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            document = self.documents[at]
+            end = int(self.ends[at])
+            take = min(stop, end) - start
+            first = int(self.offsets[document + 1]) - (end - start)
+            pieces.append(self.tokens[first : first + take])
+            start, at = start + take, at + 1
+        return np.concatenate(pieces).astype(np.int64)
+
+    def next_row(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return inputs and targets of the next row."""
+        if self.row == self.rows_per_epoch:
+            self.epoch, self.row = self.epoch + 1, 0
+            self.arrange()
+        start = int(self.order[self.row]) * self.context
+        self.row += 1
+        stop = min(start + self.context, len(self.tokens))
+        span = self.read(start - 1, stop)
+        ids = np.full(self.context, self.eos)
+        targets = np.full(self.context, IGNORE)
+        ids[: stop - start], targets[: stop - start] = span[:-1], span[1:]
+        return ids, targets
+
+    def next_step(self) -> StepBatch:
+        """Return `gradient_accumulation_steps` micro-batches of `batch_size` rows."""
+        step = []
+        for _ in range(self.accumulation):
+            rows = [self.next_row() for _ in range(self.batch_size)]
+            ids, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+            step.append({"ids": ids, "targets": targets})
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return epoch and row."""
+        return {"epoch": self.epoch, "row": self.row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to an epoch and row."""
+        self.epoch, self.row = state["epoch"], state["row"]
+        self.arrange()
+
+
+class Examples:
+    """Examples of uneven length, shuffled each epoch, alike lengths side by side.
+
+    `collate` makes a micro-batch of a list of examples; `length` says how long one is. No
+    example is dropped: the last step of an epoch may be smaller.
+    """
+
+    BUCKET_STEPS = 8  # sort by length within this many steps: little padding, still random
+
+    def __init__(
+        self,
+        examples: Sequence[Any],
+        *,
+        collate: Callable[[list[Any]], MicroBatch],
+        length: Callable[[Any], int],
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+    ) -> None:
+        if not examples:
+            raise DataError("there is no example to train on: see the audit above")
+        self.examples, self.collate, self.length = examples, collate, length
+        self.batch_size, self.micro_batch_size, self.seed = batch_size, micro_batch_size, seed
+        self.epoch, self.at = 0, 0
+        self.arrange()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of steps that see every example once."""
+        return -(-len(self.examples) // self.batch_size)
+
+    def arrange(self) -> None:
+        """Draw this epoch's steps."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.examples)).tolist()
+        bucket = self.batch_size * self.BUCKET_STEPS
+        steps = []
+        for first in range(0, len(order), bucket):
+            alike = sorted(
+                order[first : first + bucket], key=lambda n: (self.length(self.examples[n]), n)
+            )
+            steps += [alike[n : n + self.batch_size] for n in range(0, len(alike), self.batch_size)]
+        self.steps = [steps[n] for n in rng.permutation(len(steps))]
+
+    def next_step(self) -> StepBatch:
+        """Return the micro-batches of the next step."""
+        if self.at == len(self.steps):
+            self.epoch, self.at = self.epoch + 1, 0
+            self.arrange()
+        chosen = [self.examples[n] for n in self.steps[self.at]]
+        self.at += 1
+        size = self.micro_batch_size
+        return [self.collate(chosen[n : n + size]) for n in range(0, len(chosen), size)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return epoch and step within it."""
+        return {"epoch": self.epoch, "at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to an epoch and step."""
+        self.epoch, self.at = state["epoch"], state["at"]
+        self.arrange()
+
+
+def collate_rows(rows: Sequence[Row], pad_token_id: int) -> MicroBatch:
+    """Return ids_BT and targets_BT: position t predicts token t+1 where that one is trained."""
+    T = max(len(ids) for ids, _ in rows) - 1
+    ids_BT = torch.full((len(rows), T), pad_token_id)
+    targets_BT = torch.full((len(rows), T), IGNORE)
+    for row, (ids, trainable) in enumerate(rows):
+        ids_BT[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        wanted = [i if train else IGNORE for i, train in zip(ids[1:], trainable[1:], strict=True)]
+        targets_BT[row, : len(ids) - 1] = torch.tensor(wanted)
+    return {"ids": ids_BT, "targets": targets_BT}
+
+
+def audit(rows: Sequence[Row], max_length: int) -> tuple[list[Row], dict[str, int]]:
+    """Cut rows to `max_length`, leave out those with nothing to learn, and count everything.
+
+    A row without a trained token has no gradient; it is counted, not hidden.
+    """
+    kept: list[Row] = []
+    counts = {"rows": len(rows), "rows_cut": 0, "rows_untrained": 0, "rows_without_end": 0}
+    for ids, trainable in rows:
+        if len(ids) > max_length:
+            counts["rows_cut"] += 1
+            ids, trainable = ids[:max_length], trainable[:max_length]
+        if not any(trainable[1:]):
+            counts["rows_untrained"] += 1
+            continue
+        counts["rows_without_end"] += not trainable[-1] and not trainable[-2]
+        kept.append((ids, trainable))
+    counts["rows_trained"] = len(kept)
+    counts["tokens"] = sum(len(ids) for ids, _ in kept)
+    counts["tokens_trained"] = sum(sum(trainable[1:]) for _, trainable in kept)
+    return kept, counts
