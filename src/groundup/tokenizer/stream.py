@@ -1,0 +1,22 @@
+"""Decoding one id at a time, in whole characters."""
+
+import codecs
+from collections.abc import Sequence
+
+
+class StreamDecoder:
+    """Turn ids into text as they come; bytes of an unfinished character wait for the rest."""
+
+    def __init__(self, token_bytes: Sequence[bytes], skip: set[int]) -> None:
+        self.token_bytes, self.skip = token_bytes, skip
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Return the text that this id completes; special tokens give none."""
+        if token_id in self.skip:
+            return ""
+        return self.decoder.decode(self.token_bytes[token_id])
+
+    def flush(self) -> str:
+        """Return what is left, an unfinished character as U+FFFD."""
+        return self.decoder.decode(b"", final=True)
