@@ -1,1 +1,29 @@
-"""TODO"""
+"""Data: from files to a clean, deduplicated, split corpus, token shards, chats and pairs."""
+
+from groundup.data.build import CorpusConfig, build_corpus, read_corpus
+from groundup.data.chats import ChatsConfig, build_chats, read_chats
+from groundup.data.preferences import (
+    mismatched_pairs,
+    pair_of,
+    read_preferences,
+    write_preferences,
+)
+from groundup.data.readers import read_documents
+from groundup.data.shards import Shard, open_shard, write_shards
+
+__all__ = [
+    "ChatsConfig",
+    "CorpusConfig",
+    "Shard",
+    "build_chats",
+    "build_corpus",
+    "mismatched_pairs",
+    "open_shard",
+    "pair_of",
+    "read_chats",
+    "read_corpus",
+    "read_documents",
+    "read_preferences",
+    "write_preferences",
+    "write_shards",
+]

@@ -1,0 +1,64 @@
+"""Bits per byte: sum of -log2 p over all tokens, end of document included, per UTF-8 byte."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from groundup.core.types import LM
+from groundup.data import Shard
+from groundup.evaluate.statistics import bootstrap_ratio
+from groundup.model.mixture import cross_fitted
+from groundup.model.ngram import NGram
+
+LN2 = float(np.log(2.0))
+
+
+def bits_per_byte(lm: LM, shard: Shard) -> dict[str, float]:
+    """Return bits per byte, nats per token and perplexity of a model on a split."""
+    return summary(lm.token_logprobs(shard.documents()), shard)
+
+
+def summary(logprobs: Sequence[NDArray[np.float64]], shard: Shard) -> dict[str, float]:
+    """Return the scores that follow from the log-probabilities of a split's tokens."""
+    nats = [-float(values.sum()) for values in logprobs]
+    tokens = [len(values) for values in logprobs]
+    per_token = sum(nats) / max(1, sum(tokens))
+    tokens_per_byte = sum(tokens) / max(1, shard.num_bytes)
+    low, high = bootstrap_ratio(nats, tokens)
+    return {
+        "bits_per_byte": sum(nats) / LN2 / max(1, shard.num_bytes),
+        "low": low / LN2 * tokens_per_byte,
+        "high": high / LN2 * tokens_per_byte,
+        "nats_per_token": per_token,
+        "perplexity": float(np.exp(per_token)),
+        "documents": len(tokens),
+        "tokens": sum(tokens),
+        "bytes": shard.num_bytes,
+    }
+
+
+def compare_three(ngram: NGram, network: LM, shard: Shard) -> dict[str, Any]:
+    """Score the n-gram, the network and their cross-fitted mixture on one split.
+
+    `gain` is the network's bits per byte minus the mixture's, with its 95 % interval over
+    documents: both models are scored on the same documents, so the difference is paired.
+    """
+    documents = shard.documents()
+    a, b = network.token_logprobs(documents), ngram.token_logprobs(documents)
+    mixed = cross_fitted(a, b, ngram.buckets(documents), ngram.num_buckets)
+    gains = [float((m - x).sum()) for m, x in zip(mixed, a, strict=True)]
+    tokens = [len(x) for x in a]
+    scale = sum(tokens) / LN2 / max(1, shard.num_bytes)
+    low, high = bootstrap_ratio(gains, tokens)
+    return {
+        "ngram": summary(b, shard),
+        "network": summary(a, shard),
+        "mixture": summary(mixed, shard),
+        "gain": {
+            "bits_per_byte": sum(gains) / max(1, sum(tokens)) * scale,
+            "low": low * scale,
+            "high": high * scale,
+        },
+    }
