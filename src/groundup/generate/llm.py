@@ -1,0 +1,125 @@
+"""`LLM`: a model and its tokenizer behind vLLM's offline interface."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from groundup.core import device as devices
+from groundup.core.errors import ConfigError
+from groundup.core.run import resolve_model
+from groundup.core.types import Message, RequestOutput, SamplingParams
+from groundup.generate.engine import Engine
+from groundup.model.decoder import Decoder
+from groundup.model.hf import load_model, read_generation_ends
+from groundup.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """Generate with a model folder, a run folder, or a model in memory.
+
+    A model in memory is used as it is, so that a training run can sample from it: its mode is
+    restored and the global random state is never touched.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        device: str | None = None,
+        max_num_seqs: int = 16,
+    ) -> None:
+        ends: Sequence[int] | None = None
+        if isinstance(model, Decoder):
+            if tokenizer is None:
+                raise ConfigError("a model in memory needs its tokenizer: LLM(model, tokenizer)")
+            decoder = model
+        else:
+            folder = resolve_model(model)
+            chosen = devices.pick(device)
+            dtype = chosen.dtype if chosen.device.type == "cuda" else torch.float32
+            decoder = load_model(folder, device=chosen.device, dtype=dtype)
+            tokenizer = tokenizer or Tokenizer.load(folder)
+            ends = read_generation_ends(folder) or None
+        self.tokenizer = tokenizer
+        self.engine = Engine(decoder, tokenizer, max_num_seqs=max_num_seqs, ends=ends)
+
+    @property
+    def context(self) -> int:
+        """Return the number of tokens that prompt and answer may have together."""
+        return self.engine.context
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None
+    ) -> list[RequestOutput]:
+        """Complete prompts (texts or ids), all of them batched; outputs keep their order."""
+        many = as_list(prompts)
+        each = as_params(params, len(many))
+        encoded = [self.encode(prompt) for prompt in many]
+        requests = [self.engine.add(ids, p) for ids, p in zip(encoded, each, strict=True)]
+        while self.engine.busy:
+            self.engine.step()
+        return [
+            RequestOutput(
+                request_id=str(n),
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=ids,
+                outputs=[request.output for request in group],
+                prompt_logprobs=group[0].prompt_logprobs,
+                finished=True,
+            )
+            for n, (prompt, ids, group) in enumerate(zip(many, encoded, requests, strict=True))
+        ]
+
+    def chat(
+        self, conversations: Sequence[Message] | Sequence[Sequence[Message]], params: Params = None
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many."""
+        one = bool(conversations) and isinstance(conversations[0], dict)
+        many = [conversations] if one else conversations
+        return self.generate([self.chat_ids(messages) for messages in many], params)  # type: ignore[arg-type]
+
+    def stream(
+        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """Yield the text of one answer as it comes; together it is what `generate` returns."""
+        is_chat = bool(prompt) and isinstance(prompt[0], dict)
+        ids = self.chat_ids(prompt) if is_chat else self.encode(prompt)  # type: ignore[arg-type]
+        [request] = self.engine.add(ids, params or SamplingParams())
+        try:
+            while not request.finished:
+                self.engine.step()
+                if text := request.take_text():
+                    yield text
+        finally:
+            self.engine.abort([request])
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's ids, behind the token that begins a document where it is text."""
+        if isinstance(prompt, str):
+            return [self.tokenizer.bos_token_id, *self.tokenizer.encode(prompt)]
+        return list(prompt)
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return a conversation's ids, ready for the assistant's turn."""
+        return self.tokenizer.render(messages, add_generation_prompt=True).ids
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return one prompt or many as a list."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def as_params(params: Params, count: int) -> list[SamplingParams]:
+    """Return one set of parameters a prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ConfigError(f"{len(params)} sampling parameters were given for {count} prompts")
+    return list(params)
