@@ -1,0 +1,127 @@
+"""Plots as SVG text, drawn by matplotlib without pyplot; the same input gives the same bytes."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Okabe & Ito's palette: told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, FAINT = "#333333", "#bbbbbb"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A named line; `faint` draws raw values thin behind a smooth line."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    faint: bool = False
+
+
+def canvas(width: float, height: float) -> tuple[Any, Any]:
+    """Return an empty figure and its axes in the house style."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9, color=FAINT)
+    axes.grid(True, axis="y", color="#eeeeee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def to_svg(figure: Any) -> str:
+    """Return a figure as an <svg> element: no date, fixed ids, text as paths."""
+    import matplotlib as mpl
+
+    out = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "groundup", "svg.fonttype": "path"}):
+        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def label_axes(axes: Any, x_label: str, y_label: str) -> None:
+    """Name both axes."""
+    axes.set_xlabel(x_label, color=INK, fontsize=10)
+    axes.set_ylabel(y_label, color=INK, fontsize=10)
+
+
+def line_plot(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    levels: Sequence[tuple[float, str]] = (),
+    log_x: bool = False,
+) -> str:
+    """Draw lines, each named at its end, and dashed horizontal levels."""
+    figure, axes = canvas(7.2, 3.6)
+    for n, line in enumerate(s for s in series if s.faint):
+        axes.plot(line.x, line.y, color=COLOURS[n % len(COLOURS)], alpha=0.25, linewidth=0.8)
+    named = [s for s in series if not s.faint]
+    for n, line in enumerate(named):
+        axes.plot(line.x, line.y, color=COLOURS[n % len(COLOURS)], linewidth=1.8, label=line.name)
+    for value, name in levels:
+        axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(
+            name, (0.99, value), xytext=(0, 3), ha="right", fontsize=9, color=INK, **place
+        )
+    if len(named) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    if log_x:
+        axes.set_xscale("log")
+    label_axes(axes, x_label, y_label)
+    return to_svg(figure)
+
+
+def bar_plot(
+    bars: Mapping[str, tuple[float, float, float]], *, x_label: str, decimals: int = 3
+) -> str:
+    """Draw horizontal bars of (value, low, high) with the interval and the number."""
+    figure, axes = canvas(7.2, 0.55 * len(bars) + 1.0)
+    axes.grid(False)
+    for n, (value, low, high) in enumerate(bars.values()):
+        axes.barh(n, value, color=COLOURS[n % len(COLOURS)], height=0.62)
+        axes.plot([low, high], [n, n], color=INK, linewidth=1.4)
+        axes.annotate(
+            f"{value:.{decimals}f}",
+            (max(high, value), n),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+            color=INK,
+        )
+    axes.set_yticks(range(len(bars)), list(bars), fontsize=10, color=INK)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    label_axes(axes, x_label, "")
+    return to_svg(figure)
+
+
+def histograms(groups: Mapping[str, Sequence[float]], *, x_label: str) -> str:
+    """Draw the distributions of several groups as outlines over the same bins."""
+    figure, axes = canvas(7.2, 2.8)
+    values = [value for group in groups.values() for value in group] or [0.0]
+    low, high = min(values), max(values)
+    width = max((high - low) / 30, 1e-9)
+    edges = [low + width * n for n in range(31)]
+    for n, (name, group) in enumerate(groups.items()):
+        axes.hist(
+            group,
+            bins=edges,
+            histtype="stepfilled",
+            alpha=0.35,
+            color=COLOURS[n],
+            edgecolor=COLOURS[n],
+            label=f"{name} (mean {sum(group) / max(1, len(group)):.1f})",
+        )
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    label_axes(axes, x_label, "pairs")
+    return to_svg(figure)

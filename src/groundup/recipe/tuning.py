@@ -1,0 +1,238 @@
+"""Stages `finetune`, `preferences` and `align`: from a base model to an aligned one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from groundup.align import DPO, Pair, collate_pairs, with_reference
+from groundup.core import device as devices
+from groundup.core.errors import ConfigError, DataError
+from groundup.core.files import write_json
+from groundup.core.progress import console, say, show_table, track
+from groundup.core.types import Message, Preference, SamplingParams
+from groundup.data import (
+    mismatched_pairs,
+    pair_of,
+    read_chats,
+    read_preferences,
+    write_preferences,
+)
+from groundup.figure import LiveTraining
+from groundup.generate import LLM
+from groundup.model.decoder import Decoder
+from groundup.model.hf import load_model, save_model, write_model
+from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
+from groundup.recipe.pretraining import read_plan
+from groundup.tokenizer import Tokenizer
+from groundup.train import (
+    Examples,
+    FitConfig,
+    Hook,
+    NextToken,
+    Objective,
+    Row,
+    State,
+    audit,
+    collate_rows,
+    fit,
+)
+
+EFFICIENCY = 0.45  # of pretraining's tokens/s: short rows, padding, evaluation of the reference
+
+
+def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
+    """Fine-tune on conversations; the audit says first what will be learned from."""
+    tok = Tokenizer.load(config.model)
+    device = devices.pick(config.device, planned_dtype(config.plan))
+    model = load_model(config.model, device=device.device)
+    longest = config.max_length or model.config.max_position_embeddings
+    chats = list(read_chats(config.data, "train"))
+    rendered = [tok.render(chat.messages, tools=chat.tools) for chat in track(chats, "rendering")]
+    rows, counts = audit([(r.ids, r.trainable) for r in rendered], longest)
+    show_audit(counts)
+    if not rows:
+        raise DataError(f"no row of {config.data} has anything to learn from (see the audit)")
+    steps = planned_steps(config, counts["tokens"] / len(rows), len(rows))
+    source = Examples(
+        rows,
+        collate=lambda chosen: collate_rows(chosen, tok.pad_token_id),
+        length=lambda row: len(row[0]),
+        batch_size=config.batch_size,
+        micro_batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    train(model, NextToken(), source, config, steps, tok, out, device)
+    return {"audit": counts, "steps": steps, "epochs": steps / source.steps_per_epoch}
+
+
+def make_preferences(config: PreferencesConfig, out: Path) -> dict[str, Any]:
+    """Write preferences.jsonl: mismatched answers, and the model's own where they are wrong."""
+    chats = list(read_chats(config.chats))
+    pairs = mismatched_pairs(chats, config.seed)
+    tok = Tokenizer.load(config.model)
+    llm = LLM(config.model, tok, device=config.device, max_num_seqs=32)
+    rng = np.random.default_rng(config.seed)
+    own: list[Preference] = []
+    asked = 0
+    for split, share in (("train", 0.8), ("validation", 0.2)):
+        candidates = [chat for chat in chats if chat.split == split]
+        count = min(len(candidates), int(config.sampled_prompts * share))
+        chosen = [candidates[n] for n in rng.permutation(len(candidates))[:count]]
+        params = [
+            SamplingParams(temperature=0.8, top_k=40, max_tokens=config.max_tokens, seed=n)
+            for n in range(len(chosen))
+        ]
+        prompts = [llm.chat_ids(chat.messages[:-1]) for chat in chosen]
+        fitting = [len(ids) + config.max_tokens < llm.context for ids in prompts]
+        kept = [n for n, fits in enumerate(fitting) if fits]
+        outputs = llm.generate([prompts[n] for n in kept], [params[n] for n in kept])
+        asked += len(kept)
+        for n, output in zip(kept, outputs, strict=True):
+            said = output.outputs[0].text.strip()
+            if said and said != chosen[n].messages[-1]["content"].strip():
+                own.append(pair_of(chosen[n], said, "own sample"))
+    write_preferences(out / "preferences.jsonl", [*pairs, *own])
+    say(f"  {len(pairs):,} pairs with another answer; {len(own):,} wrong of {asked:,} own answers")
+    return {"mismatched": len(pairs), "own_samples": len(own), "asked": asked}
+
+
+def align(config: AlignConfig, out: Path) -> dict[str, Any]:
+    """Run DPO against the starting model; its log-probabilities are computed once, up front."""
+    tok = Tokenizer.load(config.model)
+    device = devices.pick(config.device, planned_dtype(config.plan))
+    model = load_model(config.model, device=device.device)
+    longest = config.max_length or model.config.max_position_embeddings
+    preferences = list(read_preferences(config.data, "train"))
+    pairs, cut = pair_rows(preferences, tok, longest)
+    say(f"  {len(pairs):,} pairs; {cut:,} left out, longer than {longest} tokens")
+    if not pairs:
+        raise DataError(f"{config.data} holds no pair for training that fits {longest} tokens")
+    mean = sum(len(p.chosen[0]) + len(p.rejected[0]) for p in pairs) / len(pairs)
+    steps = planned_steps(config, mean, len(pairs))
+    used = pairs[: steps * config.batch_size] if steps * config.batch_size < len(pairs) else pairs
+    used = with_reference(used, model, tok.pad_token_id, lambda s: track(s, "reference"))
+    source = Examples(
+        used,
+        collate=lambda chosen: collate_pairs(chosen, tok.pad_token_id),
+        length=lambda pair: pair.length,
+        batch_size=config.batch_size,
+        micro_batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    objective = DPO(
+        beta=config.beta, label_smoothing=config.label_smoothing, sft_weight=config.sft_weight
+    )
+    metrics = train(model, objective, source, config, steps, tok, out, device)
+    lengths = {
+        "chosen": [sum(pair.chosen[1]) for pair in pairs],
+        "rejected": [sum(pair.rejected[1]) for pair in pairs],
+    }
+    write_json(out / "lengths.json", lengths)
+    shown = {name: value for name, value in metrics.items() if name.startswith("rewards/")}
+    return {"pairs": len(pairs), "cut": cut, "steps": steps, "metrics": shown}
+
+
+def pair_rows(
+    preferences: Sequence[Preference], tok: Tokenizer, longest: int
+) -> tuple[list[Pair], int]:
+    """Render pairs in a fixed shuffled order; return them and how many were too long.
+
+    Only the answer's tokens count: those that the prompt's rendering does not have.
+    """
+    pairs, cut = [], 0
+    order = np.random.default_rng(0).permutation(len(preferences))
+    for n in track(order.tolist(), "rendering pairs"):
+        preference = preferences[n]
+        chosen = answer_row(tok, preference.prompt, preference.chosen)
+        rejected = answer_row(tok, preference.prompt, preference.rejected)
+        if max(len(chosen[0]), len(rejected[0])) > longest:
+            cut += 1
+            continue
+        pairs.append(Pair(chosen, rejected))
+    return pairs, cut
+
+
+def answer_row(tok: Tokenizer, prompt: list[Message], answer: list[Message]) -> Row:
+    """Return the row in which only the answer's own tokens are trained."""
+    rendered = tok.render([*prompt, *answer])
+    start = len(tok.render(prompt, add_generation_prompt=True).ids)
+    trainable = [t and n >= start for n, t in enumerate(rendered.trainable)]
+    return rendered.ids, trainable
+
+
+def planned_dtype(plan: Path | None) -> str:
+    """Return the dtype that the plan measured, or fp32."""
+    return str(read_plan(plan)["dtype"]) if plan else "fp32"
+
+
+def planned_steps(
+    config: FinetuneConfig | AlignConfig, tokens_per_example: float, examples: int
+) -> int:
+    """Return the number of steps: from the plan's rate and the seconds given, or as configured."""
+    if config.seconds is None:
+        return config.steps
+    if config.plan is None:
+        raise ConfigError("seconds can only be turned into steps with --plan; or give --steps")
+    rate = read_plan(config.plan)["tokens_per_s"] * EFFICIENCY
+    steps = int(config.seconds * rate / (tokens_per_example * config.batch_size))
+    at_most = int(config.max_epochs * -(-examples // config.batch_size))
+    return max(10, min(steps, at_most))
+
+
+def show_audit(counts: dict[str, int]) -> None:
+    """Print what will be learned from, before it is."""
+    share = counts["tokens_trained"] / max(1, counts["tokens"])
+    rows = [
+        ("rows", f"{counts['rows']:,}"),
+        ("rows trained on", f"{counts['rows_trained']:,}"),
+        ("rows with nothing to learn", f"{counts['rows_untrained']:,}"),
+        ("rows cut to fit the context", f"{counts['rows_cut']:,}"),
+        ("rows whose end of turn is not trained", f"{counts['rows_without_end']:,}"),
+        ("tokens", f"{counts['tokens']:,}"),
+        ("tokens trained on", f"{counts['tokens_trained']:,} ({share:.0%})"),
+    ]
+    show_table("Supervision audit", ("what", "count"), rows)
+
+
+def train(
+    model: Decoder,
+    objective: Objective,
+    source: Examples,
+    config: FinetuneConfig | AlignConfig,
+    steps: int,
+    tok: Tokenizer,
+    out: Path,
+    device: devices.Device,
+) -> dict[str, float]:
+    """Run the one loop with a live curve; write `model/`."""
+    fit_config = FitConfig(
+        steps=steps,
+        learning_rate=config.learning_rate,
+        adam_learning_rate=config.adam_learning_rate,
+        dtype=planned_dtype(config.plan),  # type: ignore[arg-type]
+        seed=config.seed,
+        checkpoint_every=config.checkpoint_every,
+    )
+    say(f"  device: {device.line}; {steps:,} steps, {steps / source.steps_per_epoch:.2f} epochs")
+    with LiveTraining(console, steps=steps, unit="loss") as live:
+
+        def draw(state: State) -> None:
+            metrics = state.metrics
+            left_s = metrics["seconds"] * (state.steps - state.step)
+            rate = metrics["tokens"] / metrics["seconds"]
+            live.update(state.step, metrics["loss"], rate, left_s)
+
+        metrics = fit(
+            model,
+            objective,
+            source,
+            fit_config,
+            out,
+            device=device.device,
+            hooks=[Hook(1, draw)],
+            write_model=lambda folder: write_model(model, tok, folder),
+        )
+    save_model(model, tok, out / "model")
+    return metrics
