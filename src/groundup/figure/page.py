@@ -40,7 +40,7 @@ pre { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; overf
   font: .85rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap; }
 .answers span { display: block; color: var(--soft); font: .8rem system-ui, sans-serif; }
 .good { border-left: 3px solid var(--good); } .bad { border-left: 3px solid var(--bad); }
-@media print { body { max-width: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } }
+@media print { body { max-width: none; } figure { break-inside: avoid; } }
 """
 
 

@@ -42,7 +42,7 @@ def curve(
 
 
 class LiveTraining:
-    """The picture of a running training: on a terminal redrawn in place, else a line now and then."""
+    """A running training: redrawn in place on a terminal, else a line now and then."""
 
     def __init__(
         self,

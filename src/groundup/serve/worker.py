@@ -1,0 +1,101 @@
+"""One thread runs the engine for all requests of the server."""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+from groundup.core.errors import GroundupError
+from groundup.core.types import SamplingParams
+from groundup.generate import Engine, Request
+
+Event = tuple[Request, str]
+
+
+class Worker:
+    """Batches whatever requests are there; each is answered through an asyncio queue."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.inbox: queue.Queue[tuple[str, object]] = queue.Queue()
+        self.listeners: dict[Request, asyncio.Queue[Event]] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; called from the server's event loop."""
+        self.loop = asyncio.get_running_loop()
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step it is in."""
+        self.inbox.put(("stop", None))
+
+    async def submit(
+        self, prompt: Sequence[int], params: SamplingParams
+    ) -> tuple[list[Request], asyncio.Queue[Event]]:
+        """Queue a prompt; a bad one raises the engine's error here."""
+        assert self.loop is not None
+        answer: asyncio.Future[tuple[list[Request], asyncio.Queue[Event]]]
+        answer = self.loop.create_future()
+        self.inbox.put(("add", (prompt, params, answer)))
+        return await answer
+
+    async def events(
+        self, requests: list[Request], events: asyncio.Queue[Event]
+    ) -> AsyncIterator[Event]:
+        """Yield (request, new text) until all requests are finished; leaving early aborts them."""
+        open_requests = set(requests)
+        try:
+            while open_requests:
+                request, text = await events.get()
+                if request.finished:
+                    open_requests.discard(request)
+                yield request, text
+        finally:
+            if open_requests:
+                self.inbox.put(("abort", requests))
+
+    def run(self) -> None:
+        """Take messages, step the engine, pass on new text."""
+        while True:
+            try:
+                while True:
+                    kind, body = self.inbox.get(block=not self.engine.busy)
+                    if kind == "stop":
+                        return
+                    self.handle(kind, body)
+            except queue.Empty:
+                pass
+            for request in self.engine.step():
+                self.tell(request)
+
+    def handle(self, kind: str, body: object) -> None:
+        """Add or abort requests."""
+        assert self.loop is not None
+        if kind == "abort":
+            assert isinstance(body, list)
+            self.engine.abort(body)
+            for request in body:
+                self.listeners.pop(request, None)
+            return
+        prompt, params, answer = body  # type: ignore[misc]
+        try:
+            requests = self.engine.add(prompt, params)
+        except GroundupError as err:
+            self.loop.call_soon_threadsafe(answer.set_exception, err)
+            return
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        for request in requests:
+            self.listeners[request] = events
+        self.loop.call_soon_threadsafe(answer.set_result, (requests, events))
+
+    def tell(self, request: Request) -> None:
+        """Pass a request's new text to its listener."""
+        events = self.listeners.get(request)
+        text = request.take_text()
+        if events is not None and (text or request.finished):
+            assert self.loop is not None
+            self.loop.call_soon_threadsafe(events.put_nowait, (request, text))
+        if request.finished:
+            self.listeners.pop(request, None)
