@@ -22,7 +22,7 @@ nav a { margin-right: 1rem; color: inherit; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem;
   margin: 1.25rem 0; }
 .card { background: var(--card); border-radius: .5rem; padding: .8rem 1rem; }
-.card b { display: block; font-size: 1.6rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.card b { display: block; font-size: 1.6rem; line-height: 1.25; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem;
   font-variant-numeric: tabular-nums; }

@@ -34,7 +34,7 @@ CONTEXT = 512
 MICRO_BATCH = 8
 TIMED_STEPS = 2
 # Tokens worth seeing for each weight of the layers before a larger model pays; see docs/BENCH.md.
-TOKENS_PER_WEIGHT = 1.5
+TOKENS_PER_WEIGHT = 1.0
 LEAST_STEPS = 300
 COMPILE_S = 30.0  # what compiling costs; weighed against what it saves
 
