@@ -117,9 +117,7 @@ def damage_layers(folder):
 def damage_rope(folder):
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(
-        config.replace(
-            '"rope_scaling": null', '"rope_scaling": {"rope_type": "yarn", "factor": 4}'
-        )
+        config.replace('"rope_scaling": null', '"rope_scaling": {"rope_type": "yarn", "factor": 4}')
     )
 
 
@@ -136,7 +134,10 @@ def damage_pickle(folder):
     [
         (damage_truncate, "is damaged"),
         (damage_delete, "is missing"),
-        (damage_shape, r"gate_proj.weight has shape \[80, 48\], but config.json asks for \[81, 48\]"),
+        (
+            damage_shape,
+            r"gate_proj.weight has shape \[80, 48\], but config.json asks for \[81, 48\]",
+        ),
         (damage_layers, r"layers\.2\..* is missing"),
         (damage_rope, "rope type 'yarn' is not supported"),
         (damage_config, "is not valid JSON"),
@@ -166,4 +167,6 @@ def test_compiled_equals_eager():
     ids = torch.randint(0, 97, (2, 32))
     compiled = torch.compile(model)
     found = compiled(ids, want="logprobs", targets=ids)
-    torch.testing.assert_close(found, model(ids, want="logprobs", targets=ids), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        found, model(ids, want="logprobs", targets=ids), atol=1e-4, rtol=1e-4
+    )

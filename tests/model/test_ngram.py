@@ -92,9 +92,7 @@ def test_saved_and_loaded_is_the_same(documents, tmp_path):
     model = NGram.train(documents, order=3, vocab_size=20, eos_token_id=EOS)
     model.save(tmp_path / "n")
     again = NGram.load(tmp_path / "n")
-    for a, b in zip(
-        model.token_logprobs(documents), again.token_logprobs(documents), strict=True
-    ):
+    for a, b in zip(model.token_logprobs(documents), again.token_logprobs(documents), strict=True):
         assert np.array_equal(a, b)
     (tmp_path / "n" / "2.keys.npy").unlink()
     with pytest.raises(CheckpointError, match="is damaged"):

@@ -152,7 +152,10 @@ def test_a_foreign_folder_is_refused_and_kept(tmp_path):
         ({"budget": "8s"}, "leaves no time for 'copy'"),
         ({"stages": {"write": {"wrod": "x"}}}, r"unknown key 'wrod' \(did you mean 'word'\?\)"),
         ({"stages": {"wriet": {}}}, r"unknown stage 'wriet' \(did you mean 'write'"),
-        ({"stages": {"write": {"word": "@wrd"}}}, r"'@wrd' stands for nothing \(did you mean 'word'"),
+        (
+            {"stages": {"write": {"word": "@wrd"}}},
+            r"'@wrd' stands for nothing \(did you mean 'word'",
+        ),
         ({"stages": {"copy": {}}}, "source is required and missing"),
         ({"stages": {"write": None}}, "must hold `key: value`"),
         ({"stages": {}}, "must map names"),

@@ -31,7 +31,7 @@ def score_answers(rows: Sequence[dict[str, Any]], answer_key: str) -> dict[str, 
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["task"]].append(row)
-        groups["all"].append(row)
+    groups["all"] = list(rows)
     table = {}
     for task, members in groups.items():
         hits = sum(exact_match(row[answer_key], row["reference"]) for row in members)

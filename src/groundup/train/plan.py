@@ -56,6 +56,7 @@ class Plan:
     dtype: str
     compile: bool
     tokens_per_s: float
+    eager_tokens_per_s: float
     device: str
     reasons: dict[str, str]
 
@@ -125,6 +126,7 @@ def make_plan(*, pretrain_s: float, train_tokens: int, vocab_size: int, device: 
         chosen, chosen_s = size, step_s
     config = shape(*chosen, vocab_size)
     use_compile = False
+    eager_s = chosen_s
     if pretrain_s > 4 * COMPILE_S:
         fast_s = seconds_per_step(config, device, dtype, compile=True)
         use_compile = (chosen_s - fast_s) * (pretrain_s / chosen_s) > COMPILE_S
@@ -160,6 +162,7 @@ def make_plan(*, pretrain_s: float, train_tokens: int, vocab_size: int, device: 
         dtype=dtype,
         compile=use_compile,
         tokens_per_s=per_micro / chosen_s,
+        eager_tokens_per_s=per_micro / eager_s,
         device=device.line,
         reasons=reasons,
     )
