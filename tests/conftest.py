@@ -8,7 +8,7 @@ import torch
 
 torch.set_num_threads(2)
 
-WORDS = "alpha beta gamma delta omega count total index value result table query".split()
+WORDS = ("alpha", "beta", "gamma", "delta", "omega", "count", "total", "index", "value", "query")
 
 
 def python_file(n: int) -> str:

@@ -9,7 +9,7 @@ from groundup.cli.flags import Parser, parse, parser
 from groundup.core import config as configs
 from groundup.core.progress import say
 from groundup.core.run import resolve_model
-from groundup.core.types import SamplingParams
+from groundup.core.types import Message, SamplingParams
 
 SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "longest answer in tokens"),
@@ -63,7 +63,9 @@ def generate(argv: Sequence[str]) -> None:
 
     llm = LLM(find_model(args.model), device=args.device)
     if args.chat:
-        conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+        conversations: list[list[Message]] = [
+            [{"role": "user", "content": prompt}] for prompt in args.prompt
+        ]
         outputs = llm.chat(conversations, params)
     else:
         outputs = llm.generate(list(args.prompt), params)

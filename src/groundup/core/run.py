@@ -265,9 +265,9 @@ def resolve_model(path: str | Path) -> Path:
     In a run folder the last finished model counts, in the order of its recipe.
     """
     place = Path(path)
-    for folder in (place, place / "model"):
-        if (folder / "config.json").is_file():
-            return folder
+    for candidate in (place, place / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
     if not place.exists():
         raise CheckpointError(
             f"{place} does not exist: give a model folder, or a run folder such as runs/quickstart"

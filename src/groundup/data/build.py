@@ -59,7 +59,7 @@ def build_corpus(config: CorpusConfig, out: Path) -> dict[str, Any]:
     for name, members in splits.items():
         write_documents(members, out / f"{name}.parquet")
         steps.append(step_row(name, kept, members, Counter()))
-    stats = {
+    stats: dict[str, Any] = {
         "steps": steps,
         "examples": examples | {"near-duplicate": duplicates[:EXAMPLES]},
         "unreadable": [why for why, n in skipped.items() if why.startswith("unreadable: ")],

@@ -285,13 +285,13 @@ def read_messages(row: dict[str, Any], key: str, where: str) -> list[Message]:
     """Return checked messages under a key; a plain string is one message where that is meant."""
     messages = row.get(key)
     if isinstance(messages, str) and key != "messages":
-        role = "user" if key == "prompt" else "assistant"
-        messages = [{"role": role, "content": messages}]
+        author = "user" if key == "prompt" else "assistant"
+        messages = [{"role": author, "content": messages}]
     if not isinstance(messages, list) or not messages:
         keys = ", ".join(row) or "none"
         raise DataError(f'{where}: the list "{key}" is missing (its fields: {keys})')
     for number, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
+        role: Any = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "user", "assistant", "tool"):
             raise DataError(
                 f"{where}: message {number} has the role {role!r}; "

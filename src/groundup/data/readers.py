@@ -13,43 +13,13 @@ from groundup.core.files import read_jsonl
 from groundup.core.types import Document
 
 PYTHON = "python"
-TEXT_SUFFIXES = frozenset(
-    [
-        ".txt",
-        ".md",
-        ".rst",
-        ".py",
-        ".pyi",
-        ".js",
-        ".ts",
-        ".java",
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".hpp",
-        ".rs",
-        ".go",
-        ".rb",
-        ".sh",
-        ".sql",
-        ".toml",
-        ".yaml",
-        ".yml",
-        ".ini",
-        ".cfg",
-        ".tex",
-        ".org",
-        ".css",
-        ".r",
-        ".jl",
-        ".lua",
-        ".pl",
-        ".swift",
-        ".kt",
-        ".scala",
-    ]
+# fmt: off
+TEXT_SUFFIXES = (
+    ".txt", ".md", ".rst", ".tex", ".org", ".py", ".pyi", ".js", ".ts", ".java", ".c", ".h", ".cc",
+    ".cpp", ".hpp", ".rs", ".go", ".rb", ".sh", ".sql", ".toml", ".yaml", ".yml", ".ini", ".cfg",
+    ".css", ".r", ".jl", ".lua", ".pl", ".swift", ".kt", ".scala",
 )
+# fmt: on
 SKIPPED_FOLDERS = frozenset(
     ("__pycache__", "node_modules", "site-packages", "dist-packages", "venv", "idle_test")
 )
@@ -224,15 +194,17 @@ def read_python(counts: Counter[str]) -> Iterator[Document]:
         yield Document(id=name, text=text, source=name)
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+Reader = Callable[[Path, str], Iterator[Document]]
+READERS: dict[str, Reader] = dict.fromkeys(TEXT_SUFFIXES, read_text)
+READERS |= {
     ".html": read_html,
     ".htm": read_html,
     ".jsonl": read_json_lines,
     ".parquet": read_parquet,
-} | dict.fromkeys(TEXT_SUFFIXES, read_text)
+}
 
 
-def reader_of(file: Path) -> Callable[[Path, str], Iterator[Document]] | None:
+def reader_of(file: Path) -> Reader | None:
     """Return the reader for a file; names without a suffix (README) are read as text."""
     suffix = file.suffix.lower()
     return READERS.get(suffix) or (read_text if not suffix else None)

@@ -136,7 +136,7 @@ def training_blocks(
     """Return the plan and the curves."""
     scale = records["pretrain"]["summary"]["train_bits_per_byte_per_nat"]
     rows = logs["pretrain"]
-    tokens = np.cumsum([row["tokens"] for row in rows]) / 1e6
+    tokens = (np.cumsum([row["tokens"] for row in rows]) / 1e6).tolist()
     bits = [row["loss"] * scale for row in rows]
     level = records["pretrain"]["summary"]["ngram_bits_per_byte"]
     speed = [row["tokens"] / row["seconds"] for row in rows]
@@ -217,9 +217,8 @@ def answer_blocks(run: Path, metrics: dict[str, Any]) -> list[str]:
         page.table(headers, rows),
         "<h3>Best</h3>",
     ]
-    seen: set[str] = set()
-    best = [row for row in asked if not (row["task"] in seen or seen.add(row["task"]))]
-    blocks += [example_of(row) for row in best[:SHOWN]]
+    best = {row["task"]: row for row in reversed(asked)}  # the best of each task
+    blocks += [example_of(row) for row in list(best.values())[::-1][:SHOWN]]
     blocks.append("<h3>Worst</h3>")
     blocks += [example_of(row) for row in asked[-SHOWN:]]
     return blocks

@@ -92,7 +92,7 @@ class API:
         count = sum(map(len, prompts))
         if body.get("stream"):
             return self.stream(body, groups, count, chat=False)
-        choices = []
+        choices: list[dict[str, Any]] = []
         for ids, (requests, events) in zip(prompts, groups, strict=True):
             async for _ in self.worker.events(requests, events):
                 pass
@@ -119,7 +119,7 @@ class API:
         everyone = [request for requests, _ in groups for request in requests]
 
         def event(index: int, content: dict[str, Any], reason: str | None) -> str:
-            choice = {"index": index, "finish_reason": reason, "logprobs": None}
+            choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
             choice |= {"delta": content} if chat else content
             return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
 
@@ -131,7 +131,10 @@ class API:
                 content = {"content": text} if chat else {"text": text}
                 yield event(index, content, request.output.finish_reason)
         if (body.get("stream_options") or {}).get("include_usage"):
-            counts = {"choices": [], "usage": protocol.usage(prompt_tokens, everyone)}
+            counts: dict[str, Any] = {
+                "choices": [],
+                "usage": protocol.usage(prompt_tokens, everyone),
+            }
             yield f"data: {json.dumps(head | counts)}\n\n"
         yield "data: [DONE]\n\n"
 

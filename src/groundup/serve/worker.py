@@ -4,6 +4,7 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from groundup.core.errors import GroundupError
 from groundup.core.types import SamplingParams
@@ -17,7 +18,7 @@ class Worker:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.inbox: queue.Queue[tuple[str, object]] = queue.Queue()
+        self.inbox: queue.Queue[tuple[str, Any]] = queue.Queue()
         self.listeners: dict[Request, asyncio.Queue[Event]] = {}
         self.loop: asyncio.AbstractEventLoop | None = None
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -70,16 +71,15 @@ class Worker:
             for request in self.engine.step():
                 self.tell(request)
 
-    def handle(self, kind: str, body: object) -> None:
+    def handle(self, kind: str, body: Any) -> None:
         """Add or abort requests."""
         assert self.loop is not None
         if kind == "abort":
-            assert isinstance(body, list)
             self.engine.abort(body)
             for request in body:
                 self.listeners.pop(request, None)
             return
-        prompt, params, answer = body  # type: ignore[misc]
+        prompt, params, answer = body
         try:
             requests = self.engine.add(prompt, params)
         except GroundupError as err:

@@ -79,7 +79,8 @@ def make_optimizers(
     model: nn.Module, config: FitConfig, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
     """Return [Muon, AdamW]: matrices inside layers to the first, all else to the second."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
