@@ -93,8 +93,9 @@ def test_the_audit_counts_what_is_cut_and_what_teaches_nothing():
 
 def test_collating_shifts_targets():
     batch = collate_rows([([5, 6, 7], [False, False, True]), ([8, 9], [False, True])], 0)
-    assert batch["ids"].tolist() == [[5, 6], [8, 0]]
-    assert batch["targets"].tolist() == [[-100, 7], [9, -100]]
+    assert batch["ids"][:, :3].tolist() == [[5, 6, 0], [8, 0, 0]]
+    assert batch["targets"][:, :3].tolist() == [[-100, 7, -100], [9, -100, -100]]
+    assert batch["ids"].shape == (2, 32)
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():

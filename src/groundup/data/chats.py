@@ -60,7 +60,7 @@ class ChatsConfig:
 
     corpus: Path = field(help="corpus folder", input=True)
     max_characters: int = field(700, help="longest prompt and answer together")
-    max_rows: int = field(24_000, help="rows at the most, chosen by seed")
+    max_rows: int = field(7_000, help="rows at the most, chosen by seed")
     seed: int = field(1, help="seed of phrasing and choice")
 
 

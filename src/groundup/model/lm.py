@@ -26,7 +26,7 @@ class NeuralLM:
         model: Decoder,
         eos_token_id: int,
         *,
-        batch_tokens: int = 16_384,
+        batch_tokens: int = 4_096,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model

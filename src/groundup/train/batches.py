@@ -16,6 +16,8 @@ from groundup.model.decoder import IGNORE
 from groundup.train.objectives import MicroBatch
 
 StepBatch = list[MicroBatch]
+PAD_TO = 32
+
 Row = tuple[list[int], list[bool]]  # ids, and which of them are trained on
 
 
@@ -184,8 +186,12 @@ class Examples:
 
 
 def collate_rows(rows: Sequence[Row], pad_token_id: int) -> MicroBatch:
-    """Return ids_BT and targets_BT: position t predicts token t+1 where that one is trained."""
-    T = max(len(ids) for ids, _ in rows) - 1
+    """Return ids_BT and targets_BT: position t predicts token t+1 where that one is trained.
+
+    Rows are padded to a multiple of 32: few shapes, so that kernels prepared for a shape, and
+    the memory that they hold, are used again.
+    """
+    T = -(-(max(len(ids) for ids, _ in rows) - 1) // PAD_TO) * PAD_TO
     ids_BT = torch.full((len(rows), T), pad_token_id)
     targets_BT = torch.full((len(rows), T), IGNORE)
     for row, (ids, trainable) in enumerate(rows):

@@ -35,7 +35,7 @@ MICRO_BATCH = 8
 TIMED_STEPS = 2
 # Tokens worth seeing for each weight of the layers before a larger model pays; see docs/BENCH.md.
 TOKENS_PER_WEIGHT = 1.0
-LEAST_STEPS = 300
+STEPS_WORTH_HAVING = 2000  # small batches learn faster than large ones until there are so many
 COMPILE_S = 30.0  # what compiling costs; weighed against what it saves
 
 
@@ -133,7 +133,7 @@ def make_plan(*, pretrain_s: float, train_tokens: int, vocab_size: int, device: 
         say(f"  compiled: {per_micro / fast_s:,.0f} tokens/s, {'used' if use_compile else 'left'}")
         chosen_s = fast_s if use_compile else chosen_s
     budget_tokens = pretrain_s / chosen_s * per_micro
-    accumulation = max(1, min(8, int(budget_tokens / (LEAST_STEPS * 2) / per_micro)))
+    accumulation = max(1, min(8, int(budget_tokens / STEPS_WORTH_HAVING / per_micro)))
     steps = max(20, int(pretrain_s / (chosen_s * accumulation)))
     weights = num_parameters(config, embeddings=False)
     epochs = steps * accumulation * per_micro / max(1, train_tokens)
@@ -142,8 +142,8 @@ def make_plan(*, pretrain_s: float, train_tokens: int, vocab_size: int, device: 
         f"{weights / 1e6:.2f}M weights outside the embedding",
         "steps": f"{pretrain_s:.0f} s at {chosen_s * accumulation:.3f} s a step; "
         f"{epochs:.2f} passes over {train_tokens / 1e6:.2f}M training tokens",
-        "batch": f"{accumulation * MICRO_BATCH} rows of {CONTEXT}: as many as leave "
-        f"{LEAST_STEPS} steps or more",
+        "batch": f"{accumulation * MICRO_BATCH} rows of {CONTEXT}: small, until there are "
+        f"{STEPS_WORTH_HAVING:,} steps",
         "learning_rate": "Muon's published 0.02 for matrices, 0.003 for the rest",
         "dtype": f"{dtype}: timed on a 512 x 512 product",
         "compile": f"{'saves' if use_compile else 'does not save'} more than its {COMPILE_S:.0f} s",

@@ -1,0 +1,193 @@
+"""Configs, files and stage folders: exact round trips, complete or absent, honest statuses."""
+
+import errno
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from groundup.core import config as configs
+from groundup.core import device, files, run
+from groundup.core.config import field
+from groundup.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    GroundupError,
+    MissingExtra,
+    StorageError,
+    need,
+)
+from groundup.core.metrics import MetricsLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """Every kind of field."""
+
+    steps: int = field(3, help="a number")
+    rate: float = field(0.5, help="another")
+    name: str | None = field(None, help="a name")
+    where: Path = field(Path("."), help="a path", input=True)
+    many: tuple[str, ...] = field(("a",), help="names")
+    fast: bool = field(False, help="a switch", semantic=False)
+
+
+@given(
+    st.builds(
+        Example,
+        steps=st.integers(-(2**40), 2**40),
+        rate=st.floats(allow_nan=False, allow_infinity=False),
+        name=st.none() | st.text(),
+        where=st.sampled_from([Path("a"), Path("a/b")]),
+        many=st.lists(st.text(), max_size=3).map(tuple),
+        fast=st.booleans(),
+    )
+)
+def test_configs_survive_json(example):
+    written = json.loads(json.dumps(configs.dump(example)))
+    assert configs.load(Example, written, where="test") == example
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stpes": 3}, r"here: unknown key 'stpes' \(did you mean 'steps'\?\)"),
+        ({"steps": "many"}, "here: steps = 'many'"),
+        ({"many": 3}, "here: many = 3"),
+    ],
+)
+def test_bad_configs_name_place_and_key(values, message):
+    with pytest.raises(ConfigError, match=message):
+        configs.load(Example, values, where="here")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [", "line 1"), ("- a", "must hold `key: value`"), ("", "must hold `key: value`")],
+)
+def test_bad_yaml_names_the_line(tmp_path, content, message):
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        configs.read_yaml(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
+def test_durations(text, seconds):
+    assert configs.parse_duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["0m", "-1m", "ten", "10", ""])
+def test_bad_durations(text):
+    with pytest.raises(ConfigError, match="budget"):
+        configs.parse_duration_s(text)
+
+
+def test_a_folder_is_complete_or_absent(tmp_path):
+    target = tmp_path / "out"
+
+    def write_half():
+        with files.atomic_folder(target) as aside:
+            (aside / "half").write_text("x")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+    for content in ("one", "two"):
+        with files.atomic_folder(target) as aside:
+            (aside / "file").write_text(content)
+        assert (target / "file").read_text() == content
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
+    files.write_text(tmp_path / "a", "old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(StorageError, match="no space left on the disk"):
+        files.write_text(tmp_path / "a", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_path_under_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="cannot write"):
+        files.write_text(tmp_path / "file" / "below", "x")
+
+
+def test_broken_json_names_file_and_line(tmp_path):
+    (tmp_path / "a.json").write_text('{\n"a": }')
+    with pytest.raises(DataError, match=r"a\.json is not valid JSON \(line 2"):
+        files.read_json(tmp_path / "a.json")
+    (tmp_path / "b.jsonl").write_bytes(b'{"a": "\xff"}\n')
+    with pytest.raises(DataError, match="is not UTF-8"):
+        list(files.read_jsonl(tmp_path / "b.jsonl"))
+
+
+def test_metrics_are_cut_back_and_survive_a_torn_line(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    for step in range(1, 5):
+        log.write(step=step, loss=1 / step)
+    with open(log.path, "a") as handle:
+        handle.write('{"step": 5, "lo')
+    log.truncate_after(3)
+    assert [row["step"] for row in MetricsLog.read(log.path)] == [1, 2, 3]
+
+
+def test_a_missing_extra_gives_the_install_line():
+    with pytest.raises(MissingExtra, match=r"pip install 'groundup\[serve\]'"):
+        need("no_such_package", extra="serve", purpose="serving")
+
+
+def test_a_users_own_function_is_found_or_named(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("def reward(x):\n    return x + 1\n")
+    assert run.load_object(f"{file}:reward")(1) == 2
+    with pytest.raises(ConfigError, match="has no 'rewrad'"):
+        run.load_object(f"{file}:rewrad")
+    with pytest.raises(ConfigError, match="cannot import"):
+        run.load_object("no_such_module:x")
+    with pytest.raises(ConfigError, match="not of the form"):
+        run.load_object("nothing")
+
+
+def test_the_device_line_says_what_is_used():
+    chosen = device.pick("cpu", "fp32")
+    assert chosen.line.startswith("cpu, ")
+    assert chosen.line.endswith(" threads, fp32")
+    with pytest.raises(ConfigError, match="'warp' cannot be used here"):
+        device.pick("warp")
+
+
+def test_a_model_is_found_in_models_stages_and_runs(tmp_path):
+    for name in ("first", "second", "unfinished"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "config.json").write_text("{}")
+        if name != "unfinished":
+            (tmp_path / name / "stage.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text("stages: {first: {}, second: {}, unfinished: {}}")
+    second = tmp_path / "second" / "model"
+    assert run.resolve_model(second) == second
+    assert run.resolve_model(tmp_path / "second") == second
+    assert run.resolve_model(tmp_path) == second
+    with pytest.raises(CheckpointError, match="does not exist"):
+        run.resolve_model(tmp_path / "no")
+    (tmp_path / "recipe.yaml").write_text("stages: {unfinished: {}}")
+    with pytest.raises(CheckpointError, match="no finished model yet"):
+        run.resolve_model(tmp_path)
+
+
+def test_every_error_is_in_the_tree():
+    from groundup.core import errors
+
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, GroundupError):
+            assert name in errors.__doc__

@@ -1,0 +1,234 @@
+"""The corpus: what goes in and out, duplicates, splits, shards, chats; bad input in one line."""
+
+import ast
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from groundup.core.errors import DataError
+from groundup.core.types import SPLITS, Document
+from groundup.data import (
+    ChatsConfig,
+    CorpusConfig,
+    build_chats,
+    build_corpus,
+    mismatched_pairs,
+    open_shard,
+    read_chats,
+    read_corpus,
+    read_documents,
+    read_preferences,
+    write_preferences,
+    write_shards,
+)
+from groundup.data.build import hold_out, split_documents
+from groundup.data.clean import reason_to_drop, tidy
+from groundup.data.dedup import clusters, shingles, signature, similar
+
+
+def test_every_format_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "b.md").write_text("# head")
+    page = "<html><head><style>x{}</style></head><body><p>one</p><p>two &amp; three</p></body>"
+    (tmp_path / "c.html").write_text(page)
+    (tmp_path / "d.jsonl").write_text('{"text": "row one"}\n\n{"text": "row two"}\n')
+    pq.write_table(pa.table({"text": ["cell"]}), tmp_path / "e.parquet")
+    (tmp_path / "f.bin").write_bytes(b"\0\1")
+    (tmp_path / "g.txt").write_bytes(b"caf\xe9")
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "h.py").write_text("x = 1\n")
+    counts = Counter()
+    found = {d.id: d.text for d in read_documents([tmp_path], counts)}
+    assert found == {
+        "a.txt": "plain",
+        "b.md": "# head",
+        "c.html": "one\ntwo & three",
+        "d.jsonl:1": "row one",
+        "d.jsonl:3": "row two",
+        "e.parquet:1": "cell",
+        "sub/h.py": "x = 1\n",
+    }
+    assert counts["hidden"] == counts["unknown format"] == counts["unreadable"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("binary.txt", b"\0\1\2", "is a binary file"),
+        ("latin.txt", b"one\ncaf\xe9", "line 2 is not UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("field.jsonl", b'{"body": "a"}\n', 'line 1 has no string field "text"'),
+        ("list.jsonl", b"[1]\n", "line 1 holds a list"),
+        ("bad.parquet", b"nothing", "is not readable Parquet"),
+        ("image.png", b"x", "has a format that is not read"),
+    ],
+)
+def test_a_named_file_that_cannot_be_read_says_why(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_documents([tmp_path / name]))
+    assert name in str(caught.value)
+
+
+def test_missing_and_empty_places(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        list(read_documents([tmp_path / "no"]))
+    with pytest.raises(DataError, match="holds no readable text"):
+        list(read_documents([tmp_path]))
+    (tmp_path / "a.txt").write_text("too little to learn from")
+    with pytest.raises(DataError, match="at least 50,000 are needed"):
+        build_corpus(CorpusConfig(paths=(str(tmp_path / "a.txt"),)), tmp_path / "out")
+
+
+def test_the_installed_python_is_text():
+    documents = read_documents(["python"])
+    first = [next(documents) for _ in range(20)]
+    assert all(document.source.endswith(".py") for document in first)
+
+
+def document(text, name="a"):
+    return Document(id=name, text=text, source=name)
+
+
+def test_cleaning_gives_reasons():
+    assert tidy(document("\ufeffa\r\nb\0\n\n\n")).text == "a\nb\n"
+    assert reason_to_drop(document("short")) == "too short"
+    assert reason_to_drop(document("good text " * 20)) is None
+    assert reason_to_drop(document("good \x01text " * 20)) == "control characters"
+
+
+def words(rng, count):
+    return [f"w{n}" for n in rng.integers(0, 5000, count)]
+
+
+def test_signatures_estimate_jaccard():
+    rng = np.random.default_rng(0)
+    errors = []
+    for share in (0.1, 0.5, 0.9):
+        for _ in range(10):
+            a = words(rng, 400)
+            b = a[: int(400 * share)] + words(rng, 400 - int(400 * share))
+            sets = [set(shingles(" ".join(x)).tolist()) for x in (a, b)]
+            true = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+            found = similar(*(signature(shingles(" ".join(x))) for x in (a, b)))
+            errors.append(found - true)
+    assert np.sqrt(np.mean(np.square(errors))) < 0.07  # theory: 0.5 / sqrt(112) = 0.047
+
+
+def test_near_duplicates_meet_and_others_do_not():
+    rng = np.random.default_rng(1)
+    texts = [words(rng, 300) for _ in range(20)]
+    texts += [[*text[:150], "changed", *text[151:]] for text in texts[:5]]
+    signatures = [signature(shingles(" ".join(text))) for text in texts]
+    assert clusters(signatures, 0.7) == [*range(20), *range(5)]
+
+
+@given(st.integers(0, 10_000), st.lists(st.integers(1, 5000), min_size=30, max_size=60))
+@settings(max_examples=30, deadline=None)
+def test_splits_are_complete_disjoint_and_stable(seed, sizes):
+    documents = [document("x" * size, f"f{n}") for n, size in enumerate(sizes)]
+    config = CorpusConfig(seed=seed)
+    splits = split_documents(documents, config)
+    names = [d.source for split in SPLITS for d in splits[split]]
+    assert sorted(names) == sorted(d.source for d in documents)
+    assert all(splits[split] for split in SPLITS)
+    assert splits == split_documents(documents, config)
+
+
+def test_no_file_rules_a_held_out_split():
+    sizes = Counter({"huge": 1000, **{f"f{n}": 10 for n in range(100)}})
+    chosen = hold_out(["huge", *(f"f{n}" for n in range(100))], sizes, 100)
+    assert chosen == [f"f{n}" for n in range(10)]
+
+
+def test_one_large_file_is_cut_to_be_split(tmp_path):
+    paragraphs = [f"Paragraph {n} " + "word " * 40 for n in range(900)]
+    (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
+    build_corpus(CorpusConfig(paths=(str(tmp_path / "book.txt"),)), tmp_path / "out")
+    assert all(list(read_corpus(tmp_path / "out", split)) for split in SPLITS)
+
+
+def test_shards_hold_every_token(corpus, tok, tmp_path):
+    write_shards(corpus, tok, tmp_path)
+    for split in SPLITS:
+        texts = [d.text for d in read_corpus(corpus, split)]
+        shard = open_shard(tmp_path, split)
+        assert [tok.decode(ids[:-1]) for ids in shard.documents()] == texts
+        assert all(ids[-1] == tok.eos_token_id for ids in shard.documents())
+        assert shard.num_bytes == sum(len(text.encode()) for text in texts)
+    file = tmp_path / "train.bin"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(DataError, match="make the shards again"):
+        open_shard(tmp_path, "train")
+
+
+@pytest.fixture(scope="module")
+def chats(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("chats")
+    build_chats(ChatsConfig(corpus=corpus), out)
+    return out / "chats.jsonl"
+
+
+def test_answers_can_be_known_from_the_prompt(chats):
+    seen = Counter()
+    for chat in read_chats(chats):
+        question, answer = (message["content"] for message in chat.messages)
+        task = chat.meta["task"]
+        seen[task] += 1
+        if task in ("arguments", "returns"):
+            code = question.split("```python\n")[1].split("\n```")[0]
+            tree = ast.parse(code + "\n    pass" if task == "arguments" else code).body[0]
+        if task == "arguments":
+            assert answer == ", ".join(a.arg for a in tree.args.args)
+        if task == "returns":
+            assert answer == ast.unparse(tree.body[-1].value)
+            assert chat.meta["baseline"] == answer
+    assert min(seen[t] for t in ("arguments", "returns", "summary", "complete")) > 100
+    assert seen["greeting"] >= 30
+    assert seen["refusal"] >= 30
+
+
+def test_chats_keep_to_their_files_split(chats, corpus):
+    split_of = {d.source: split for split in SPLITS for d in read_corpus(corpus, split)}
+    for chat in read_chats(chats):
+        if chat.source != "smalltalk":
+            assert chat.split == split_of[chat.source]
+
+
+def test_pairs_match_in_length_and_never_hold_the_right_answer(chats, tmp_path):
+    pairs = mismatched_pairs(list(read_chats(chats)), seed=1)
+    assert len(pairs) > 100
+    for pair in pairs:
+        right, wrong = pair.chosen[0]["content"], pair.rejected[0]["content"]
+        assert right != wrong
+        assert abs(len(right) - len(wrong)) <= 0.2 * len(right)
+    write_preferences(tmp_path / "p.jsonl", pairs)
+    assert list(read_preferences(tmp_path / "p.jsonl")) == pairs
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, 'the list "messages" is missing'),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "message 0 has the role 'robot'"),
+        ({"messages": [{"role": "user", "content": 3}]}, 'message 0 has no string "content"'),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no message has the role assistant"),
+        (
+            {"messages": [{"role": "assistant", "content": "x"}], "split": "dev"},
+            "split 'dev' is not one of",
+        ),
+    ],
+)
+def test_broken_chats_name_the_line(tmp_path, row, message):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "c.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_chats(tmp_path / "c.jsonl"))
+    assert "line 2" in str(caught.value)

@@ -1,0 +1,161 @@
+"""The server through the official client: chat, completion, streams, errors, many at once."""
+
+import asyncio
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from groundup.core.errors import ServeError
+from groundup.core.types import SamplingParams
+from groundup.generate import LLM
+from groundup.serve import make_app, serve
+
+QUESTION = [{"role": "user", "content": "Hi"}]
+CARD = {"title": "tiny", "lines": ["One line."], "questions": ["What?"]}
+
+
+@pytest.fixture
+def server(tiny, tok):
+    llm = LLM(tiny, tok, max_num_seqs=4)
+    config = uvicorn.Config(make_app(llm, "tiny", CARD), port=0, log_level="warning")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not running.started and time.monotonic() < deadline:
+        time.sleep(0.02)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    running.should_exit = True
+    thread.join(timeout=20)
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+
+
+def test_a_chat_answers_as_the_engine_does(client, tiny, tok):
+    answer = client.chat.completions.create(
+        model="tiny", messages=QUESTION, temperature=0, max_tokens=12
+    )
+    [wanted] = LLM(tiny, tok).chat(QUESTION, SamplingParams(temperature=0, max_tokens=12))
+    assert answer.choices[0].message.content == wanted.outputs[0].text
+    assert answer.usage.prompt_tokens == len(wanted.prompt_token_ids)
+    assert answer.usage.completion_tokens == len(wanted.outputs[0].token_ids)
+
+
+def test_a_stream_adds_up_to_the_answer(client):
+    options = {"model": "tiny", "messages": QUESTION, "seed": 3, "max_tokens": 20}
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    chunks = list(
+        client.chat.completions.create(
+            **options, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole
+    assert chunks[-1].usage.completion_tokens > 0
+    assert chunks[-2].choices[0].finish_reason in ("stop", "length")
+
+
+def test_completions_score_a_given_text(client, tiny, tok):
+    ids = [7, 9, 11, 13]
+    answer = client.completions.create(
+        model="tiny", prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0
+    )
+    found = answer.choices[0].logprobs.token_logprobs
+    [wanted] = LLM(tiny, tok).generate(
+        [ids], SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0)
+    )
+    expected = [row[i] for i, row in zip(ids[1:], wanted.prompt_logprobs[1:], strict=True)]
+    assert found[:3] == pytest.approx(expected, abs=1e-5)
+
+
+def test_text_completions_stream_and_come_in_lists(client):
+    both = client.completions.create(
+        model="tiny", prompt=["def a(", "x = "], max_tokens=5, temperature=0
+    )
+    assert [choice.index for choice in both.choices] == [0, 1]
+    stream = client.completions.create(
+        model="tiny", prompt="def a(", max_tokens=5, temperature=0, stream=True
+    )
+    assert "".join(c.choices[0].text for c in stream) == both.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1}, "temperature = -1"),
+        ({"messages": []}, "'messages' must be a list"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\]"),
+        ({"messages": [{"role": "user", "content": "x " * 500}]}, "shorten it"),
+        ({"response_format": {"type": "json_object"}}, "'response_format' is not supported"),
+        ({"max_tokens": "many"}, "max_tokens"),
+    ],
+)
+def test_bad_requests_are_400_and_say_why(client, change, message):
+    body = {"model": "tiny", "messages": QUESTION} | change
+    with pytest.raises(openai.BadRequestError, match=message):
+        client.chat.completions.create(**body)
+    assert client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=2)
+
+
+def test_what_is_not_json_is_400(server):
+    answer = httpx.post(f"{server}/v1/chat/completions", content=b"{")
+    assert answer.status_code == 400
+    assert "not JSON" in answer.json()["error"]["message"]
+
+
+def test_many_at_once_each_get_their_own_answer(server):
+    async def ask_all():
+        client = openai.AsyncOpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
+        asks = [
+            client.completions.create(model="tiny", prompt=[n + 1], max_tokens=8, temperature=0)
+            for n in range(12)
+        ]
+        return [answer.choices[0].text for answer in await asyncio.gather(*asks)]
+
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+    alone = [
+        client.completions.create(model="tiny", prompt=[n + 1], max_tokens=8, temperature=0)
+        .choices[0]
+        .text
+        for n in range(12)
+    ]
+    assert asyncio.run(ask_all()) == alone
+
+
+def test_a_client_that_leaves_frees_its_row(server, client):
+    for _ in range(6):  # more than there are rows
+        with httpx.stream(
+            "POST",
+            f"{server}/v1/chat/completions",
+            json={"messages": QUESTION, "stream": True, "max_tokens": 60, "ignore_eos": True},
+        ) as answer:
+            next(answer.iter_lines())
+    assert client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=2)
+
+
+def test_the_page_and_the_lists(server):
+    page = httpx.get(server).text
+    assert "<title>groundup chat" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert httpx.get(f"{server}/v1/models").json()["data"][0]["id"] == "tiny"
+    assert httpx.get(f"{server}/v1/info").json()["questions"] == ["What?"]
+    assert httpx.get(f"{server}/health").json() == {"status": "ok"}
+
+
+def test_a_port_in_use_is_one_line(tiny, tok):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1:{port}"):
+            serve(LLM(tiny, tok), "tiny", CARD, host="127.0.0.1", port=port)
