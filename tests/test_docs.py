@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
         (place / "texts" / f"module_{n}.py").write_text(python_file(n))
     shutil.copytree(ROOT / "recipes", place / "recipes")
     command = (
-        "groundup quickstart --text texts --budget 75s --set tokenizer.vocab_size=400 "
+        "groundup quickstart --text texts --budget 2m --set tokenizer.vocab_size=400 "
         "--set data.duplicate_similarity=0.95 --set preferences.sampled_prompts=10 "
         "--set evaluate.questions=16 --set evaluate.max_tokens=8 --set plan.pretrain_s=4 "
         "--set finetune.seconds=3 --set align.seconds=2 --set data.validation_fraction=0.2"

@@ -179,7 +179,8 @@ def chats(corpus, tmp_path_factory):
 def test_answers_can_be_known_from_the_prompt(chats):
     seen = Counter()
     for chat in read_chats(chats):
-        question, answer = (message["content"] for message in chat.messages)
+        assert len(chat.messages) in (2, 4)
+        question, answer = (message["content"] for message in chat.messages[-2:])
         task = chat.meta["task"]
         seen[task] += 1
         if task in ("arguments", "returns"):

@@ -56,7 +56,7 @@ def documents():
     rng = np.random.default_rng(0)
     steps = rng.choice([1, 1, 1, 2, 3, 5], size=4000)
     walk = (np.cumsum(steps) % 19) + 1
-    return [np.append(part, EOS) for part in np.split(walk, 60)]
+    return [np.append(part, EOS) for part in np.array_split(walk, 60)]
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])

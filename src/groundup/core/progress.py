@@ -1,5 +1,6 @@
 """What a person sees on stderr: lines, bars and tables. stdout is kept for results."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 T = TypeVar("T")
+NUMBER = re.compile(r"[<+-]?[\d.,]+%?")
 console = Console(stderr=True, highlight=False)
 
 
@@ -38,7 +40,7 @@ def show_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[Any]]
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for index, header in enumerate(headers):
         cells = [row[index] for row in body]
-        numeric = bool(cells) and all(cell[:1].isdigit() or cell[:1] in "-+<" for cell in cells)
+        numeric = any(cells) and all(NUMBER.fullmatch(cell) for cell in cells if cell)
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in body:
         table.add_row(*(escape(cell) for cell in row))

@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def build_chats(config: ChatsConfig, out: Path) -> dict[str, Any]:
         skipped["over max_rows"] += len(chats) - config.max_rows
         chosen = np.sort(rng.permutation(len(chats))[: config.max_rows])
         chats = [chats[n] for n in chosen]
-    chats += smalltalk()
+    chats = with_earlier_turns([*chats, *smalltalk()], rng)
     write_jsonl(out / "chats.jsonl", (asdict(chat) for chat in chats))
     counts = Counter((chat.meta["task"], chat.split) for chat in chats)
     tasks = list(dict.fromkeys(chat.meta["task"] for chat in chats))
@@ -99,6 +99,18 @@ def build_chats(config: ChatsConfig, out: Path) -> dict[str, Any]:
     summary = {"rows": table, "skipped": dict(skipped)}
     write_json(out / "stats.json", summary)
     return summary
+
+
+def with_earlier_turns(chats: list[Chat], rng: np.random.Generator) -> list[Chat]:
+    """Put another conversation before every fourth training row, to learn what a turn is."""
+    train = [chat for chat in chats if chat.split == "train"]
+    result = []
+    for n, chat in enumerate(chats):
+        if chat.split == "train" and n % 4 == 3:
+            before = train[int(rng.integers(len(train)))]
+            chat = replace(chat, messages=[*before.messages, *chat.messages])
+        result.append(chat)
+    return result
 
 
 def one_turn(

@@ -1,9 +1,11 @@
 """Report pages: one self-contained HTML file, no scripts, no requests; all text is escaped."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+NUMBER = re.compile(r"[<+-]?[\d.,]+%?")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5b6570; --line: #dfe3e8;
   --paper: #ffffff; --card: #f6f8fa; --good: #0a7d4f; --bad: #b3401b; }
@@ -73,7 +75,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Return a table; columns of numbers are right-aligned."""
     body = [[str(cell) for cell in row] for row in rows]
     numeric = [
-        all(row[n][:1] in "+-0123456789" for row in body if row[n]) and any(row[n] for row in body)
+        any(row[n] for row in body) and all(NUMBER.fullmatch(row[n]) for row in body if row[n])
         for n in range(len(headers))
     ]
 

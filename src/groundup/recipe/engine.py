@@ -11,6 +11,7 @@ variable or the folder of an earlier stage ("@data/chats.jsonl" for a file in it
 the run folder, and "@expect.NAME" for the seconds planned for a stage.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,21 +79,23 @@ def expected_seconds(recipe: Mapping[str, Any], *, where: str) -> dict[str, floa
     budget_s = configs.parse_duration_s(recipe["budget"])
     expected: dict[str, float] = {}
     rest = None
+    shares = 0.0
     for name, settings in recipe["stages"].items():
         wish = str(settings.get("expect", "0%")) if isinstance(settings, Mapping) else "0%"
         if wish == "rest":
             rest = name
         elif wish.endswith("%"):
+            shares += float(wish[:-1]) / 100
             expected[name] = budget_s * float(wish[:-1]) / 100
         else:
             expected[name] = configs.parse_duration_s(wish)
     if rest:
         left = budget_s - sum(expected.values())
         if left < LEAST_REST_S:
-            needed = budget_s - left + LEAST_REST_S
+            needed_s = (budget_s - left - shares * budget_s + LEAST_REST_S) / max(0.01, 1 - shares)
             raise ConfigError(
                 f"{where}: a budget of {recipe['budget']} leaves no time for {rest!r}: "
-                f"the other stages need {budget_s - left:.0f} s, so give {needed / 60:.1f}m or more"
+                f"give {math.ceil(needed_s / 6) / 10:.1f}m or more"
             )
         expected[rest] = left
     return expected

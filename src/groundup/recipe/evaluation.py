@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +196,14 @@ def card(
         for task, score in scores.items()
         if task not in ("all", "greeting", "refusal")
     ]
-    good = [row["prompt"] for row in rows if row["exact"] and "```" in row["prompt"]]
-    others = [row["prompt"] for row in rows if row["prompt"] not in good]
+    by_task: dict[str, list[str]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (not row["exact"], len(row["prompt"]))):
+        by_task[row["task"]].append(row["prompt"])
+    questions = [prompt for turn in zip_longest(*by_task.values()) for prompt in turn if prompt]
     return {
         "tasks": tasks,
         "score": f"{scores['all']['exact_match']:.0%} of held-out questions answered exactly",
-        "questions": [*good, *others][:CARD_QUESTIONS],
+        "questions": questions[:CARD_QUESTIONS],
         "layers": shape.num_hidden_layers,
         "width": shape.hidden_size,
     }

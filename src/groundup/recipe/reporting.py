@@ -184,10 +184,10 @@ def what_more_time_gives(rows: list[dict[str, Any]], summary: dict[str, Any]) ->
     scale = summary["train_bits_per_byte_per_nat"]
     now, later = curve.at(float(tokens[-1])), curve.at(float(tokens[-1]) + MORE_S * speed)
     return (
-        f"Ten more minutes of pretraining would take the training loss down by about "
-        f"{(now - later) * scale:.3f} bits per byte, by the power law fitted to this curve "
-        f"(it misses the curve by {curve.residual * scale:.3f} on average; the decay of the "
-        "learning rate and repeated data are not in it)."
+        f"Ten more minutes of pretraining would take the training loss down by at most "
+        f"{(now - later) * scale:.2f} bits per byte, by the power law fitted to this curve. It "
+        f"misses the curve by {curve.residual * scale:.3f} on average and flatters: the end of "
+        "this curve fell with the learning rate, and more passes over the same text teach less."
     )
 
 
