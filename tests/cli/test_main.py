@@ -31,6 +31,7 @@ def test_every_command_of_the_table_exists(command):
         (["pretrian"], "did you mean 'pretrain'"),
         (["run", "no-such.yaml"], "no-such.yaml does not exist"),
         (["quickstart", "--budget", "0m"], "leaves no time to train"),
+        (["quickstart", "--text", "no-such-folder"], "no-such-folder does not exist"),
         (["quickstart", "--budgte", "2m"], "unknown flag --budgte (did you mean '--budget'"),
         (["quickstart", "--set", "pretrain.stepz=3"], "unknown key 'stepz' (did you mean 'steps'"),
         (["data", "biuld"], "did you mean 'build'"),
@@ -45,8 +46,10 @@ def test_a_users_fault_is_one_line_and_exit_code_2(argv, message, capsys, tmp_pa
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
-    assert len(err.strip().splitlines()) <= 2
-    assert not any(tmp_path.iterdir()), "something was left behind"
+    complaint = err[err.index("groundup: ") :]
+    assert len(complaint.strip().splitlines()) <= 2
+    left = [path for path in tmp_path.rglob("*") if path.name != "runs"]
+    assert left == [], "something was left behind"
 
 
 def test_print_recipe_is_the_shipped_file(capsys):

@@ -29,7 +29,7 @@ def stage_command(
         values[positional] = resolve_model(values[positional])
         say(f"model: {values[positional]}")
     config = configs.load(cls, values, where=f"groundup {prog}")
-    with exclusive(args.out.absolute().parent / f".{args.out.name}.lock.d"):
+    with exclusive(args.out):
         record = run_stage(stage, config, args.out)
     if args.json:
         print(json.dumps(record["summary"]))

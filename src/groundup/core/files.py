@@ -28,6 +28,10 @@ def storage_errors(path: Path) -> Iterator[None]:
         if err.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise StorageError(f"cannot write {path}: {os.strerror(err.errno)}") from err
         raise
+    except Exception as err:  # native libraries put the system's words into their own errors
+        if os.strerror(errno.ENOSPC) in str(err):
+            raise StorageError(f"no space left on the disk while writing {path}") from err
+        raise
 
 
 def existing_parent(path: Path) -> Path:

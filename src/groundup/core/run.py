@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from groundup.core import config as configs
-from groundup.core.errors import CheckpointError, ConfigError, closest
+from groundup.core.errors import CheckpointError, ConfigError, GroundupError, closest
 from groundup.core.files import hash_file, hash_json, read_json, storage_errors, write_json
 
 FINISHED = "stage.json"
@@ -174,7 +174,13 @@ def run_stage(
     write_json(partial_marker(out), {"identity": identity})
     started = time.time()
     reset_peak_memory()
-    summary = stage.function()(config, out)
+    try:
+        with storage_errors(out):
+            summary = stage.function()(config, out)
+    except GroundupError:
+        if status == "new" and not (out / "checkpoints").exists():
+            sweep(out, everything=True)  # nothing that could be continued was written
+        raise
     record = {
         "stage": stage.name,
         "key": hash_json(identity),
@@ -197,18 +203,26 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; the system lets go when the process ends, however it ends."""
     import fcntl
 
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    lock = folder.absolute().with_name(f".{folder.name}.lock")
+    with storage_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT)
+    busy = ConfigError(
+        f"another groundup process is working in {folder}: wait for it, or use another --out"
+    )
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
-            raise ConfigError(
-                f"another groundup process is working in {folder}: "
-                "wait for it, or use another --out"
-            ) from err
+            raise busy from err
+        if not lock.exists() or os.fstat(handle).st_ino != lock.stat().st_ino:
+            raise busy  # its last holder removed the file between our opening and locking it
         yield
+        lock.unlink(missing_ok=True)
+    except GroundupError as err:
+        if err is not busy:
+            lock.unlink(missing_ok=True)
+        raise
     finally:
         os.close(handle)
 

@@ -14,6 +14,7 @@ the run folder, and "@expect.NAME" for the seconds planned for a stage.
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import yaml
 
 from groundup.core import config as configs
-from groundup.core.errors import ConfigError, closest
+from groundup.core.errors import ConfigError, GroundupError, closest
 from groundup.core.files import write_text
 from groundup.core.progress import say, show_table
 from groundup.core.run import RUN_FILE, Stage, exclusive, run_stage, stage_status
@@ -145,7 +146,14 @@ def run_recipe(recipe: dict[str, Any], *, where: str, dry_run: bool = False) -> 
             ("stage", "planned s", "what"),
             [(step.name, f"{step.expect_s:.0f}", step.stage.help) for step in steps],
         )
-        run_steps(steps)
+        try:
+            run_steps(steps)
+        except GroundupError:
+            if not any(step.out.exists() for step in steps):  # nothing to continue: leave nothing
+                (out / RUN_FILE).unlink()
+                with suppress(OSError):
+                    out.rmdir()
+            raise
     return out
 
 
