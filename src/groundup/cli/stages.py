@@ -70,8 +70,8 @@ def align(argv: Sequence[str]) -> None:
 
 def tokenizer(argv: Sequence[str]) -> None:
     """Run `groundup tokenizer train PATH... --out DIR`, on a corpus or on files."""
-    rest = subcommand("tokenizer", argv, {"train": "a corpus folder to a tokenizer"})
-    stage_command("tokenizer train", "tokenizer", rest, positional="corpus")
+    rest = subcommand("tokenizer", argv, {"train": "corpora or files to a tokenizer"})
+    stage_command("tokenizer train", "tokenizer", rest, positional="paths")
 
 
 def evaluate(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 HEIGHT = 9
+KEPT_SAMPLES = 2  # rounds of completions on the screen, the newest on top
 PLAIN_EVERY_S = 15.0
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # braille: row, column
 
@@ -86,7 +87,7 @@ class LiveTraining:
 
     def show_samples(self, samples: Sequence[str]) -> None:
         """Put new completions on top."""
-        self.samples = list(samples)
+        self.samples = [*samples, *self.samples][: KEPT_SAMPLES * len(samples)]
         if self.console.is_terminal:
             self.live.update(self.picture(), refresh=True)
         else:
@@ -101,6 +102,7 @@ class LiveTraining:
         if self.level is not None:
             parts.append(Text(f"        - - {self.level_name}: {self.level:.3f}", style="dim"))
         parts.append(Text("  " + self.status, style="bold"))
-        for sample in self.samples:
-            parts.append(Text("  > " + " ".join(sample.split())[: width - 6], style="green"))
+        for n, sample in enumerate(self.samples):
+            line = "  > " + " ".join(sample.split())[: width - 6]
+            parts.append(Text(line, style="green" if n < len(self.samples) / 2 else "dim green"))
         return Group(*parts)

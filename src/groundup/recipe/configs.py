@@ -11,9 +11,9 @@ DEVICE_HELP = "cpu, cuda or mps; unset: the best there is"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Train a tokenizer on the training split of a corpus."""
+    """Train a tokenizer on the training split of corpora, or on plain files and folders."""
 
-    corpus: Path = field(help="corpus folder", input=True)
+    paths: tuple[str, ...] = field(help="corpus folders, or files and folders", input=True)
     kind: str = field("bpe", help="tokenizer kind")
     vocab_size: int = field(4096, help="number of ids, special tokens included")
 

@@ -1,10 +1,12 @@
 """Stages on text: tokenizer, token shards, n-gram counts."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from groundup.core.progress import say, track
-from groundup.data import open_shard, read_corpus, write_shards
+from groundup.core.types import Split
+from groundup.data import open_shard, read_corpus, read_documents, write_shards
 from groundup.model.ngram import NGram
 from groundup.recipe.configs import NGramConfig, ShardsConfig, TokenizerConfig
 from groundup.tokenizer import Tokenizer
@@ -12,12 +14,12 @@ from groundup.tokenizer import Tokenizer
 
 def train_tokenizer(config: TokenizerConfig, out: Path) -> dict[str, Any]:
     """Train on the training split; report bytes per token on text the trainer never saw."""
-    texts = (document.text for document in read_corpus(config.corpus, "train"))
+    texts = read_texts(config.paths, "train")
     tok = Tokenizer.train(
         track(texts, "training the tokenizer"), kind=config.kind, vocab_size=config.vocab_size
     )
     tok.save(out)
-    held_out = [document.text for document in read_corpus(config.corpus, "validation")]
+    held_out = list(read_texts(config.paths, "validation"))
     num_bytes = sum(len(text.encode()) for text in held_out)
     num_tokens = sum(len(ids) for ids in tok.encode_batch(held_out))
     bytes_per_token = num_bytes / max(1, num_tokens)
@@ -26,6 +28,15 @@ def train_tokenizer(config: TokenizerConfig, out: Path) -> dict[str, Any]:
         "of validation text"
     )
     return {"vocab_size": tok.vocab_size, "bytes_per_token": bytes_per_token}
+
+
+def read_texts(paths: Sequence[str], split: Split) -> Iterator[str]:
+    """Yield the texts of one split of corpora; files that were never split are read whole."""
+    for path in paths:
+        if (Path(path) / "stats.json").is_file():
+            yield from (document.text for document in read_corpus(Path(path), split))
+        else:
+            yield from (document.text for document in read_documents([path]))
 
 
 def tokenize(config: ShardsConfig, out: Path) -> dict[str, Any]:
