@@ -37,7 +37,8 @@ figure svg { width: 100%; height: auto; background: #ffffff; border-radius: .5re
   padding: .5rem; border: 1px solid var(--line); }
 pre { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; overflow-x: auto;
   font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .5rem; }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .5rem;
+  align-items: start; }
 .answers div { background: var(--card); border-radius: .5rem; padding: .5rem .75rem;
   font: .85rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap; }
 .answers span { display: block; color: var(--soft); font: .8rem system-ui, sans-serif; }
