@@ -37,3 +37,11 @@ def test_completing_continues_text(tiny, tok, monkeypatch, capsys):
     llm = LLM(tiny, tok)
     out = talk(llm, monkeypatch, capsys, "def alpha(\n", complete=True)
     assert llm.generate("def alpha(", PARAMS)[0].outputs[0].text.strip() in out
+
+
+def test_a_fenced_block_is_one_message(tiny, tok, monkeypatch, capsys):
+    llm = LLM(tiny, tok)
+    out = talk(llm, monkeypatch, capsys, "```python\nx = 1\n```\n")
+    [wanted] = llm.chat([{"role": "user", "content": "```python\nx = 1\n```"}], PARAMS)
+    assert wanted.outputs[0].text.strip() in out
+    assert out.count(wanted.outputs[0].text.strip()) == 1

@@ -122,3 +122,10 @@ def test_bad_input_is_one_line(tmp_path, tok):
     assert trimming.render([{"role": "user", "content": "a"}]).text == "a"
     with pytest.raises(TokenizerError, match="changes the messages' text"):
         trimming.render([{"role": "user", "content": " a "}])
+
+
+def test_padding_ids_of_a_rounded_embedding_decode_to_nothing(tok):
+    ids = tok.encode("alpha")
+    assert tok.decode([*ids, tok.vocab_size + 3]) == "alpha"
+    decoder = tok.stream_decoder()
+    assert "".join(decoder.push(i) for i in [tok.vocab_size + 3, *ids]) == "alpha"

@@ -41,7 +41,7 @@ def report(config: ReportConfig, out: Path) -> dict[str, Any]:
         page.section("At a glance", glance(metrics, records, outlook)),
         page.section("Text and tokens", *data_blocks(run, records)),
         page.section("Three models on the same held-out text", *three_blocks(metrics)),
-        page.section("Training", *training_blocks(logs, records, plan, outlook)),
+        page.section("Training", *training_blocks(logs, records, plan)),
         page.section("Answers", *answer_blocks(run, metrics)),
         page.section("Preferences", *preference_blocks(run, metrics)),
         page.section("Samples", *sample_blocks(run)),
@@ -131,7 +131,6 @@ def training_blocks(
     logs: dict[str, list[dict[str, Any]]],
     records: dict[str, Any],
     plan: dict[str, Any],
-    outlook: str,
 ) -> list[str]:
     """Return the plan and the curves."""
     scale = records["pretrain"]["summary"]["train_bits_per_byte_per_nat"]
@@ -155,7 +154,6 @@ def training_blocks(
             ),
             f"Pretraining: {len(rows):,} steps, median {np.median(speed):,.0f} tokens/s.",
         ),
-        page.text(outlook),
     ]
     for name, label in (("finetune", "loss a trained token (nats)"), ("align", "DPO loss")):
         losses = [row["loss"] for row in logs[name]]

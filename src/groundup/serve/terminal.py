@@ -1,5 +1,6 @@
 """Talking to a model in the terminal, streaming."""
 
+import select
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,10 @@ from rich.console import Console
 from groundup.core.types import Message, SamplingParams
 from groundup.generate import LLM
 
-HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it; a number asks that question."
+HELP = (
+    "/reset forgets the conversation, /quit or Ctrl-D ends it; a number asks that question; "
+    "lines pasted together are one message."
+)
 
 
 def introduce(console: Console, card: dict[str, Any], *, complete: bool) -> None:
@@ -39,7 +43,10 @@ def one_line(text: str) -> str:
 
 
 def read_lines(console: Console) -> Iterator[str]:
-    """Yield what the user types, or the lines of a pipe."""
+    """Yield what the user types or pastes, or the lines of a pipe.
+
+    Lines pasted together are one message, and so are the lines of a fenced block.
+    """
     interactive = sys.stdin.isatty()
     while True:
         if interactive:
@@ -47,7 +54,18 @@ def read_lines(console: Console) -> Iterator[str]:
         line = sys.stdin.readline()
         if not line:
             return
+        while line.count("```") % 2 or (interactive and pasted_more()):
+            more = sys.stdin.readline()
+            if not more:
+                break
+            line += more
         yield line.rstrip("\n")
+
+
+def pasted_more() -> bool:
+    """Whether the terminal already holds another line: nobody types that fast."""
+    ready, _, _ = select.select([sys.stdin], [], [], 0.03)
+    return bool(ready)
 
 
 def chat(llm: LLM, card: dict[str, Any], params: SamplingParams, *, complete: bool = False) -> None:

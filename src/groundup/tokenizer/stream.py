@@ -12,8 +12,8 @@ class StreamDecoder:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Return the text that this id completes; special tokens give none."""
-        if token_id in self.skip:
+        """Return the text that this id completes; special and padding ids give none."""
+        if token_id in self.skip or token_id >= len(self.token_bytes):
             return ""
         return self.decoder.decode(self.token_bytes[token_id])
 

@@ -124,9 +124,13 @@ class Tokenizer:
         )
 
     def decode_bytes(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> bytes:
-        """Return the bytes that the ids stand for."""
+        """Return the bytes that the ids stand for; ids above the vocabulary stand for none.
+
+        Models have such ids where their embedding is padded to a round size.
+        """
         skip = set(self.specials.values()) if skip_special_tokens else set()
-        return b"".join(self.token_bytes[i] for i in ids if i not in skip)
+        known = len(self.token_bytes)
+        return b"".join(self.token_bytes[i] for i in ids if i < known and i not in skip)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
