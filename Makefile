@@ -57,9 +57,9 @@ endif
 
 $(VENV)/.user: pyproject.toml $(VENV)/.torch
 ifdef UV
-	VIRTUAL_ENV=$(VENV) uv pip install --quiet --torch-backend=auto -e '.[serve]'
+	VIRTUAL_ENV=$(VENV) uv pip install --quiet --torch-backend=auto -e '.[all]'
 else
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[serve]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[all]'
 endif
 	@touch $@
 

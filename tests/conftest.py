@@ -2,28 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from inputs import python_file
 
 torch.set_num_threads(2)
-
-WORDS = ("alpha", "beta", "gamma", "delta", "omega", "count", "total", "index", "value", "query")
-
-
-def python_file(n: int) -> str:
-    """Return a Python file of documented functions; every n gives another one."""
-    rng = np.random.default_rng(n)
-    parts = [f'"""Module number {n} about {rng.choice(WORDS)}."""\n']
-    for k in range(12):
-        a, b, c, d = (str(word) for word in rng.permutation(WORDS)[:4])
-        parts.append(
-            f"def {a}_{b}_{n}_{k}({c}, {d}={k}):\n"
-            f'    """Return the {a} of the {b} and the {c} number {n} here."""\n'
-            f"    {b} = {c} * {rng.integers(1, 99)} + {d}\n"
-            f"    return {b} - {rng.integers(1, 99)}\n"
-        )
-    return "\n\n".join(parts)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ BLOCK = re.compile(r"(<!-- not run: [^>]*-->\n)?```(bash|python)\n(.*?)```", re.
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Return a working directory with some text and a finished small run."""
-    from conftest import python_file
+    from inputs import python_file
 
     place = tmp_path_factory.mktemp("docs")
     (place / "texts").mkdir()

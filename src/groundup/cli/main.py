@@ -14,7 +14,10 @@ COMMANDS = {
     ),
     "run": ("run a recipe (YAML); finished stages are skipped", "groundup.cli.runs:run"),
     "data": ("build a corpus: read, clean, deduplicate, split", "groundup.cli.stages:data"),
-    "tokenizer": ("train a tokenizer", "groundup.cli.stages:tokenizer"),
+    "tokenizer": (
+        "train, show, compare, convert, extend and trim tokenizers",
+        "groundup.cli.tokenizers:tokenizer",
+    ),
     "pretrain": ("train a model on a corpus", "groundup.cli.stages:pretrain"),
     "finetune": ("teach a model from conversations", "groundup.cli.stages:finetune"),
     "align": ("teach a model preferences (DPO)", "groundup.cli.stages:align"),

@@ -68,12 +68,6 @@ def align(argv: Sequence[str]) -> None:
     stage_command("align", "align", argv, positional="model", model=True)
 
 
-def tokenizer(argv: Sequence[str]) -> None:
-    """Run `groundup tokenizer train PATH... --out DIR`, on a corpus or on files."""
-    rest = subcommand("tokenizer", argv, {"train": "corpora or files to a tokenizer"})
-    stage_command("tokenizer train", "tokenizer", rest, positional="paths")
-
-
 def evaluate(argv: Sequence[str]) -> None:
     """Run `groundup evaluate MODEL --data FILE`: bits per byte of a model on texts."""
     flags = parser("evaluate", "Bits per byte and perplexity of a model on texts.")

@@ -117,11 +117,8 @@ def read_or_count(file: Path, root: Path, counts: Counter[str]) -> Iterator[Docu
 
 
 def read_file(file: Path, name: str) -> Iterator[Document]:
-    """Yield the documents of one file."""
-    reader = reader_of(file)
-    if reader is None:
-        raise DataError(f"{file} has a format that is not read: convert it to .txt, .md or .jsonl")
-    yield from reader(file, name)
+    """Yield the documents of one file; a suffix that says nothing is read as text."""
+    yield from (reader_of(file) or read_text)(file, name)
 
 
 def read_text(file: Path, name: str) -> Iterator[Document]:

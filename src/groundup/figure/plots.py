@@ -125,3 +125,21 @@ def histograms(groups: Mapping[str, Sequence[float]], *, x_label: str) -> str:
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     label_axes(axes, x_label, "pairs")
     return to_svg(figure)
+
+
+def dot_plot(groups: Mapping[str, Mapping[str, float]], *, x_label: str) -> str:
+    """Draw one row a label, sorted by the first group's value, with a dot for each group."""
+    first = next(iter(groups.values()))
+    labels = sorted(first, key=lambda label: -first[label])
+    figure, axes = canvas(7.2, 0.17 * len(labels) + 1.2)
+    axes.grid(True, axis="x", color="#eeeeee", linewidth=0.8)
+    for n, (name, values) in enumerate(groups.items()):
+        rows = [row for row, label in enumerate(labels) if label in values]
+        dots = [values[labels[row]] for row in rows]
+        axes.scatter(dots, rows, s=18, color=COLOURS[n % len(COLOURS)], label=name, zorder=3)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8, color=INK)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    if len(groups) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+    label_axes(axes, x_label, "")
+    return to_svg(figure)

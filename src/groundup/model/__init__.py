@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from groundup.model.lm import NeuralLM
     from groundup.model.mixture import Mixture
     from groundup.model.ngram import NGram
+    from groundup.model.vocabulary import remap_vocabulary
 
 __all__ = [
     "Decoder",
@@ -23,6 +24,7 @@ __all__ = [
     "NeuralLM",
     "load_model",
     "num_parameters",
+    "remap_vocabulary",
     "save_model",
     "train_flops_per_token",
 ]
@@ -35,6 +37,7 @@ _HOMES = {
     "NeuralLM": "lm",
     "load_model": "hf",
     "num_parameters": "counts",
+    "remap_vocabulary": "vocabulary",
     "save_model": "hf",
     "train_flops_per_token": "counts",
 }

@@ -14,8 +14,22 @@ class TokenizerConfig:
     """Train a tokenizer on the training split of corpora, or on plain files and folders."""
 
     paths: tuple[str, ...] = field(help="corpus folders, or files and folders", input=True)
-    kind: str = field("bpe", help="tokenizer kind")
+    kind: str = field("bpe", help="char, word, bpe, wordpiece, unigram or sentencepiece-bpe")
     vocab_size: int = field(4096, help="number of ids, special tokens included")
+    pattern: str = field(
+        "gpt4", help="how bpe and word cut text: gpt2, gpt4, gpt4o, llama3, qwen2, code, or a regex"
+    )
+    normalizer: str = field(
+        "none", help="none, nfc, nfkc, lowercase, bert-cased or bert-uncased (wordpiece's default)"
+    )
+    byte_fallback: bool = field(True, help="char and sentencepiece: unknown letters become bytes")
+    chat_template: str = field("chatml", help="chatml, qwen3, llama3, mistral, gemma or plain")
+    special_tokens: tuple[str, ...] = field((), help="more special tokens")
+    reserved_tokens: int = field(0, help="unused special tokens, kept for later")
+    dropout: float | None = field(None, help="BPE-dropout that `sample` draws with (1910.13267)")
+    alpha: float | None = field(None, help="sharpness of unigram sampling (1804.10959)")
+    sample_bytes: int = field(100_000_000, help="sentencepiece trains on this much text at most")
+    seed: int = field(0, help="seed of that sample")
 
 
 @dataclass(frozen=True, kw_only=True)

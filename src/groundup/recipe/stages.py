@@ -15,7 +15,8 @@ STAGES = {
             name="tokenizer",
             config="groundup.recipe.configs:TokenizerConfig",
             run="groundup.recipe.texts:train_tokenizer",
-            help="train a byte-level BPE tokenizer",
+            help="train a tokenizer",
+            version=2,
         ),
         Stage(
             name="shards",

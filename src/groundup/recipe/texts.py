@@ -16,8 +16,20 @@ def train_tokenizer(config: TokenizerConfig, out: Path) -> dict[str, Any]:
     """Train on the training split; report bytes per token on text the trainer never saw."""
     texts = read_texts(config.paths, "train")
     tok = Tokenizer.train(
-        track(texts, "training the tokenizer"), kind=config.kind, vocab_size=config.vocab_size
+        track(texts, "training the tokenizer"),
+        kind=config.kind,
+        vocab_size=config.vocab_size,
+        pattern=config.pattern,
+        normalizer=config.normalizer,
+        byte_fallback=config.byte_fallback,
+        chat_template=config.chat_template,
+        special_tokens=config.special_tokens,
+        reserved_tokens=config.reserved_tokens,
+        sample_bytes=config.sample_bytes,
+        seed=config.seed,
     )
+    sampling = {"dropout": config.dropout, "alpha": config.alpha}
+    tok.sampling = {name: value for name, value in sampling.items() if value is not None}
     tok.save(out)
     held_out = list(read_texts(config.paths, "validation"))
     num_bytes = sum(len(text.encode()) for text in held_out)

@@ -49,7 +49,11 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     model = load_model(config.model, device=device.device)
     longest = config.max_length or model.config.max_position_embeddings
     chats = list(read_chats(config.data, "train"))
-    rendered = (tok.render(chat.messages, tools=chat.tools) for chat in track(chats, "rendering"))
+    rendered = (
+        row
+        for chat in track(chats, "rendering")
+        for row in tok.training_rows(chat.messages, tools=chat.tools)
+    )
     rows, counts = audit([(r.ids, r.trainable) for r in rendered], longest)
     show_audit(counts)
     if not rows:

@@ -5,11 +5,15 @@ sentinels on the way, so that every stretch of the text is known to come from th
 from a message: special tokens are recognised only where the template wrote them.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import jinja2
@@ -20,57 +24,28 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from groundup.core.errors import TokenizerError
 from groundup.core.types import Message
-
-CHATML = """\
-{%- if tools %}
-{{- '<|im_start|>system\\n' }}
-{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
-{{- 'You may call these functions, one JSON object in <tool_call></tool_call> a call:' }}
-{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
-{{- '<|im_end|>\\n' }}
-{%- elif messages[0].role == 'system' %}
-{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}
-{{- '<|im_start|>assistant\\n' }}
-{%- generation %}
-{{- message.content }}
-{%- for call in message.tool_calls or [] %}
-{{- '\\n' if message.content or not loop.first }}
-{{- '<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}
-{%- endfor %}
-{{- '<|im_end|>' }}
-{%- endgeneration %}
-{{- '\\n' }}
-{%- elif message.role == 'tool' %}
-{{- '<|im_start|>user\\n<tool_response>\\n' + message.content }}
-{{- '\\n</tool_response><|im_end|>\\n' }}
-{%- elif message.role == 'user' %}
-{{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
-{%- elif not loop.first %}
-{{- raise_exception('a system message must come first') }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+from groundup.tokenizer.templates import TEMPLATES
 
 # Private-use characters: a message's start carries its number between OPEN and STOP.
-OPEN, STOP, CLOSE, TRAIN, UNTRAIN = "\ue0f0", "\ue0f1", "\ue0f2", "\ue0f3", "\ue0f4"
+MARKS = OPEN, STOP, CLOSE, TRAIN, UNTRAIN = "\ue0f0", "\ue0f1", "\ue0f2", "\ue0f3", "\ue0f4"
 MARK = re.compile(f"{OPEN}(\\d+){STOP}|({CLOSE})|({TRAIN})|({UNTRAIN})")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as tokens. `origin` is the message a token's content came from, or -1."""
+    """A conversation as tokens. `origin` is the message a token's content came from, or -1.
+
+    `problem` says why the loss mask is not known, where a template does not tell; `dropped`
+    names the messages whose reasoning the template left out.
+    """
 
     text: str
     ids: list[int]
     role: list[str]
     trainable: list[bool]
     origin: list[int]
+    problem: str | None = None
+    dropped: frozenset[int] = frozenset()
 
 
 class Generation(Extension):
@@ -97,6 +72,9 @@ def compile_template(template: str, marked: bool) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
+    def strftime_now(form: str) -> str:
+        return datetime.now().strftime(form)
+
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
 
@@ -105,6 +83,7 @@ def compile_template(template: str, marked: bool) -> jinja2.Template:
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
     environment.globals["marked"] = marked
     try:
         return environment.from_string(template)
@@ -116,34 +95,116 @@ def render(
     template: str,
     messages: Sequence[Message],
     *,
-    encode: Callable[[str], list[int]],
-    token_bytes: Sequence[bytes],
+    spans: Callable[[str], list[tuple[int, int, int]]],
     specials: Mapping[str, int],
-    variables: Mapping[str, str],
-    tools: Sequence[dict[str, Any]] | None = None,
-    add_generation_prompt: bool = False,
+    ends: Set[int],
+    variables: Mapping[str, Any],
 ) -> Rendered:
     """Render and encode a conversation; a TokenizerError says what in it does not fit."""
     if not messages:
         raise TokenizerError("a conversation needs at least one message")
-    options = {**variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
-    wrapped = []
     for number, message in enumerate(messages):
-        content = message.get("content") or ""
-        if any(mark in content for mark in (OPEN, STOP, CLOSE, TRAIN, UNTRAIN)):
+        if any(mark in str(message.get("content")) for mark in MARKS):
             raise TokenizerError(
                 f"message {number} holds a private-use character (U+E0F0 to U+E0F4): remove it"
             )
-        inside = f"{OPEN}{number}{STOP}{content}{CLOSE}" if content else ""
-        wrapped.append({**message, "content": inside})
-    plain = fill(compile_template(template, False), {**options, "messages": messages})
-    marked = fill(compile_template(template, True), {**options, "messages": wrapped})
-    if MARK.sub("", marked) != plain:
+    plain = fill(compile_template(template, False), {**variables, "messages": messages})
+    source = TWINS.get(unmarked(template), template)
+    lost: list[int] | None = None
+    for form in (as_it_is, stripped, reasoning_apart):
+        parts = [form(message) for message in messages]
+        wrapped = [wrap(n, part) for n, part in enumerate(parts)]
+        marked = fill(compile_template(source, True), {**variables, "messages": wrapped})
+        if MARK.sub("", marked) != plain:
+            continue
+        shown = {int(match[1]) for match in MARK.finditer(marked) if match[1]}
+        lost = [n for n, part in enumerate(parts) if part.get("content") and 2 * n not in shown]
+        if not lost:
+            break
+    if lost is None:
         raise TokenizerError(
-            "this chat template changes the messages' text (trims or cuts it), so its tokens "
+            "this chat template changes the messages' text (cuts or rewrites it), so its tokens "
             "cannot be told apart: let it print {{ message.content }} as it is"
         )
-    return tokens_of(marked, messages, encode, token_bytes, specials, plain)
+    if lost:
+        role = messages[lost[0]]["role"]
+        raise TokenizerError(f"this chat template drops message {lost[0]} ({role}): leave it out")
+    dropped = {n for n, p in enumerate(parts) if p.get("reasoning_content")}
+    dropped -= {n for n in dropped if 2 * n + 1 in shown}
+    rendered = tokens_of(marked, messages, spans, specials, plain)
+    answers = {n for n, message in enumerate(messages) if message["role"] == "assistant"}
+    problem = None
+    if answers and TRAIN not in marked:
+        problem = mark_answers(rendered, messages, answers, set(specials.values()), ends)
+    return replace(rendered, dropped=frozenset(dropped), problem=problem)
+
+
+def as_it_is(message: Message) -> dict[str, Any]:
+    """Return the message for templates that print its content unchanged."""
+    return dict(message)
+
+
+def stripped(message: Message) -> dict[str, Any]:
+    """Return the message for templates that trim its content."""
+    return {**message, "content": (message.get("content") or "").strip()}
+
+
+def reasoning_apart(message: Message) -> dict[str, Any]:
+    """Return the message for templates that cut <think> out of the content themselves."""
+    content = message.get("content") or ""
+    if message["role"] != "assistant" or "</think>" not in content:
+        return dict(message)
+    before, _, after = content.rpartition("</think>")
+    reasoning = before.split("<think>")[-1].strip("\n")
+    return {**message, "content": after.lstrip("\n"), "reasoning_content": reasoning}
+
+
+def wrap(number: int, message: dict[str, Any]) -> dict[str, Any]:
+    """Put a message's content and reasoning between sentinels: numbers 2n and 2n + 1."""
+    wrapped = dict(message)
+    for key, mark in (("content", 2 * number), ("reasoning_content", 2 * number + 1)):
+        if message.get(key):
+            wrapped[key] = f"{OPEN}{mark}{STOP}{message[key]}{CLOSE}"
+        elif key == "content":
+            wrapped[key] = message.get(key) and ""
+    return wrapped
+
+
+def unmarked(template: str) -> str:
+    """Return the hash of a template without its generation marks and white space."""
+    bare = re.sub(r"{%-?\s*(end)?generation\s*-?%}\s*", "", template)
+    return hashlib.sha256("".join(bare.split()).encode()).hexdigest()
+
+
+TWINS = {unmarked(template): template for template, _ in TEMPLATES.values()}
+
+
+def mark_answers(
+    rendered: Rendered,
+    messages: Sequence[Message],
+    answers: Set[int],
+    specials: Set[int],
+    ends: Set[int],
+) -> str | None:
+    """Mark contents and the end tokens behind them, for templates without generation marks.
+
+    Returns why that cannot be done, if so: a call is printed by the template alone, and an
+    answer without an end token would never learn to stop.
+    """
+    advice = "put {% generation %} and {% endgeneration %} around what the assistant writes"
+    for number in sorted(answers):
+        if messages[number].get("tool_calls"):
+            return f"the template does not say where message {number}'s calls begin: {advice}"
+        own = [n for n, origin in enumerate(rendered.origin) if origin == number]
+        if not own:
+            return f"message {number} has no tokens of its own: {advice}"
+        behind = range(own[-1] + 1, len(rendered.ids))
+        end = next((n for n in behind if rendered.ids[n] in specials), None)
+        if end is None or rendered.ids[end] not in ends:
+            return f"no end token follows message {number}: {advice}, the end token included"
+        for n in (*own, *range(own[-1] + 1, end + 1)):
+            rendered.trainable[n] = True
+    return None
 
 
 def fill(template: jinja2.Template, values: Mapping[str, Any]) -> str:
@@ -157,31 +218,25 @@ def fill(template: jinja2.Template, values: Mapping[str, Any]) -> str:
 def tokens_of(
     marked: str,
     messages: Sequence[Message],
-    encode: Callable[[str], list[int]],
-    token_bytes: Sequence[bytes],
+    spans: Callable[[str], list[tuple[int, int, int]]],
     specials: Mapping[str, int],
     plain: str,
 ) -> Rendered:
     """Encode stretch by stretch: specials only where the template wrote them.
 
     Text between two specials is encoded whole, although template and message share it, so
-    that the ids are those of the plain text; a token that spans both belongs to its first byte.
+    that the ids are those of the plain text; a token that spans both belongs to its first
+    character.
     """
     result = Rendered(text=plain, ids=[], role=[], trainable=[], origin=[])
     stretch: list[tuple[str, int, bool]] = []
 
     def flush() -> None:
         text = "".join(piece for piece, _, _ in stretch)
-        owners = [
-            (origin, trained)
-            for piece, origin, trained in stretch
-            for _ in range(len(piece.encode()))
-        ]
-        at = 0
-        for token in encode(text):
-            origin, trained = owners[at]
+        cuts = [0, *accumulate(len(piece) for piece, _, _ in stretch)]
+        for token, start, _ in spans(text) if text else []:
+            _, origin, trained = stretch[min(bisect_right(cuts, start), len(stretch)) - 1]
             append(token, origin, trained)
-            at += len(token_bytes[token])
         stretch.clear()
 
     def append(token: int, origin: int, trained: bool) -> None:
@@ -192,7 +247,7 @@ def tokens_of(
 
     names = re.compile("|".join(re.escape(name) for name in sorted(specials, key=len)[::-1]))
     for text, origin, trained in pieces(marked):
-        if origin >= 0:
+        if origin >= 0 or not specials:
             stretch.append((text, origin, trained))
             continue
         at = 0
@@ -216,7 +271,7 @@ def pieces(marked: str) -> Iterable[tuple[str, int, bool]]:
             yield marked[at : match.start()], origin, trained
         at = match.end()
         if match[1]:
-            origin = int(match[1])
+            origin = int(match[1]) // 2
         elif match[2]:
             origin = -1
         else:

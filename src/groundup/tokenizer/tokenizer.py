@@ -1,145 +1,389 @@
 """The tokenizer: text to ids and back, chats to ids with their loss mask.
 
-Text from users never becomes a special token: `encode` knows only bytes and merges, unless
-`allow_special=True`. decode(encode(text)) == text for every string of Unicode scalar values.
+Text from users never becomes a special token, unless `allow_special=True`. What a round trip
+keeps depends on the kind: `docs/tokenizer.md` has the promises.
 """
 
 import hashlib
 import json
+import random
+import re
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 from tokenizers import Tokenizer as Backend
 
 from groundup.core.errors import ConfigError, TokenizerError, closest
 from groundup.core.files import read_json, write_json, write_text
 from groundup.core.types import Message
-from groundup.tokenizer.chat import CHATML, Rendered, render
+from groundup.tokenizer import formats, sampling, spm
+from groundup.tokenizer.chat import Rendered, render
+from groundup.tokenizer.encoders import ByteLevel, NotFast, Span, text_encoder
+from groundup.tokenizer.kinds import (
+    BYTES,
+    END_OF_TEXT,
+    KINDS,
+    UNKNOWN,
+    TrainOptions,
+    byte_letters,
+)
 from groundup.tokenizer.stream import StreamDecoder
-from groundup.tokenizer.train import END_OF_TEXT, END_OF_TURN, KINDS, PATTERN
+from groundup.tokenizer.templates import CHATML, ENDS_OF_TURN, template
+
+OWN_KEY = "groundup"  # what tokenizer_config.json keeps for us
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer, kept on disk as a Hugging Face `tokenizer.json`.
+    """One tokenizer of any kind, kept on disk as a Hugging Face `tokenizer.json`.
 
-    Encoding runs in tiktoken (several times faster, the same ids); the file, and everything
-    that reads it, is that of the `tokenizers` library.
+    `backend` is that file's object in the tokenizers library; text is encoded by a faster
+    library with the same ids where there is one. `settings` are tokenizer_config.json's.
     """
 
-    def __init__(self, backend: Backend, chat_template: str | None = CHATML) -> None:
-        self.backend = backend
+    def __init__(
+        self,
+        backend: Backend,
+        chat_template: str | None = CHATML,
+        *,
+        sentencepiece: spm.SentencePiece | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.backend, self.sentencepiece = backend, sentencepiece
         self.chat_template = chat_template
-        content = json.loads(backend.to_str())
-        self.specials = {
-            token["content"]: token["id"] for token in content["added_tokens"] if token["special"]
-        }
-        self.core = fast_encoding(content, self.specials)
+        self.content: dict[str, Any] = json.loads(backend.to_str())
+        added = self.content["added_tokens"]
+        self.specials: dict[str, int] = {t["content"]: t["id"] for t in added if t["special"]}
+        self.added: dict[str, int] = {t["content"]: t["id"] for t in added}
+        self.settings: dict[str, Any] = settings or {}
+        if settings is None and END_OF_TEXT in self.specials:
+            self.settings = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        self.sampling: dict[str, float] = self.settings.get(OWN_KEY, {}).get("sampling", {})
+        unknown = self.content["model"].get("unk_token") or UNKNOWN
+        self.silent = {i for name, i in self.specials.items() if name != unknown}
+        self.core = text_encoder(backend, sentencepiece, set(self.specials.values()))
         self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], *, kind: str = "bpe", vocab_size: int = 8192
+        cls,
+        texts: Iterable[str],
+        *,
+        kind: str = "bpe",
+        chat_template: str = "chatml",
+        special_tokens: Sequence[str] = (),
+        reserved_tokens: int = 0,
+        **options: Any,
     ) -> "Tokenizer":
-        """Train on texts; the same texts in any chunks give the same tokenizer."""
+        """Train on texts; the same texts in any chunks give the same tokenizer.
+
+        `options` are the fields of TrainOptions. The special tokens are the end of text, those
+        of the chat template, `special_tokens`, and `reserved_tokens` unused ones for later.
+        """
         if kind not in KINDS:
             raise ConfigError(f"unknown tokenizer kind {kind!r}{closest(kind, KINDS)}")
-        return cls(KINDS[kind](texts, vocab_size))
+        form, needed = template(chat_template)
+        reserved = [f"<|reserved_{n}|>" for n in range(reserved_tokens)]
+        specials = dict.fromkeys((END_OF_TEXT, *needed, *special_tokens, *reserved))
+        trained = KINDS[kind](texts, TrainOptions(special_tokens=tuple(specials), **options))
+        return cls(trained.backend, form, sentencepiece=trained.sentencepiece)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Load a folder with tokenizer.json; a missing or broken file is a TokenizerError."""
-        folder = Path(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
+        """Load a folder or file of any known format; a broken one is a TokenizerError.
+
+        Known are tokenizer.json, SentencePiece's .model, tiktoken's .tiktoken, GPT-2's
+        vocab.json with merges.txt (encoder.json with vocab.bpe), and BERT's vocab.txt.
+        """
+        place = Path(path)
+        loaded = formats.load_any(place) if place.exists() else None
+        if loaded is None:
             raise TokenizerError(
-                f"{folder} holds no tokenizer.json: give a tokenizer or model folder"
+                f"{place} holds no tokenizer.json (nor .model, .tiktoken, vocab.json with "
+                "merges.txt, vocab.txt): give a tokenizer or model folder"
             )
-        try:
-            backend = Backend.from_file(str(file))
-        except Exception as err:  # the library raises bare Exception
-            raise TokenizerError(f"{file} cannot be read ({err}): copy or train it again") from err
-        template = None
+        backend, sentencepiece, settings = loaded
+        folder = place if place.is_dir() else place.parent
+        if (folder / "tokenizer_config.json").is_file():
+            settings = settings | read_json(folder / "tokenizer_config.json")
+        form = settings.get("chat_template")
+        if isinstance(form, list):  # several, by name
+            named = {entry["name"]: entry["template"] for entry in form}
+            form = named.get("default", next(iter(named.values()), None))
         if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        elif (folder / "tokenizer_config.json").is_file():
-            template = read_json(folder / "tokenizer_config.json").get("chat_template")
-        return cls(backend, template)
+            form = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return cls(backend, form, sentencepiece=sentencepiece, settings=settings)
+
+    def with_backend(
+        self, backend: Backend, sentencepiece: spm.SentencePiece | None
+    ) -> "Tokenizer":
+        """Return a tokenizer with this one's template and settings over another vocabulary."""
+        return Tokenizer(
+            backend,
+            self.chat_template,
+            sentencepiece=sentencepiece,
+            settings=dict(self.settings),
+        )
+
+    def with_template(self, name: str) -> "Tokenizer":
+        """Return a tokenizer with a chat template by name; its special tokens must be known."""
+        form, needed = template(name)
+        missing = [token for token in needed if token not in self.specials]
+        if missing:
+            raise TokenizerError(
+                f"the template {name!r} needs the special tokens {', '.join(missing)}, which this "
+                "tokenizer lacks: extend it with them first"
+            )
+        return Tokenizer(
+            self.backend, form, sentencepiece=self.sentencepiece, settings=dict(self.settings)
+        )
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and the chat template."""
+        """Write tokenizer.json, tokenizer_config.json, the chat template, tokenizer.model."""
         place = Path(folder)
         write_text(place / "tokenizer.json", self.backend.to_str(pretty=True))
         settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT,
-            "pad_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 1_000_000_000,
+            **self.settings,
+            "tokenizer_class": "PreTrainedTokenizerFast",
         }
+        settings.pop("chat_template", None)
+        settings.pop("auto_map", None)
+        if self.sampling:
+            settings[OWN_KEY] = {"sampling": self.sampling}
         if self.chat_template:
             settings["chat_template"] = self.chat_template
             write_text(place / "chat_template.jinja", self.chat_template)
+        if self.sentencepiece:
+            (place / "tokenizer.model").write_bytes(spm.write(self.sentencepiece))
         write_json(place / "tokenizer_config.json", settings)
 
+    def export(self, path: str | Path) -> None:
+        """Write another library's file: .model, .tiktoken, vocab.json with merges, vocab.txt."""
+        target = Path(path)
+        if target.suffix not in formats.EXPORTS:
+            raise TokenizerError(
+                f"{target}: unknown format{closest(target.suffix, formats.EXPORTS)}"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        formats.EXPORTS[target.suffix](self, target)
+
+    @cached_property
+    def kind(self) -> str:
+        """Return the kind, as `train` names it."""
+        model = self.content["model"]
+        names = {"Unigram": "unigram", "WordPiece": "wordpiece", "WordLevel": "word"}
+        if model["type"] in names:
+            return names[model["type"]]
+        if '"ByteLevel"' in json.dumps(
+            [self.content.get("pre_tokenizer"), self.content.get("decoder")]
+        ):
+            return "bpe"
+        return "sentencepiece-bpe" if model["merges"] else "char"
+
     @property
+    def lossy_normalizer(self) -> bool:
+        """Return whether text is changed before it is cut, other than by SentencePiece."""
+        found = self.content.get("normalizer")
+        if self.sentencepiece and found:
+            own = json.loads(spm.to_backend(self.sentencepiece).to_str())["normalizer"]
+            return bool(found != own)
+        return found is not None
+
+    @cached_property
+    def ranks(self) -> dict[bytes, int] | None:
+        """Return a byte-level BPE's tokens as bytes with their ids; None for other kinds."""
+        try:
+            return ByteLevel(self.content | {"normalizer": None}).ranks
+        except NotFast:
+            return None
+
+    @cached_property
     def vocab_size(self) -> int:
         """Return the number of ids, special tokens included."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    @property
+    def token_id(self, *keys: str) -> int:
+        """Return the id of the first of these special roles that the tokenizer has."""
+        for key in keys:
+            name = self.settings.get(key)
+            name = name.get("content") if isinstance(name, dict) else name
+            found = self.backend.token_to_id(name) if name else None
+            if found is not None:
+                return found
+        if END_OF_TEXT in self.specials:
+            return self.specials[END_OF_TEXT]
+        raise TokenizerError(
+            f"this tokenizer has no {keys[0]}: name one in tokenizer_config.json, or extend it"
+        )
+
+    @cached_property
     def eos_token_id(self) -> int:
-        """Return the id that ends a document, and stands before its first token."""
-        return self.specials[END_OF_TEXT]
+        """Return the id that ends a document."""
+        return self.token_id("eos_token", "sep_token", "bos_token")
 
-    bos_token_id = pad_token_id = eos_token_id
+    @cached_property
+    def bos_token_id(self) -> int:
+        """Return the id before the first token of a document; the end's, where there is none."""
+        return self.token_id("bos_token", "cls_token", "eos_token")
 
-    @property
+    @cached_property
+    def pad_token_id(self) -> int:
+        """Return the id that fills rows up; the end's, where there is none."""
+        return self.token_id("pad_token", "eos_token", "sep_token", "bos_token")
+
+    @cached_property
     def end_of_turn_id(self) -> int:
-        """Return the id that ends a chat turn."""
-        return self.specials[END_OF_TURN]
+        """Return the id that ends a chat turn: the template's, or the end of text."""
+        form = self.chat_template or ""
+        for name in ENDS_OF_TURN:
+            if name in form and name in self.specials:
+                return self.specials[name]
+        return self.eos_token_id
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Return the ids that end an answer."""
-        return (self.end_of_turn_id, self.eos_token_id)
+        return tuple(dict.fromkeys((self.end_of_turn_id, self.eos_token_id)))
 
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Return ids; names of special tokens in the text stay text unless allowed."""
+    def encode(
+        self, text: str, *, allow_special: bool = False, max_length: int | None = None
+    ) -> list[int]:
+        """Return ids; names of special tokens in the text stay text unless allowed.
+
+        `max_length` cuts the ids and warns of how many were cut.
+        """
         if allow_special:
-            return self.core.encode(text, allowed_special="all")
-        return self.core.encode_ordinary(text)
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self.core.encode(text)
+        if max_length is not None and len(ids) > max_length:
+            warnings.warn(f"text cut from {len(ids):,} to {max_length:,} tokens", stacklevel=2)
+            return ids[:max_length]
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode many texts in threads, without the interpreter's lock."""
-        return self.core.encode_ordinary_batch(list(texts))
+        return self.core.encode_batch(texts)
+
+    def spans(self, text: str) -> list[Span]:
+        """Return (id, first character, character behind the last) for each token of a text."""
+        return self.core.spans(text)
+
+    def sample(self, text: str, *, seed: int) -> list[int]:
+        """Return ids cut at random as `sampling` says: {"dropout": p} or {"alpha": a}.
+
+        BPE kinds take dropout (1910.13267), unigram takes alpha (1804.10959, eq. 4).
+        """
+        rng = random.Random(seed)
+        wanted = "alpha" if self.kind == "unigram" else "dropout"
+        if wanted not in self.sampling:
+            raise ConfigError(f"set tok.sampling = {{{wanted!r}: 0.1}} to sample from {self.kind}")
+        value = self.sampling[wanted]
+        if self.kind == "bpe" and self.ranks is not None:
+            letters, unify = byte_letters(), self.backend.normalizer
+            unified = unify.normalize_str(text) if unify else text
+            words = self.backend.pre_tokenizer.pre_tokenize_str(unified)
+            ids = []
+            for word, _ in words:
+                raw = bytes(letters[c] for c in word)
+                parts = sampling.bpe_dropout(raw, self.ranks, value, rng)
+                ids += [self.ranks[part] for part in parts]
+            return ids
+        if self.kind not in ("unigram", "sentencepiece-bpe") or self.sentencepiece is None:
+            raise ConfigError(
+                f"a {self.kind} tokenizer has one way to cut a text: nothing to sample"
+            )
+        return self.sample_pieces(self.backend.normalizer.normalize_str(text), value, rng)
+
+    def sample_pieces(self, text: str, value: float, rng: random.Random) -> list[int]:
+        """Sample from a SentencePiece model, characters outside it as bytes or <unk>."""
+        assert self.sentencepiece is not None
+        usable = (spm.NORMAL, spm.USER_DEFINED)
+        pieces = self.sentencepiece.pieces
+        scores = {p.text: (i, p.score) for i, p in enumerate(pieces) if p.type in usable}
+        table = {p.text: i for i, p in enumerate(pieces)}
+        unknown = self.sentencepiece.ids_of(spm.UNKNOWN)
+        bytewise = bool(self.sentencepiece.ids_of(spm.BYTE))
+        fallback = {
+            c: [table[BYTES[b]] for b in c.encode()] if bytewise else unknown
+            for c in set(text) - scores.keys()
+        }
+        if self.kind == "unigram":
+            lowest = min(score for _, score in scores.values()) - 10  # SentencePiece's own penalty
+            return sampling.unigram_sample(text, scores, fallback, lowest, value, rng)
+        order = sorted(scores, key=lambda piece: -scores[piece][1])
+        ranks = {piece: rank for rank, piece in enumerate(order)}
+        ids: list[int] = []
+        for word in re.findall(f"{spm.SPACE}*[^{spm.SPACE}]*", text):
+            for part in sampling.bpe_dropout(word, ranks, value, rng) if word else []:
+                ids += [scores[part][0]] if part in scores else fallback[part]
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(
+        text = self.decode_bytes(ids, skip_special_tokens=skip_special_tokens).decode(
             "utf-8", errors="replace"
         )
+        return text.removeprefix(" ") if self.drops_first_space else text
 
     def decode_bytes(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> bytes:
         """Return the bytes that the ids stand for; ids above the vocabulary stand for none.
 
         Models have such ids where their embedding is padded to a round size.
         """
-        skip = set(self.specials.values()) if skip_special_tokens else set()
+        skip = self.silent if skip_special_tokens else set()
         known = len(self.token_bytes)
         return b"".join(self.token_bytes[i] for i in ids if i < known and i not in skip)
 
     @cached_property
+    def drops_first_space(self) -> bool:
+        """Return whether the first token's space is none of the text."""
+        prefixed = self.sentencepiece is not None and self.sentencepiece.add_dummy_prefix
+        return (
+            prefixed
+            or self.kind == "wordpiece"
+            or '"Prepend"' in json.dumps(self.content.get("normalizer"))
+        )
+
+    @cached_property
     def token_bytes(self) -> list[bytes]:
-        """Return the bytes of every id."""
-        return [self.core.decode_single_token_bytes(i) for i in range(self.vocab_size)]
+        """Return the bytes that each id stands for in a text."""
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        letters = byte_letters() if self.kind == "bpe" else {}
+        byte_names = {name: bytes([n]) for n, name in enumerate(BYTES)}
+        unknown = {UNKNOWN, self.content["model"].get("unk_token")}
+        result = [b""] * self.vocab_size
+        for piece, i in vocab.items():
+            if piece in unknown:
+                result[i] = "\ufffd".encode()
+            elif piece in self.added:
+                result[i] = piece.encode()
+            elif self.kind == "bpe":
+                result[i] = b"".join(
+                    bytes([letters[c]]) if c in letters else c.encode() for c in piece
+                )
+            elif self.kind == "wordpiece":
+                bare = piece.removeprefix("##")
+                result[i] = (bare if bare != piece else f" {piece}").encode()
+            elif piece in byte_names and self.kind != "word":
+                result[i] = byte_names[piece]
+            elif self.kind in ("unigram", "sentencepiece-bpe"):
+                result[i] = piece.replace(spm.SPACE, " ").encode()
+            else:
+                result[i] = piece.encode()
+        return result
 
     def stream_decoder(self) -> StreamDecoder:
         """Return a decoder that takes ids one by one and never emits half a character."""
-        return StreamDecoder(self.token_bytes, skip=set(self.specials.values()))
+        return StreamDecoder(
+            self.token_bytes,
+            skip=self.silent,
+            drop_first_space=self.drops_first_space,
+        )
 
     def render(
         self,
@@ -147,61 +391,54 @@ class Tokenizer:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = False,
+        **variables: Any,
     ) -> Rendered:
-        """Return ids, role, trainable and origin of every token of a conversation."""
+        """Return ids, role, trainable and origin of every token of a conversation.
+
+        `variables` are the template's own switches, such as `enable_thinking`.
+        """
         if self.chat_template is None:
             raise TokenizerError("this tokenizer has no chat template: fine-tune with one first")
+        names = {
+            key: value.get("content") if isinstance(value, dict) else value
+            for key, value in self.settings.items()
+            if key.endswith("_token") and value
+        }
         return render(
             self.chat_template,
             messages,
-            encode=self.encode,
-            token_bytes=self.token_bytes,
+            spans=self.spans,
             specials=self.specials,
-            variables={"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT},
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
+            ends=set(self.stop_token_ids),
+            variables={
+                **names,
+                "tools": tools,
+                "add_generation_prompt": add_generation_prompt,
+                **variables,
+            },
         )
 
+    def training_rows(
+        self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[Rendered]:
+        """Return what to train on: one row, or one a turn where earlier reasoning is dropped.
 
-def fast_encoding(content: dict[str, Any], specials: dict[str, int]) -> tiktoken.Encoding:
-    """Return a tiktoken encoder with the ids of a byte-level BPE `tokenizer.json`.
-
-    tiktoken merges the pair whose joined bytes have the lowest rank; that is BPE's own order
-    when ranks are ids and ids were given in the order of the merges, which is checked here.
-    """
-    model = content["model"]
-    if model["type"] != "BPE":
-        raise TokenizerError(f"tokenizer.json holds a {model['type']} model; only BPE is supported")
-    letters = byte_letters()
-    try:
-        ranks = {
-            bytes(letters[c] for c in token): i
-            for token, i in model["vocab"].items()
-            if token not in specials
-        }
-    except KeyError as err:
-        raise TokenizerError(f"tokenizer.json is not byte-level BPE: the letter {err}") from err
-    pattern = PATTERN
-    splits = (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
-    for split in splits:
-        if split["type"] == "Split":
-            pattern = split["pattern"].get("Regex", pattern)
-    merged = [ranks[bytes(letters[c] for c in "".join(pair))] for pair in merge_pairs(model)]
-    if merged != sorted(merged):
-        raise TokenizerError("tokenizer.json: ids are not in the order of the merges")
-    return tiktoken.Encoding(
-        "groundup", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
-    )
-
-
-def merge_pairs(model: dict[str, Any]) -> list[list[str]]:
-    """Return the merges as pairs; older files write them as "left right"."""
-    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-
-
-def byte_letters() -> dict[str, int]:
-    """Return the byte for each printable letter that byte-level BPE writes it as (GPT-2)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(256 + n): byte for n, byte in enumerate(others)}
+        A template such as Qwen3's prints <think> only in the last turn; each turn is then
+        trained as it is seen when it is written. A template that does not say what the model
+        writes is a TokenizerError with the lines to add.
+        """
+        whole = self.render(messages, tools=tools)
+        if whole.problem:
+            raise TokenizerError(whole.problem)
+        if not whole.dropped:
+            return [whole]
+        rows = []
+        for n, message in enumerate(messages):
+            if message["role"] == "assistant":
+                row = self.render(messages[: n + 1], tools=tools)
+                last = max(
+                    (at for at, origin in enumerate(row.origin) if -1 < origin < n), default=-1
+                )
+                row.trainable[: last + 1] = [False] * (last + 1)
+                rows.append(row)
+        return rows
