@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from inputs import python_file
 
 torch.set_num_threads(2)

@@ -67,7 +67,7 @@ def test_every_format_is_read(tmp_path):
         ("field.jsonl", b'{"body": "a"}\n', 'line 1 has no string field "text"'),
         ("list.jsonl", b"[1]\n", "line 1 holds a list"),
         ("bad.parquet", b"nothing", "is not readable Parquet"),
-        ("image.png", b"x", "has a format that is not read"),
+        ("image.png", b"\x89PNG\r\n\x1a\n\0\0", "is a binary file"),
     ],
 )
 def test_a_named_file_that_cannot_be_read_says_why(tmp_path, name, content, message):

@@ -157,3 +157,14 @@ def test_killed_at_random_moments_it_ends_the_same(finished, text_folder, tmp_pa
     assert weights(out) == weights(finished)
     wanted = json.loads((finished / "evaluate" / "metrics.json").read_text())
     assert json.loads((out / "evaluate" / "metrics.json").read_text()) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["char", "word", "wordpiece", "unigram", "sentencepiece-bpe"])
+def test_every_kind_of_tokenizer_goes_through_by_one_word(finished, text_folder, tmp_path, kind):
+    assert finished
+    size = ["--set", "tokenizer.vocab_size=600"]
+    args = [*arguments(text_folder, tmp_path / "run"), *size, "--set", f"tokenizer.kind={kind}"]
+    assert main(args) == 0
+    folder = tmp_path / "run" / "align" / "model"
+    assert transformers.AutoTokenizer.from_pretrained(folder)("def alpha")["input_ids"]

@@ -5,7 +5,7 @@ import pytest
 from groundup.tokenizer import KINDS, Tokenizer
 
 PROSE = [
-    "Die Grüße über den Fluß kamen spät; naïve façades, coöperate: ἀρχή, начало, 始め、こんにちは。",
+    "Die Grüße über den Fluß kamen spät; naïve façades, coöperate: ἀρχή, начало, 始め。",
     "The quick brown fox jumps over the lazy dog, and the dog doesn't mind it at all: 12345 times.",
     "    indented\n\tand tabbed\r\n\n\n trailing spaces   ",
 ]

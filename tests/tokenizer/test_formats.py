@@ -2,15 +2,16 @@
 
 import base64
 import json
+from itertools import pairwise
 
 import pytest
 import sentencepiece
 import tiktoken
 import tokenizers
-from inputs import real_data
 
 from groundup.core.errors import TokenizerError
 from groundup.tokenizer import PATTERNS, Tokenizer
+from inputs import real_data
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def words_of(tok, text):
 def pair_counts(words):
     counts = {}
     for word, count in words.items():
-        for pair in zip(word[:-1], word[1:], strict=True):
+        for pair in pairwise(word):
             counts[pair] = counts.get(pair, 0) + count
     return counts
 

@@ -4,10 +4,10 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import ANY_TEXT
 
 from groundup.core.errors import ConfigError, DataError
 from groundup.tokenizer import KINDS, NORMALIZERS, PATTERNS, SPECIALS, Tokenizer
+from inputs import ANY_TEXT
 
 EXACT = ("char", "bpe", "unigram", "sentencepiece-bpe")
 TRICKY = [

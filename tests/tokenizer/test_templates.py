@@ -98,7 +98,7 @@ def test_an_imported_template_without_marks_gets_the_same_mask(named, name):
 def test_what_cannot_be_marked_is_refused_with_the_lines_to_add(named):
     tok = named["chatml"]
     bare = UNMARKED.sub("", tok.chat_template) + "{# another #}"
-    with pytest.raises(TokenizerError, match="put {% generation %} and {% endgeneration %}"):
+    with pytest.raises(TokenizerError, match=r"put \{% generation %\} and"):
         Tokenizer(tok.backend, bare).training_rows(TOOL_CHAT)
     no_end = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     with pytest.raises(TokenizerError, match="no end token follows message 2"):
@@ -144,6 +144,6 @@ def test_reasoning_is_trained_where_it_is_seen(named, theirs):
 
 
 def test_a_template_that_needs_tokens_says_which(tok):
-    with pytest.raises(TokenizerError, match="needs the special tokens <|start_header_id|>"):
+    with pytest.raises(TokenizerError, match=r"needs the special tokens <\|start_header_id\|>"):
         tok.with_template("llama3")
     assert tok.with_template("plain").end_of_turn_id == tok.eos_token_id
