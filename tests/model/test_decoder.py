@@ -117,7 +117,7 @@ def damage_layers(folder):
 def damage_rope(folder):
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(
-        config.replace('"rope_scaling": null', '"rope_scaling": {"rope_type": "yarn", "factor": 4}')
+        config.replace('"rope_scaling": null', '"rope_scaling": {"rope_type": "longrope"}')
     )
 
 
@@ -139,7 +139,7 @@ def damage_pickle(folder):
             r"gate_proj.weight has shape \[80, 48\], but config.json asks for \[81, 48\]",
         ),
         (damage_layers, r"layers\.2\..* is missing"),
-        (damage_rope, "rope type 'yarn' is not supported"),
+        (damage_rope, "rope type 'longrope'"),
         (damage_config, "is not valid JSON"),
         (damage_pickle, "pickle"),
     ],
@@ -157,8 +157,12 @@ def test_impossible_shapes_are_refused():
         dataclasses.replace(SHAPE, num_key_value_heads=3)
     with pytest.raises(ConfigError, match="model_type"):
         dataclasses.replace(SHAPE, model_type="gpt9")
-    with pytest.raises(CheckpointError, match="sliding_window"):
-        ModelConfig.from_json({**SHAPE.to_json(), "sliding_window": 8}, where="config.json")
+    with pytest.raises(CheckpointError, match="pretraining_tp"):
+        ModelConfig.from_json({**SHAPE.to_json(), "pretraining_tp": 8}, where="config.json")
+    with pytest.raises(CheckpointError, match=r"'quen3' is not supported \(did you mean 'qwen3'"):
+        ModelConfig.from_json({**SHAPE.to_json(), "model_type": "quen3"}, where="config.json")
+    with pytest.raises(CheckpointError, match="auto_map asks for code"):
+        ModelConfig.from_json({**SHAPE.to_json(), "auto_map": {}}, where="config.json")
 
 
 @pytest.mark.slow

@@ -1,29 +1,86 @@
-"""The shape of a model, in the field names of a Hugging Face config.json; imports no torch."""
+"""The shape of a decoder, in the field names of a Hugging Face config.json; imports no torch."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from groundup.core.errors import CheckpointError, ConfigError
+from groundup.core.errors import CheckpointError, ConfigError, closest
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-# Keys that would change the forward pass, with the only values that we compute exactly.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "hidden_act": ("silu", None),
-    "sliding_window": (None,),
-    "use_sliding_window": (False, None),
-    "rope_scaling": (None,),
-    "attention_dropout": (0, 0.0, None),
-    "pretraining_tp": (1, None),
+@dataclass(frozen=True)
+class Family:
+    """What a model_type fixes; `defaults` are transformers' own, for keys a file leaves out."""
+
+    architecture: str
+    qk_norm: str = "none"  # or "head": each head by itself; "width": all heads together
+    norms: str = "before"  # or "after", "both": where a block's input and output are normalised
+    qkv_bias: bool = False  # whatever attention_bias says
+    gemma: bool = False  # norm weights count from one, embeddings are scaled
+    experts: bool = False
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+
+GEMMA2 = {
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "max_position_embeddings": 8192,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
 }
+GEMMA3 = {
+    "tie_word_embeddings": True,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "max_position_embeddings": 131072,
+}
+MIXTRAL = {
+    "rope_theta": 1e6,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.001,
+    "rms_norm_eps": 1e-5,
+}
+QWEN_MOE = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "router_aux_loss_coef": 0.001,
+}
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM", defaults=(("sliding_window", 4096),)),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm="head"),
+    "olmo2": Family("Olmo2ForCausalLM", qk_norm="width", norms="after"),
+    "gemma2": Family("Gemma2ForCausalLM", norms="both", gemma=True, defaults=tuple(GEMMA2.items())),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        qk_norm="head",
+        norms="both",
+        gemma=True,
+        defaults=tuple(GEMMA3.items()),
+    ),
+    "mixtral": Family("MixtralForCausalLM", experts=True, defaults=tuple(MIXTRAL.items())),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM", qk_norm="head", experts=True, defaults=tuple(QWEN_MOE.items())
+    ),
+}
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder's shape. `qwen3` normalises queries and keys for each head, `llama` does not."""
+    """A decoder's shape; `model_type` is a key of FAMILIES."""
 
     model_type: str = "qwen3"
     vocab_size: int = 4096
@@ -35,7 +92,24 @@ class ModelConfig:
     head_dim: int = 64
     max_position_embeddings: int = 512
     rope_theta: float = 10_000.0
+    rope_scaling: dict[str, Any] | None = None
+    rope_local_base_freq: float | None = None
     rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    query_pre_attn_scalar: int | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.0
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -43,9 +117,9 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        if self.model_type not in ARCHITECTURES:
+        if self.model_type not in FAMILIES:
             raise ConfigError(
-                f"model_type {self.model_type!r} is not one of {', '.join(ARCHITECTURES)}"
+                f"model_type {self.model_type!r} is not known{closest(self.model_type, FAMILIES)}"
             )
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
@@ -57,50 +131,168 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim = {self.head_dim} must be even (rotary pairs)")
+        if self.model_type == "gemma3_text" and self.attn_logit_softcapping is not None:
+            raise ConfigError("attn_logit_softcapping belongs to gemma2: Gemma 3 has no such cap")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ConfigError(
+                f"hidden_act {self.hidden_act!r}{closest(self.hidden_act, ACTIVATIONS)}"
+            )
+        if self.rope_type not in ROPE_TYPES:
+            raise ConfigError(f"rope type {self.rope_type!r}{closest(self.rope_type, ROPE_TYPES)}")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ConfigError(
+                f"layer_types has {len(self.layer_types)} entries for "
+                f"{self.num_hidden_layers} layers"
+            )
+        if self.family.experts and not 0 < self.num_experts_per_tok <= self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} must be 1 to "
+                f"num_experts = {self.num_experts}"
+            )
 
     @property
-    def qk_norm(self) -> bool:
-        """Return whether queries and keys are normalised for each head."""
-        return self.model_type == "qwen3"
+    def family(self) -> Family:
+        """Return what the model_type fixes."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def rope_type(self) -> str:
+        """Return how rotary frequencies are scaled."""
+        scaling = self.rope_scaling or {}
+        return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+    def window(self, layer: int) -> int | None:
+        """Return how far back a layer looks; None: to the beginning."""
+        if self.layer_types is None:
+            return self.sliding_window
+        return self.sliding_window if self.layer_types[layer] == SLIDING else None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Return whether a layer has experts in place of one MLP."""
+        return (
+            self.family.experts
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of config.json, readable by transformers 4 and 5."""
         values = dataclasses.asdict(self)
-        return values | {
-            "architectures": [ARCHITECTURES[self.model_type]],
-            "attention_bias": False,
-            "hidden_act": "silu",
-            "rope_scaling": None,
-            "torch_dtype": "float32",
-        }
+        values["architectures"] = [self.family.architecture]
+        values["torch_dtype"] = "float32"
+        if self.family.gemma:
+            values["hidden_activation"] = values.pop("hidden_act")
+            if self.sliding_window is None:  # transformers wants a window, used or not
+                values["sliding_window"] = 4096
+                values["layer_types"] = (FULL,) * self.num_hidden_layers
+        if not self.family.experts:
+            for name in EXPERT_FIELDS:
+                values.pop(name)
+        elif self.model_type == "mixtral":
+            values["num_local_experts"] = values.pop("num_experts")
+        if self.model_type in ("qwen2", "qwen3", "qwen3_moe"):
+            values["use_sliding_window"] = self.sliding_window is not None
+            values["max_window_layers"] = 0 if self.layer_types is None else None
+        return {k: v for k, v in values.items() if v is not None or k not in OPTIONAL}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], *, where: str) -> "ModelConfig":
         """Read a config.json; a setting that we would compute wrongly is a CheckpointError."""
         values = dict(values)
-        rope = values.pop("rope_parameters", None) or values.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise CheckpointError(f"{where}: rope type {rope.get('rope_type')!r} is not supported")
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
-        values.pop("rope_scaling", None)
-        for key, allowed in UNSUPPORTED.items():
-            if key in values and values[key] not in allowed:
-                raise CheckpointError(f"{where}: {key} = {values[key]!r} is not supported")
-        if values.get("model_type") not in ARCHITECTURES:
+        if "auto_map" in values:
             raise CheckpointError(
-                f"{where}: model_type {values.get('model_type')!r} is not one of "
-                f"{', '.join(ARCHITECTURES)}"
+                f"{where}: auto_map asks for code from the checkpoint, which is never run: "
+                "use a version of the model that needs none"
             )
+        known = values.get("model_type")
+        if known not in FAMILIES:
+            raise CheckpointError(
+                f"{where}: model_type {known!r} is not supported{closest(str(known), FAMILIES)}"
+            )
+        family = FAMILIES[known]
+        required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
+        if missing := required - values.keys():
+            raise CheckpointError(f"{where}: {', '.join(sorted(missing))} is missing")
+        for key, allowed in REFUSED.items():
+            if values.get(key) not in allowed:
+                raise CheckpointError(f"{where}: {key} = {values[key]!r} is not supported")
+        if "hidden_activation" in values:
+            values["hidden_act"] = values["hidden_activation"] or "gelu_pytorch_tanh"
+        if "num_local_experts" in values:
+            values["num_experts"] = values["num_local_experts"]
+        read_rope(values, family)
+        values = {"tie_word_embeddings": False, **dict(family.defaults), **values}
+        read_windows(values)
         heads = values.get("num_attention_heads", 0)
         values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
         values["head_dim"] = values.get("head_dim") or values.get("hidden_size", 0) // max(1, heads)
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = values["eos_token_id"][0]
-        # transformers' own default, where the file leaves the key out
-        values.setdefault("tie_word_embeddings", False)
+        for name in ("layer_types", "mlp_only_layers"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         names = {field.name for field in dataclasses.fields(cls)}
-        required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
-        if missing := required - values.keys():
-            raise CheckpointError(f"{where}: {', '.join(sorted(missing))} is missing")
-        return cls(**{key: value for key, value in values.items() if key in names})
+        try:
+            return cls(**{key: value for key, value in values.items() if key in names})
+        except ConfigError as err:
+            raise CheckpointError(f"{where}: {err}") from err
+
+
+EXPERT_FIELDS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "router_aux_loss_coef",
+)
+# Keys that are left out of config.json where they are None.
+OPTIONAL = (
+    "rope_local_base_freq",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "max_window_layers",
+    "moe_intermediate_size",
+)
+# Keys that would change the forward pass, with the only values that we compute exactly.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "attention_dropout": (0, 0.0, None),
+    "pretraining_tp": (1, None),
+    "use_bidirectional_attention": (False, None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "router_jitter_noise": (0, 0.0, None),
+}
+
+
+def read_rope(values: dict[str, Any], family: Family) -> None:
+    """Turn `rope_parameters` (transformers 5), or the older keys, into ours."""
+    rope = values.pop("rope_parameters", None) or values.get("rope_scaling") or {}
+    if FULL in rope or SLIDING in rope:
+        local = rope.get(SLIDING) or {}
+        if "rope_theta" in local:
+            values["rope_local_base_freq"] = local["rope_theta"]
+        rope = rope.get(FULL) or {}
+    if "rope_theta" in rope:
+        values["rope_theta"] = rope["rope_theta"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaled = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
+    values["rope_scaling"] = None if kind == "default" else scaled | {"rope_type": kind}
+
+
+def read_windows(values: dict[str, Any]) -> None:
+    """Settle `sliding_window` and `layer_types` from the keys that families use for them."""
+    layers = values["num_hidden_layers"]
+    if values.get("use_sliding_window") is False:
+        values["sliding_window"], values["layer_types"] = None, None
+    pattern = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern")
+    if values["model_type"].startswith("gemma") and not values.get("layer_types"):
+        every = pattern or (2 if values["model_type"] == "gemma2" else 6)
+        values["layer_types"] = [FULL if (n + 1) % every == 0 else SLIDING for n in range(layers)]
+    elif values.get("use_sliding_window") and not values.get("layer_types"):
+        first = values.get("max_window_layers", 28)
+        values["layer_types"] = [SLIDING if n >= first else FULL for n in range(layers)]
+    if values.get("sliding_window") is None or set(values.get("layer_types") or ()) == {FULL}:
+        values["sliding_window"] = values["layer_types"] = None

@@ -1,4 +1,6 @@
-"""The decoder: Llama and Qwen3, with the parameter names of their Hugging Face checkpoints.
+"""The decoder: Llama, Mistral, Qwen 2 and 3, OLMo 2, Gemma 2 and 3, mixtures of experts.
+
+Parameter names are those of their Hugging Face checkpoints; `config.family` says what differs.
 
 Shape suffixes: B batch, T positions of this call, S positions attended to (cache included),
 H query heads, K key/value heads, D size of a head, E hidden size, V vocabulary,
@@ -6,6 +8,9 @@ N positions with a target.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -14,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from groundup.model.config import ModelConfig
+from groundup.model.rope import rotary_table, rotate
 
 IGNORE = -100  # a target that counts for nothing, as in torch's cross-entropy
 LOGITS_IN_ONE_PIECE = 2**26  # more logits than this (256 MB in fp32) are computed in pieces
@@ -30,36 +36,40 @@ class Cache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)."""
+    """Root mean square normalisation in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
 
-    def __init__(self, size: int, eps: float) -> None:
+    Gemma's weights count from one and multiply before the result is narrowed.
+    """
+
+    def __init__(self, size: int, eps: float, *, gemma: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if gemma else torch.ones(size))
+        self.eps, self.gemma = eps, gemma
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.gemma:
+            return (wide * (1.0 + self.weight.float())).to(x.dtype)
         return self.weight * wide.to(x.dtype)
 
 
-def rotary_table(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin [B, 1, T, D] (Su et al. 2021, arXiv 2104.09864, eq. 34), in fp32.
-
-    The halves are laid out one behind the other, as in Hugging Face checkpoints.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=positions_BT.device).float() / head_dim
-    angles_BTd = positions_BT[..., None].float() * theta**-exponents
-    angles_B1TD = torch.cat((angles_BTd, angles_BTd), dim=-1)[:, None]
-    return angles_B1TD.cos(), angles_B1TD.sin()
+def norm_of(config: ModelConfig, size: int) -> RMSNorm:
+    """Return a norm of the config's kind."""
+    return RMSNorm(size, config.rms_norm_eps, gemma=config.family.gemma)
 
 
-def rotate(x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
-    """Turn each pair of dimensions by its angle."""
-    first, second = x_BHTD.chunk(2, dim=-1)
-    turned_BHTD = torch.cat((-second, first), dim=-1)
-    return (x_BHTD * cos_B1TD + turned_BHTD * sin_B1TD).to(x_BHTD.dtype)
+@dataclass
+class Context:
+    """What every layer of one forward shares: rotary tables, masks, the cache."""
+
+    rotary: tuple[Tensor, Tensor]
+    local_rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    window_mask: Tensor | None
+    cache: Cache | None
+    routing: list[Tensor] | None
 
 
 class Attention(nn.Module):
@@ -68,73 +78,181 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.windowed = config.window(layer) is not None
         width = config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        biased = config.attention_bias or config.family.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=biased)
+        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=biased)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=biased)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
         self.grouped = config.num_attention_heads != config.num_key_value_heads
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.qk_norm = config.qk_norm
+        self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        self.softcap = config.attn_logit_softcapping
+        self.qk_norm = config.family.qk_norm
+        if self.qk_norm != "none":
+            by_head = self.qk_norm == "head"
+            self.q_norm = norm_of(config, config.head_dim if by_head else width)
+            self.k_norm = norm_of(config, config.head_dim if by_head else narrow)
 
-    def forward(
-        self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        """Attend causally, or where `mask` [B, 1, T, S] is True."""
+    def forward(self, x_BTE: Tensor, context: Context) -> Tensor:
+        """Attend causally, or where the context's mask [B, 1, T, S] is True."""
         B, T, _ = x_BTE.shape
-        q_BTHD = self.q_proj(x_BTE).view(B, T, -1, self.head_dim)
-        k_BTKD = self.k_proj(x_BTE).view(B, T, -1, self.head_dim)
+        q_BTC, k_BTC = self.q_proj(x_BTE), self.k_proj(x_BTE)
+        if self.qk_norm == "width":
+            q_BTC, k_BTC = self.q_norm(q_BTC), self.k_norm(k_BTC)
+        q_BTHD = q_BTC.view(B, T, -1, self.head_dim)
+        k_BTKD = k_BTC.view(B, T, -1, self.head_dim)
         v_BKTD = self.v_proj(x_BTE).view(B, T, -1, self.head_dim).transpose(1, 2)
-        if self.qk_norm:
+        if self.qk_norm == "head":
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
+        rotary = context.local_rotary if self.windowed else context.rotary
         q_BHTD = rotate(q_BTHD.transpose(1, 2), *rotary)
         k_BKTD = rotate(k_BTKD.transpose(1, 2), *rotary)
-        if cache is not None:
-            k_BKTD, v_BKTD = cache.update(self.layer, k_BKTD, v_BKTD)
-        out_BHTD = F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BKTD,
-            v_BKTD,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.grouped,
-        )
+        if context.cache is not None:
+            k_BKTD, v_BKTD = context.cache.update(self.layer, k_BKTD, v_BKTD)
+        mask = context.window_mask if self.windowed else context.mask
+        if self.softcap is not None:
+            out_BHTD = capped_attention(q_BHTD, k_BKTD, v_BKTD, mask, self.scale, self.softcap)
+        else:
+            out_BHTD = F.scaled_dot_product_attention(
+                q_BHTD,
+                k_BKTD,
+                v_BKTD,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=self.grouped,
+            )
         return self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1))
 
 
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+def capped_attention(
+    q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, scale: float, cap: float
+) -> Tensor:
+    """Attend with scores squeezed into (-cap, cap) by tanh (Gemma 2, arXiv 2408.00118, sec. 2)."""
+    groups = q_BHTD.shape[1] // k_BKSD.shape[1]
+    k_BHSD, v_BHSD = (x.repeat_interleave(groups, dim=1) for x in (k_BKSD, v_BKSD))
+    scores_BHTS = cap * torch.tanh(q_BHTD @ k_BHSD.transpose(-1, -2) * (scale / cap))
+    if mask is None:
+        mask = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BHTD.device).tril()
+    scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
+    return scores_BHTS.softmax(-1, dtype=torch.float32).to(q_BHTD.dtype) @ v_BHSD
 
-    def __init__(self, config: ModelConfig) -> None:
+
+ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class MLP(nn.Module):
+    """A gated MLP, SwiGLU with silu (Shazeer 2020, arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+        self.activate = ACTIVATE[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate, widen and narrow again."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """Each token goes through its best experts (Mixtral, arXiv 2401.04088, sec. 2.1).
+
+    N tokens, X experts, C chosen of them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.moe_intermediate_size or config.intermediate_size
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(config, width) for _ in range(config.num_experts))
+        self.chosen, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
+
+    def forward(self, x_BTE: Tensor, routing: list[Tensor] | None) -> Tensor:
+        """Mix the chosen experts' outputs; the router's logits_NX are added to `routing`."""
+        x_NE = x_BTE.flatten(0, -2)
+        logits_NX = self.gate(x_NE)
+        if routing is not None:
+            routing.append(logits_NX)
+        shares_NC, chosen_NC = logits_NX.softmax(-1, dtype=torch.float32).topk(self.chosen)
+        if self.renormalise:
+            shares_NC = shares_NC / shares_NC.sum(-1, keepdim=True)
+        shares_NC = shares_NC.to(x_NE.dtype)
+        out_NE = torch.zeros_like(x_NE)
+        for n, expert in enumerate(self.experts):
+            token, place = (chosen_NC == n).nonzero(as_tuple=True)
+            if len(token):
+                share = shares_NC[token, place, None]
+                out_NE = out_NE.index_add(0, token, expert(x_NE[token]) * share)
+        return out_NE.view_as(x_BTE)
+
+
+def load_balancing_loss(
+    routing: Sequence[Tensor], chosen: int, mask: Tensor | None = None
+) -> Tensor:
+    """Return X times the sum over experts of token share times probability.
+
+    Switch Transformer, arXiv 2101.03961, eq. 4 to 6, over all layers' logits_NX and with
+    `chosen` experts a token, as transformers computes it; `mask` [N] leaves padding out.
+    """
+    logits_LNX = torch.stack(list(routing))
+    probs_LNX = logits_LNX.softmax(-1, dtype=torch.float32)
+    experts = probs_LNX.shape[-1]
+    picked_LNCX = F.one_hot(probs_LNX.topk(chosen).indices, experts).float()
+    keep_N = torch.ones(logits_LNX.shape[1]) if mask is None else mask.flatten().float()
+    keep_1N1 = keep_N.to(probs_LNX.device)[None, :, None]
+    tokens = keep_1N1.sum() * len(routing)
+    share_CX = (picked_LNCX * keep_1N1[..., None]).sum((0, 1)) / tokens
+    prob_X = (probs_LNX * keep_1N1).sum((0, 1)) / tokens
+    return experts * (share_CX * prob_X).sum()
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, each normalised before, after, or both, and added to the residual."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norms = config.family.norms
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp: nn.Module
+        if config.is_sparse(layer):
+            self.mlp = Experts(config)
+        else:
+            self.mlp = MLP(config, config.intermediate_size)
+        if self.norms != "after":
+            self.input_layernorm = norm_of(config, config.hidden_size)
+        self.post_attention_layernorm = norm_of(config, config.hidden_size)
+        if self.norms == "both":
+            self.pre_feedforward_layernorm = norm_of(config, config.hidden_size)
+        if self.norms != "before":
+            self.post_feedforward_layernorm = norm_of(config, config.hidden_size)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """Return the residual stream after this layer."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.norms == "before":
+            x = x + self.self_attn(self.input_layernorm(x), context)
+            return x + self.feed(self.post_attention_layernorm(x), context)
+        if self.norms == "after":
+            x = x + self.post_attention_layernorm(self.self_attn(x, context))
+            return x + self.post_feedforward_layernorm(self.feed(x, context))
+        attended = self.self_attn(self.input_layernorm(x), context)
+        x = x + self.post_attention_layernorm(attended)
+        fed = self.feed(self.pre_feedforward_layernorm(x), context)
+        return x + self.post_feedforward_layernorm(fed)
+
+    def feed(self, x: Tensor, context: Context) -> Tensor:
+        """Return the MLP's output, or the experts'."""
+        if isinstance(self.mlp, Experts):
+            return self.mlp(x, context.routing)
+        return self.mlp(x)
 
 
 class Stack(nn.Module):
@@ -142,9 +260,41 @@ class Stack(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm_of(config, config.hidden_size)
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        routing: list[Tensor] | None = None,
+        each: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return hidden_BTE; `each` collects the residual stream before every layer."""
+        config = self.config
+        B, T = ids_BT.shape
+        if positions is None:
+            positions = torch.arange(T, device=ids_BT.device).expand(B, T)
+        cached = cache is not None
+        mask = cache.mask_BTS[:, None] if cache is not None else segment_mask(segments)
+        rotary = rotary_table(positions, config, cached=cached)
+        context = Context(rotary, rotary, mask, None, cache, routing)
+        if config.sliding_window is not None:
+            if config.rope_local_base_freq is not None:
+                context.local_rotary = rotary_table(positions, config, local=True)
+            context.window_mask = sliding_mask(positions, mask, config.sliding_window, cached)
+        x_BTE = self.embed_tokens(ids_BT)
+        if config.family.gemma:  # in the embedding's dtype, as Gemma was trained
+            x_BTE = x_BTE * torch.tensor(config.hidden_size**0.5, dtype=x_BTE.dtype)
+        for layer in self.layers:
+            if each is not None:
+                each.append(x_BTE)
+            x_BTE = layer(x_BTE, context)
+        return self.norm(x_BTE)
 
 
 class Decoder(nn.Module):
@@ -165,6 +315,8 @@ class Decoder(nn.Module):
         """Draw weights as GPT-2 does: N(0, 0.02), residual outputs narrower by sqrt(2 layers)."""
         std = self.config.initializer_range
         for name, weight in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(weight)
             if weight.dim() < 2:
                 continue
             narrow = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -181,23 +333,25 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         want: Literal["logits", "hidden", "logprobs"] = "logits",
         targets: Tensor | None = None,
+        routing: list[Tensor] | None = None,
     ) -> Tensor:
-        """Return logits_BTV, hidden_BTE, or the log-probabilities of targets_BT (0 at IGNORE)."""
-        B, T = ids_BT.shape
-        if positions is None:
-            positions = torch.arange(T, device=ids_BT.device).expand(B, T)
-        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
-        mask = cache.mask_BTS[:, None] if cache is not None else segment_mask(segments)
-        x_BTE = self.model.embed_tokens(ids_BT)
-        for layer in self.model.layers:
-            x_BTE = layer(x_BTE, rotary, mask, cache)
-        hidden_BTE = self.model.norm(x_BTE)
+        """Return logits_BTV, hidden_BTE, or the log-probabilities of targets_BT (0 at IGNORE).
+
+        `routing` collects the router's logits of every layer with experts.
+        """
+        hidden_BTE = self.model(ids_BT, positions, segments, cache, routing)
         if want == "hidden":
             return hidden_BTE
         if want == "logits":
-            return self.lm_head(hidden_BTE)
+            return self.head(hidden_BTE)
         assert targets is not None, "want='logprobs' needs targets"
         return self.target_logprobs(hidden_BTE, targets)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return logits, squeezed where the model was trained so."""
+        logits = self.lm_head(hidden)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def target_logprobs(self, hidden_BTE: Tensor, targets_BT: Tensor) -> Tensor:
         """Return log p(target), scoring only the positions that have one, in bounded memory."""
@@ -225,7 +379,7 @@ class Decoder(nn.Module):
 
     def piece_logprobs(self, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
         """Return fp32 log-probabilities of the targets of one piece; 0 where IGNORE."""
-        logits_NV = self.lm_head(hidden_NE)
+        logits_NV = self.head(hidden_NE)
         return -F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE, reduction="none")
 
 
@@ -236,3 +390,15 @@ def segment_mask(segments_BT: Tensor | None) -> Tensor | None:
     T = segments_BT.shape[1]
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril()
     return ((segments_BT[:, :, None] == segments_BT[:, None, :]) & causal_TT)[:, None]
+
+
+def sliding_mask(positions_BT: Tensor, mask: Tensor | None, window: int, cached: bool) -> Tensor:
+    """Return [B, 1, T, S], True where `mask` is (or causally) and less than `window` back."""
+    if mask is None:
+        T = positions_BT.shape[1]
+        mask = torch.ones(T, T, dtype=torch.bool, device=positions_BT.device).tril()[None, None]
+    keys_BS = positions_BT
+    if cached:  # the cache holds position s in place s
+        keys_BS = torch.arange(mask.shape[-1], device=positions_BT.device)[None]
+    near_BTS = positions_BT[:, :, None] - keys_BS[:, None, :] < window
+    return mask & near_BTS[:, None]

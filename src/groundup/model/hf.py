@@ -63,7 +63,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def load_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Decoder:
-    """Load a Llama or Qwen3 folder; fp32 unless `dtype` says otherwise.
+    """Load the folder of any family of decoders; fp32 unless `dtype` says otherwise.
 
     Missing, unknown or misshapen tensors are a CheckpointError that names the first of them.
     """
@@ -75,7 +75,7 @@ def load_model(
     )
     with torch.device("meta"):
         model = Decoder(config)
-    tensors = read_weights(folder)
+    tensors = renamed(read_weights(folder), config.model_type)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     expected = {
@@ -99,9 +99,34 @@ def load_model(
     return model
 
 
+# Where a checkpoint's names differ from ours: (theirs, ours).
+NAMES = {
+    "mixtral": (
+        (".block_sparse_moe.", ".mlp."),
+        (".w1.", ".gate_proj."),
+        (".w2.", ".down_proj."),
+        (".w3.", ".up_proj."),
+    )
+}
+
+
+def renamed(
+    tensors: dict[str, Tensor], model_type: str, *, back: bool = False
+) -> dict[str, Tensor]:
+    """Return tensors under our names; `back`: under the checkpoint's."""
+    result = {}
+    for name, tensor in tensors.items():
+        sparse = ".block_sparse_moe." in name or ".experts." in name or ".mlp.gate." in name
+        for theirs, ours in NAMES.get(model_type, ()) if sparse else ():
+            name = name.replace(ours, theirs) if back else name.replace(theirs, ours)
+        result[name] = tensor
+    return result
+
+
 def model_tensors(model: Decoder) -> dict[str, Tensor]:
     """Return the tensors that a Hugging Face checkpoint holds: tied weights once."""
-    return {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
+    own = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
+    return renamed(own, model.config.model_type, back=True)
 
 
 def write_model(model: Decoder, tokenizer: SavesItself | None, folder: Path) -> None:
@@ -126,8 +151,8 @@ def save_model(model: Decoder, tokenizer: SavesItself | None, out: Path) -> Path
     tensors = model_tensors(model)
     with atomic_folder(Path(out)) as folder:
         write_model(model, tokenizer, folder)
-        for name, weight in load_model(folder).named_parameters():
-            if not torch.equal(weight.detach(), tensors[name].float()):
+        for name, weight in model_tensors(load_model(folder)).items():
+            if not torch.equal(weight, tensors[name].float()):
                 raise CheckpointError(f"{out}: {name} did not survive writing: is the disk sound?")
     return Path(out)
 

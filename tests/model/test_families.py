@@ -1,0 +1,196 @@
+"""Every family of decoders against transformers: logits, gradients, files, cache, padding."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from groundup.core.errors import ConfigError
+from groundup.core.types import SamplingParams
+from groundup.generate import LLM
+from groundup.model import Decoder, ModelConfig, load_model, num_parameters, save_model
+from groundup.model.decoder import load_balancing_loss
+from groundup.model.hf import model_tensors
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.05}
+SCALED = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+}
+MIXED = ("sliding_attention", "full_attention", "sliding_attention")
+CASES = {
+    "llama": {"model_type": "llama"},
+    "llama with biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "smollm": {"model_type": "llama", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "mistral": {"model_type": "mistral", "sliding_window": 7},
+    "qwen2": {"model_type": "qwen2", "sliding_window": 7, "layer_types": MIXED},
+    "qwen3": {"model_type": "qwen3"},
+    "olmo2": {"model_type": "olmo2"},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "sliding_window": 7,
+        "layer_types": MIXED,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "query_pre_attn_scalar": 24,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "gemma2 with caps": {
+        "model_type": "gemma2",
+        "sliding_window": 7,
+        "layer_types": MIXED,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "gemma3, all layers full": {
+        "model_type": "gemma3_text",
+        "rope_local_base_freq": 1e4,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "mixtral": {"model_type": "mixtral", "norm_topk_prob": True, **MOE},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": (0,),
+        "norm_topk_prob": True,
+        **MOE,
+    },
+}
+CASES |= {
+    f"llama, {kind}": {
+        "model_type": "llama",
+        "rope_scaling": {"rope_type": kind, **values},
+        "max_position_embeddings": 32,
+    }
+    for kind, values in SCALED.items()
+}
+
+
+def make(case) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(**{**SIZES, "tie_word_embeddings": False, **CASES[case]})).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:  # norms and biases too must matter
+                weight.add_(0.3 * torch.randn_like(weight))
+                assert "norm" in name or "bias" in name
+    return model
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Return our model, transformers' of the same folder, and the folder, for every case."""
+    made = {}
+    for case in CASES:
+        folder = tmp_path_factory.mktemp("family") / "m"
+        save_model(make(case), None, folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32
+        )
+        made[case] = (load_model(folder), theirs.eval(), folder)
+    return made
+
+
+def relative(found, wanted):
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_equal_transformers(pairs, case, tmp_path):
+    ours, theirs, _ = pairs[case]
+    ids = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+    found, wanted = ours(ids), theirs(ids).logits
+    assert relative(found, wanted) < 1e-5
+    weight = torch.randn_like(found)
+    (found * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    for parameter in theirs.parameters():
+        if parameter.grad is not None:
+            parameter.data = parameter.grad
+    theirs.save_pretrained(tmp_path)  # under the names of a checkpoint, experts apart
+    gradients = load_file(tmp_path / "model.safetensors")
+    for parameter in ours.parameters():
+        parameter.data = parameter.grad
+    own = model_tensors(ours)
+    assert own.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert relative(own[name], gradient) < 3e-5, name
+    pairs[case] = None  # weights are gone
+
+
+@pytest.fixture(params=CASES)
+def fresh(request, tmp_path):
+    save_model(make(request.param), None, tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", attn_implementation="eager", dtype=torch.float32
+    )
+    return load_model(tmp_path / "m"), theirs.eval()
+
+
+def test_padded_rows_equal_transformers(fresh):
+    ours, theirs = fresh
+    ids = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, 12:] = 0
+    wanted = theirs(ids, attention_mask=mask).logits
+    found = ours(ids, segments=1 - mask)
+    assert relative(found[0], wanted[0]) < 1e-5
+    assert relative(found[1, :12], wanted[1, :12]) < 1e-5
+
+
+def test_generated_tokens_equal_transformers(fresh, tok):
+    """Through the engine's cache, windows included, well past the window."""
+    ours, theirs = fresh
+    if ours.config.rope_type == "dynamic":
+        with pytest.raises(ConfigError, match="a cache would be wrong"):
+            LLM(ours, tok).generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+        return
+    prompt = list(range(5, 16))
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    [found] = LLM(ours, tok).generate([prompt], params)
+    wanted = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=16, do_sample=False, pad_token_id=0
+    )[0, len(prompt) :]
+    assert found.outputs[0].token_ids == wanted.tolist()
+
+
+def test_transformers_writes_what_we_read(fresh, tmp_path):
+    ours, theirs = fresh
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_model(tmp_path / "theirs")
+    ids = torch.arange(30)[None]
+    assert torch.equal(again(ids), ours(ids))
+    assert sum(p.numel() for p in ours.parameters()) == num_parameters(ours.config)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_load_balancing_equals_transformers(case, tmp_path):
+    save_model(make(case), None, tmp_path / "m")
+    ours = load_model(tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ids = torch.randint(0, 97, (2, 20))
+    routing = []
+    ours(ids, routing=routing)
+    wanted = theirs(ids, output_router_logits=True, labels=ids).aux_loss
+    found = load_balancing_loss(routing, ours.config.num_experts_per_tok)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
