@@ -67,7 +67,19 @@ class PretrainConfig:
     ngram: Path | None = field(
         None, help="n-gram folder: its level is drawn as the line to beat", input=True
     )
-    model_type: Literal["qwen3", "llama"] = field("qwen3", help="architecture")
+    objective: Literal["causal", "fim", "mlm", "mlm+nsp", "mlm+sop"] = field(
+        "causal", help="next tokens, fill-in-the-middle, or masked words with pairs of segments"
+    )
+    fim_rate: float = field(0.5, help="share of the text that fim rearranges")
+    fim_level: Literal["document", "context"] = field("document", help="what fim cuts")
+    whole_word: bool = field(False, help="mlm masks whole words")
+    model_type: str = field(
+        "qwen3",
+        help="llama, mistral, qwen2, qwen3, olmo2, mixtral, ...; bert or modernbert for mlm",
+    )
+    num_experts: int = field(0, help="experts a layer (mixtral, qwen3_moe)")
+    num_experts_per_tok: int = field(2, help="experts that a token goes through")
+    router_aux_loss_coef: float = field(0.01, help="weight of the load-balancing loss")
     hidden_size: int = field(256, help="width")
     num_hidden_layers: int = field(4, help="depth")
     num_attention_heads: int | None = field(None, help="heads; unset: width / 64")

@@ -14,7 +14,7 @@ from groundup.core.files import read_json, write_json
 from groundup.core.progress import console, say
 from groundup.core.run import FINISHED
 from groundup.core.types import SamplingParams
-from groundup.data import Shard, open_shard, write_shards
+from groundup.data import Shard, open_shard
 from groundup.figure import LiveTraining
 from groundup.generate import LLM
 from groundup.model.config import ModelConfig
@@ -22,8 +22,20 @@ from groundup.model.counts import num_parameters
 from groundup.model.decoder import Decoder
 from groundup.model.hf import save_model, write_model
 from groundup.recipe.configs import PlanConfig, PretrainConfig
+from groundup.recipe.encoders import pretrain_encoder
+from groundup.recipe.shared import fit_settings, shards_of
 from groundup.tokenizer import Tokenizer
-from groundup.train import FitConfig, Hook, NextToken, State, TokenStream, fit, make_plan
+from groundup.train import (
+    Hook,
+    MiddleStream,
+    MiddleTokens,
+    NextToken,
+    State,
+    TokenStream,
+    fit,
+    make_plan,
+)
+from groundup.train.middle import MIDDLE, PREFIX, SUFFIX
 from groundup.train.plan import mlp_width
 
 PROMPT_TOKENS = 16
@@ -72,6 +84,8 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
         found = read_plan(config.plan)
         config = replace(config, **{name: found[name] for name in PLANNED})
         config = replace(config, max_position_embeddings=found["context"])
+    if config.objective.startswith("mlm"):
+        return pretrain_encoder(config, out)
     tok = Tokenizer.load(config.tokenizer)
     shards = shards_of(config, tok, out)
     train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
@@ -80,24 +94,8 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     model = Decoder(model_config(config, tok))
     size = num_parameters(model.config)
     say(f"  device: {device.line}; {size / 1e6:.2f}M parameters; {config.steps:,} steps")
-    source = TokenStream(
-        train.tokens,
-        train.offsets,
-        eos_token_id=tok.eos_token_id,
-        context=config.max_position_embeddings,
-        batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        seed=config.seed,
-    )
-    fit_config = FitConfig(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        adam_learning_rate=config.adam_learning_rate,
-        dtype=config.dtype,
-        compile=config.compile,
-        seed=config.seed,
-        checkpoint_every=config.checkpoint_every,
-    )
+    source = token_source(config, tok, train)
+    fit_config = fit_settings(config)
     bits_per_nat = len(train.tokens) / train.num_bytes / float(np.log(2))
     level = ngram_level(config)
     with LiveTraining(
@@ -109,7 +107,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     ) as live:
         metrics = fit(
             model,
-            NextToken(),
+            next_token(model.config),
             source,
             fit_config,
             out,
@@ -133,6 +131,43 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     }
 
 
+def next_token(config: ModelConfig) -> NextToken:
+    """Return the objective, with the router's loss where there are experts."""
+    if not config.family.experts:
+        return NextToken()
+    return NextToken(
+        load_balance=config.router_aux_loss_coef, experts_per_token=config.num_experts_per_tok
+    )
+
+
+def token_source(config: PretrainConfig, tok: Tokenizer, train: Shard) -> TokenStream:
+    """Return rows of next tokens, rearranged for fill-in-the-middle where asked for."""
+    options: dict[str, Any] = {
+        "eos_token_id": tok.eos_token_id,
+        "context": config.max_position_embeddings,
+        "batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "seed": config.seed,
+    }
+    if config.objective == "causal":
+        return TokenStream(train.tokens, train.offsets, **options)
+    missing = [name for name in (PREFIX, MIDDLE, SUFFIX) if name not in tok.specials]
+    if missing:
+        raise ConfigError(
+            f"fim needs the special tokens {', '.join(missing)}: train the tokenizer with "
+            f"--special-tokens {' '.join(repr(name) for name in missing)}"
+        )
+    ids = (tok.specials[name] for name in (PREFIX, MIDDLE, SUFFIX))
+    return MiddleStream(
+        train.tokens,
+        train.offsets,
+        sentinels=MiddleTokens(*ids),
+        rate=config.fim_rate,
+        level=config.fim_level,
+        **options,
+    )
+
+
 def model_config(config: PretrainConfig, tok: Tokenizer) -> ModelConfig:
     """Return the model's shape, heads and MLP width filled in where unset."""
     heads = config.num_attention_heads or max(1, config.hidden_size // 64)
@@ -143,6 +178,10 @@ def model_config(config: PretrainConfig, tok: Tokenizer) -> ModelConfig:
         )
     return ModelConfig(
         model_type=config.model_type,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        norm_topk_prob=config.num_experts > 0,
+        router_aux_loss_coef=config.router_aux_loss_coef,
         vocab_size=tok.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size or mlp_width(config.hidden_size),
@@ -155,20 +194,6 @@ def model_config(config: PretrainConfig, tok: Tokenizer) -> ModelConfig:
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.pad_token_id,
     )
-
-
-def shards_of(config: PretrainConfig, tok: Tokenizer, out: Path) -> Path:
-    """Return a folder of shards made by this tokenizer: the one given, or one made of a corpus."""
-    if not (config.corpus / "index.json").is_file():
-        if not (out / "shards" / "index.json").is_file():
-            write_shards(config.corpus, tok, out / "shards")
-        return out / "shards"
-    if read_json(config.corpus / "index.json")["tokenizer"] != tok.fingerprint:
-        raise ConfigError(
-            f"the shards in {config.corpus} were made with another tokenizer than "
-            f"{config.tokenizer}: make them again, or give the corpus"
-        )
-    return config.corpus
 
 
 def ngram_level(config: PretrainConfig) -> float | None:

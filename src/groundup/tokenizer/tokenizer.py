@@ -23,6 +23,7 @@ from groundup.tokenizer import formats, sampling, spm
 from groundup.tokenizer.chat import Rendered, render
 from groundup.tokenizer.encoders import ByteLevel, NotFast, Span, text_encoder
 from groundup.tokenizer.kinds import (
+    BERT_SPECIALS,
     BYTES,
     END_OF_TEXT,
     KINDS,
@@ -60,6 +61,8 @@ class Tokenizer:
         self.settings: dict[str, Any] = settings or {}
         if settings is None and END_OF_TEXT in self.specials:
             self.settings = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+            own = {f"{name[1:-1].lower()}_token": name for name in BERT_SPECIALS}
+            self.settings |= {role: name for role, name in own.items() if name in self.specials}
         self.sampling: dict[str, float] = self.settings.get(OWN_KEY, {}).get("sampling", {})
         unknown = self.content["model"].get("unk_token") or UNKNOWN
         self.silent = {i for name, i in self.specials.items() if name != unknown}

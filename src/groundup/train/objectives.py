@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from groundup.model.decoder import IGNORE
+from groundup.model.decoder import IGNORE, load_balancing_loss
 
 MicroBatch = dict[str, Any]
 Sums = dict[str, Tensor]
@@ -33,17 +33,38 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """Cross-entropy of the targets: pretraining and fine-tuning differ in their batches only."""
+    """Cross-entropy of the targets: pretraining and fine-tuning differ in their batches only.
 
-    coefficients = {"nll": 1.0}  # noqa: RUF012 (read only)
+    For mixtures of experts, `load_balance` weighs the router's loss. It is no sum over tokens:
+    each micro-batch has its own, as in transformers, and their mean by tokens is taken.
+    """
+
+    def __init__(self, *, load_balance: float = 0.0, experts_per_token: int = 0) -> None:
+        self.coefficients = {"nll": 1.0} | ({"load_balance": load_balance} if load_balance else {})
+        self.experts_per_token = experts_per_token
 
     def weights(self, batch: MicroBatch) -> dict[str, float]:
-        """Return the number of targets."""
-        return {"nll": float((batch["targets"] != IGNORE).sum())}
+        """Return the number of targets, and of tokens that are routed."""
+        counts = {"nll": float((batch["targets"] != IGNORE).sum())}
+        if "load_balance" in self.coefficients:
+            counts["load_balance"] = float(batch["ids"].numel())
+        return counts
 
     def __call__(self, model: nn.Module, batch: MicroBatch) -> tuple[Sums, Metrics]:
         """Return the summed negative log-likelihood in nats."""
+        routing: list[Tensor] | None = [] if "load_balance" in self.coefficients else None
+        options = {} if routing is None else {"routing": routing}
         logps_BT = model(
-            batch["ids"], segments=batch.get("segments"), want="logprobs", targets=batch["targets"]
+            batch["ids"],
+            segments=batch.get("segments"),
+            want="logprobs",
+            targets=batch["targets"],
+            **options,
         )
-        return {"nll": -logps_BT.sum()}, {}
+        terms = {"nll": -logps_BT.sum()}
+        if not routing:
+            return terms, {}
+        tokens = batch["ids"].numel()
+        loss = load_balancing_loss(routing, self.experts_per_token)
+        terms["load_balance"] = loss * tokens
+        return terms, {"load_balance": (float(loss.detach()) * tokens, float(tokens))}

@@ -1,0 +1,140 @@
+"""Pretraining encoders: masked words, and pairs of segments."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from groundup.core import device as devices
+from groundup.core.errors import ConfigError
+from groundup.core.progress import console, say
+from groundup.data import Shard, open_shard
+from groundup.figure import LiveTraining
+from groundup.model.encoder import Encoder
+from groundup.model.encoder_config import CLASSES, EncoderConfig
+from groundup.model.hf import save_model, write_model
+from groundup.recipe.configs import PretrainConfig
+from groundup.recipe.shared import fit_settings, shards_of
+from groundup.tokenizer import Tokenizer
+from groundup.train import Hook, MaskedLM, MaskedPairs, State, fit
+from groundup.train.masked import Pairs
+
+VALIDATION_STEPS = 20
+PAIRS: dict[str, Pairs] = {"mlm": "none", "mlm+nsp": "nsp", "mlm+sop": "sop"}
+
+
+def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
+    """Train on the training split; write `model/`, checkpoints and metrics.jsonl."""
+    if config.model_type not in CLASSES:
+        raise ConfigError(
+            f"{config.objective} trains encoders: add --model-type bert or modernbert "
+            f"(now {config.model_type})"
+        )
+    tok = Tokenizer.load(config.tokenizer)
+    shards = shards_of(config, tok, out)
+    pairs = PAIRS[config.objective]
+    device = devices.pick(config.device, config.dtype)
+    torch.manual_seed(config.seed)
+    model = Encoder(encoder_config(config, tok, pairs))
+    size = sum(weight.numel() for weight in model.parameters())
+    say(f"  device: {device.line}; {size / 1e6:.2f}M parameters; {config.steps:,} steps")
+    source = pairs_of(config, tok, open_shard(shards, "train"), pairs)
+    with LiveTraining(console, steps=config.steps, unit="loss") as live:
+        fit(
+            model,
+            MaskedLM(pairs=pairs != "none"),
+            source,
+            fit_settings(config),
+            out,
+            device=device.device,
+            hooks=[Hook(1, watch(live))],
+            write_model=lambda folder: write_model(model, tok, folder),
+        )
+    save_model(model, tok, out / "model")
+    scores = validate(model, config, tok, open_shard(shards, "validation"), pairs)
+    say("  validation: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    return {"parameters": size, "steps": config.steps, "device": device.line, **scores}
+
+
+def encoder_config(config: PretrainConfig, tok: Tokenizer, pairs: Pairs) -> EncoderConfig:
+    """Return the encoder's shape: BERT's four times wider MLP where none is given."""
+    modern = config.model_type == "modernbert"
+    return EncoderConfig(
+        model_type=config.model_type,
+        task="mlm" if pairs == "none" or modern else "pretraining",
+        vocab_size=tok.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size or 4 * config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads or max(1, config.hidden_size // 64),
+        max_position_embeddings=config.max_position_embeddings,
+        layer_norm_eps=1e-5 if modern else 1e-12,
+        hidden_dropout_prob=0.0 if modern else 0.1,
+        attention_probs_dropout_prob=0.0 if modern else 0.1,
+        pad_token_id=tok.pad_token_id,
+        cls_token_id=tok.token_id("cls_token", "bos_token"),
+        sep_token_id=tok.token_id("sep_token", "eos_token"),
+    )
+
+
+def pairs_of(config: PretrainConfig, tok: Tokenizer, shard: Shard, pairs: Pairs) -> MaskedPairs:
+    """Return the batch source of a split."""
+    mask = tok.backend.token_to_id("[MASK]")
+    if mask is None:
+        raise ConfigError(
+            "masked words need the special token [MASK]: train the tokenizer with "
+            "--kind wordpiece, or with --special-tokens '[MASK]'"
+        )
+    if config.model_type == "modernbert" and pairs != "none":
+        raise ConfigError("modernbert has no head for pairs: take --objective mlm")
+    starts = None
+    if config.whole_word:
+        starts = np.array([not piece[:1].isalnum() for piece in tok.token_bytes])
+    return MaskedPairs(
+        shard.tokens,
+        shard.offsets,
+        pairs=pairs,
+        context=config.max_position_embeddings,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        seed=config.seed,
+        cls_token_id=tok.token_id("cls_token", "bos_token"),
+        sep_token_id=tok.token_id("sep_token", "eos_token"),
+        mask_token_id=mask,
+        pad_token_id=tok.pad_token_id,
+        vocab_size=tok.vocab_size,
+        word_starts=starts,
+    )
+
+
+@torch.no_grad()
+def validate(
+    model: Encoder, config: PretrainConfig, tok: Tokenizer, shard: Shard, pairs: Pairs
+) -> dict[str, float]:
+    """Return the loss a masked token and the accuracy of pairs on the validation split."""
+    source = pairs_of(config, tok, shard, pairs)
+    objective = MaskedLM(pairs=pairs != "none")
+    device = next(model.parameters()).device
+    model.eval()
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for _ in range(VALIDATION_STEPS):
+        for batch in source.next_step():
+            moved = {name: tensor.to(device) for name, tensor in batch.items()}
+            _, metrics = objective(model, moved)
+            for name, (value, weight) in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0.0) + weight
+    return {name: sums[name] / counts[name] for name in sums}
+
+
+def watch(live: LiveTraining) -> Any:
+    """Return a hook that draws the loss."""
+
+    def run(state: State) -> None:
+        metrics = state.metrics
+        left_s = metrics["seconds"] * (state.steps - state.step)
+        live.update(state.step, metrics["loss"], metrics["tokens"] / metrics["seconds"], left_s)
+
+    return run

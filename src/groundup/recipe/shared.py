@@ -1,0 +1,37 @@
+"""What pretraining a decoder and an encoder have in common."""
+
+from pathlib import Path
+
+from groundup.core.errors import ConfigError
+from groundup.core.files import read_json
+from groundup.data import write_shards
+from groundup.recipe.configs import PretrainConfig
+from groundup.tokenizer import Tokenizer
+from groundup.train import FitConfig
+
+
+def fit_settings(config: PretrainConfig) -> FitConfig:
+    """Return the loop's settings."""
+    return FitConfig(
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        adam_learning_rate=config.adam_learning_rate,
+        dtype=config.dtype,
+        compile=config.compile,
+        seed=config.seed,
+        checkpoint_every=config.checkpoint_every,
+    )
+
+
+def shards_of(config: PretrainConfig, tok: Tokenizer, out: Path) -> Path:
+    """Return a folder of shards made by this tokenizer: the one given, or one made of a corpus."""
+    if not (config.corpus / "index.json").is_file():
+        if not (out / "shards" / "index.json").is_file():
+            write_shards(config.corpus, tok, out / "shards")
+        return out / "shards"
+    if read_json(config.corpus / "index.json")["tokenizer"] != tok.fingerprint:
+        raise ConfigError(
+            f"the shards in {config.corpus} were made with another tokenizer than "
+            f"{config.tokenizer}: make them again, or give the corpus"
+        )
+    return config.corpus

@@ -1,0 +1,237 @@
+"""Masked words, pairs of segments, fill-in-the-middle: what batches hold, that they learn."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from groundup.cli.main import main
+from groundup.core.errors import DataError
+from groundup.model import Encoder, EncoderConfig
+from groundup.model.decoder import IGNORE
+from groundup.train import MaskedLM, MaskedPairs, MiddleStream, MiddleTokens
+from groundup.train.loop import accumulate
+from groundup.train.masked import DOES_NOT_FOLLOW, FOLLOWS
+from groundup.train.middle import rearranged
+
+CLS, SEP, MASK, PAD, EOS, V = 1, 2, 3, 0, 4, 1000
+SENTINELS = MiddleTokens(prefix=900, middle=901, suffix=902)
+
+
+@pytest.fixture(scope="module")
+def text():
+    """Return documents whose tokens count up, so that a follow-up shows."""
+    rng = np.random.default_rng(0)
+    documents = [
+        np.append(10 + (np.arange(n) + start) % 800, EOS)
+        for n, start in zip(rng.integers(20, 200, 40), rng.integers(0, 800, 40), strict=True)
+    ]
+    offsets = np.cumsum([0, *map(len, documents)])
+    return np.concatenate(documents).astype(np.uint16), offsets
+
+
+def source(text, pairs="nsp", batch_size=16, **options):
+    return MaskedPairs(
+        *text,
+        pairs=pairs,
+        context=48,
+        batch_size=batch_size,
+        gradient_accumulation_steps=1,
+        seed=7,
+        cls_token_id=CLS,
+        sep_token_id=SEP,
+        mask_token_id=MASK,
+        pad_token_id=PAD,
+        vocab_size=V,
+        **options,
+    )
+
+
+def rows(text, count=400, **options):
+    made = source(text, batch_size=count, **options)
+    [batch] = made.next_step()
+    return batch
+
+
+def test_masking_is_80_10_10_of_15_percent(text):
+    batch = rows(text, 600, pairs="none")
+    original = torch.where(batch["targets"] == IGNORE, batch["ids"], batch["targets"])
+    chosen = batch["targets"] != IGNORE
+    words = (batch["mask"] == 1) & (original != CLS) & (original != SEP)
+    assert not (chosen & ~words).any()
+    assert 0.14 < float(chosen.sum() / words.sum()) < 0.16
+    seen, wanted = batch["ids"][chosen], batch["targets"][chosen]
+    assert 0.78 < float((seen == MASK).float().mean()) < 0.82
+    assert 0.085 < float((seen == wanted).float().mean()) < 0.115
+    assert (batch["ids"][:, 0] == CLS).all()
+
+
+@pytest.mark.parametrize("pairs", ["nsp", "sop"])
+def test_half_of_the_pairs_follow(text, pairs):
+    batch = rows(text, pairs=pairs)
+    assert 0.42 < float(batch["label"].float().mean()) < 0.58
+    original = torch.where(batch["targets"] == IGNORE, batch["ids"], batch["targets"])
+    for ids, types, mask, label in zip(
+        original, batch["types"], batch["mask"], batch["label"], strict=True
+    ):
+        length = int(mask.sum())
+        ends = (ids[:length] == SEP).nonzero().squeeze(-1).tolist()
+        assert len(ends) == 2
+        assert ends[1] == length - 1
+        assert types[: ends[0] + 1].sum() == 0
+        assert (types[ends[0] + 1 : length] == 1).all()
+        last, first = int(ids[ends[0] - 1]), int(ids[ends[0] + 1])
+        after = 10 + (last - 10 + 1) % 800
+        if label == FOLLOWS:
+            assert first == after
+        elif pairs == "sop":
+            assert label == DOES_NOT_FOLLOW
+            assert 10 + (int(ids[length - 2]) - 10 + 1) % 800 == int(ids[1])
+
+
+def test_whole_words_are_masked_whole(text):
+    starts = np.arange(V) % 3 == 0
+    batch = rows(text, 100, pairs="none", word_starts=starts)
+    chosen = batch["targets"] != IGNORE
+    original = torch.where(chosen, batch["targets"], batch["ids"])
+    inside = (~torch.from_numpy(starts)[original]) & (original >= 10)
+    follows_text = original.roll(1, 1) >= 10
+    assert (chosen == chosen.roll(1, 1))[inside & follows_text].all()
+
+
+def test_batches_depend_on_seed_and_position_alone(text):
+    one, two = source(text), source(text)
+    for _ in range(3):
+        one.next_step()
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    [first], [second] = one.next_step(), two.next_step()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_micro_batches_change_nothing(text, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.manual_seed(0)
+    config = EncoderConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=48,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = Encoder(config).double()
+    [batch] = source(text, batch_size=8).next_step()
+    objective, found = MaskedLM(pairs=True), []
+    for size in (8, 3):
+        parts = [{k: v[n : n + size] for k, v in batch.items()} for n in range(0, 8, size)]
+        model.zero_grad()
+        metrics = accumulate(model, objective, parts, torch.device("cpu"), torch.float32)
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((grads, metrics["loss"]))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-10)
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-10)
+
+
+def test_too_little_text_says_so():
+    with pytest.raises(DataError, match="too few documents for pairs"):
+        source((np.array([9, 9, EOS], np.uint16), np.array([0, 3])))
+
+
+def restored(tokens):
+    """Return the text of a rearranged document, from its sentinels."""
+    tokens = tokens.tolist()
+    if SENTINELS.prefix not in tokens:
+        return tokens
+    pre, mid, suf = (tokens.index(i) for i in (900, 901, 902))
+    if suf == pre + 1:  # SPM: suffix, then prefix and middle joined
+        return tokens[mid + 1 :] + tokens[suf + 1 : mid]
+    return tokens[pre + 1 : suf] + tokens[mid + 1 :] + tokens[suf + 1 : mid]
+
+
+def test_rearranged_documents_hold_the_same_text():
+    text = np.arange(10, 30)
+    for spm in (False, True):
+        for cuts in ((0, 0), (0, 20), (5, 12), (20, 20)):
+            made = rearranged(text, cuts, SENTINELS, spm=spm)
+            assert len(made) == len(text) + 3
+            assert restored(made) == text.tolist()
+
+
+@pytest.mark.parametrize("level", ["document", "context"])
+def test_no_token_is_lost_in_the_middle(text, level):
+    stream = MiddleStream(
+        *text,
+        sentinels=SENTINELS,
+        rate=0.6,
+        level=level,
+        eos_token_id=EOS,
+        context=64,
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        seed=3,
+    )
+    targets = []
+    for _ in range(stream.rows_per_epoch):
+        ids, wanted = stream.next_row()
+        both = (wanted[:-1] != IGNORE) & (wanted[1:] != IGNORE)
+        assert (ids[1:] == wanted[:-1])[both].all()
+        targets += wanted[wanted != IGNORE].tolist()
+    sentinels = [token for token in targets if token >= 900]
+    assert len(sentinels) > 20
+    assert sorted(token for token in targets if token < 900) == sorted(text[0].tolist())
+    if level == "document":
+        whole = [
+            stream.tokens[a : b - 1]
+            for a, b in zip(stream.offsets[:-1], stream.offsets[1:], strict=True)
+        ]
+        originals = [
+            text[0][a : b - 1].tolist() for a, b in zip(text[1][:-1], text[1][1:], strict=True)
+        ]
+        assert [restored(document) for document in whole] == originals
+        before = stream.tokens.copy()
+        stream.next_row()
+        assert not np.array_equal(before, stream.tokens)  # another epoch, other cuts
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [
+        ("mlm", ["--model-type", "modernbert"]),
+        ("mlm+nsp", ["--model-type", "bert", "--whole-word"]),
+        ("mlm+sop", ["--model-type", "bert"]),
+        ("fim", ["--fim-level", "context"]),
+        ("causal", ["--model-type", "mixtral", "--num-experts", "4"]),
+    ],
+)
+def test_every_objective_trains_from_the_command_line(corpus, tmp_path, objective, more):
+    import transformers
+
+    kind = "wordpiece" if "mlm" in objective else "bpe"
+    specials = ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]
+    train = ["tokenizer", "train", str(corpus), "--kind", kind, "--vocab-size", "500"]
+    assert main([*train, "--special-tokens", *specials, "--out", str(tmp_path / "tok")]) == 0
+    args = ["pretrain", str(corpus), "--tokenizer", str(tmp_path / "tok"), "--objective", objective]
+    args += ["--hidden-size", "64", "--num-hidden-layers", "1", "--max-position-embeddings", "64"]
+    args += ["--batch-size", "8", "--steps", "12", *more, "--out", str(tmp_path / "run")]
+    assert main(args) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    folder = tmp_path / "run" / "model"
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    assert getattr(transformers, architecture).from_pretrained(folder)
+
+
+def test_objectives_that_do_not_fit_say_what_does(corpus, tok, tmp_path, capsys):
+    tok.save(tmp_path / "tok")
+    start = ["pretrain", str(corpus), "--tokenizer", str(tmp_path / "tok"), "--steps", "1"]
+    start += ["--out", str(tmp_path / "run"), "--objective"]
+    for objective, message in (
+        (["mlm"], "add --model-type bert or modernbert"),
+        (["mlm", "--model-type", "bert"], r"need the special token [MASK]"),
+        (["fim"], "train the tokenizer with --special-tokens '<|fim_prefix|>'"),
+    ):
+        assert main([*start, *objective]) == 2
+        assert message in capsys.readouterr().err
