@@ -1,0 +1,135 @@
+"""GGUF files in llama.cpp itself: the same ids for text, the same probabilities for tokens."""
+
+import pytest
+import torch
+
+from groundup.cli.main import main
+from groundup.core.errors import CheckpointError, ConfigError
+from groundup.model import Decoder, ModelConfig, save_model
+from groundup.recipe.gguf import export_gguf
+from groundup.tokenizer import Tokenizer
+
+TEXTS = [
+    "def alpha_beta(gamma, delta=3):\n    return 'größe' * 42\n",
+    "  leading, and it's DON'T: 12345 你好 👩‍👩‍👧",
+]
+
+
+@pytest.fixture(scope="module")
+def texts(text_folder):
+    return [file.read_text() for file in sorted(text_folder.iterdir())] + TEXTS
+
+
+def make(tok, model_type, **more):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        model_type=model_type,
+        vocab_size=tok.vocab_size + 5,  # padded, as real embeddings are
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        **more,
+    )
+    return Decoder(config).eval()
+
+
+def in_llama_cpp(file, prompt, letter):
+    """Return the prompt's token count and log-probabilities of the next token, by id.
+
+    The server holds half characters back, so the sampled token is forced to be `letter`; the
+    probabilities it reports are those before that bias.
+    """
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 256, 1, False, 0
+    params.cpuparams.n_threads = 2
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    request = {"prompt": prompt, "n_predict": 6, "n_probs": 600, "temperature": 1.0, "top_k": 0}
+    request |= {"logit_bias": [[letter, 1000.0]], "cache_prompt": False, "ignore_eos": True}
+    answer = server.handle_completions(request)
+    word = answer["choices"][0]["logprobs"]["content"][0]
+    found = {entry["id"]: entry["logprob"] for entry in word["top_logprobs"]}
+    return answer["usage"]["prompt_tokens"], found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "options", "tolerance"),
+    [
+        ("llama", "f32", {}, 1e-3),
+        ("llama", "f16", {"tie_word_embeddings": False}, 2e-2),
+        ("qwen3", "f32", {}, 1e-3),
+        ("qwen2", "f32", {}, 1e-3),
+        ("llama", "q8_0", {}, 0.3),
+    ],
+)
+def test_probabilities_equal_llama_cpp(tok, tmp_path, model_type, dtype, options, tolerance):
+    model = make(tok, model_type, **options)
+    save_model(model, tok, tmp_path / "m")
+    assert (
+        main(["export", str(tmp_path / "m"), "--dtype", dtype, "--out", str(tmp_path / "x.gguf")])
+        == 0
+    )
+    ids = tok.encode(TEXTS[0])
+    count, found = in_llama_cpp(tmp_path / "x.gguf", ids, tok.encode("a")[-1])
+    assert count == len(ids)
+    wanted = model(torch.tensor([ids]))[0, -1].log_softmax(-1).detach()
+    assert len(found) > 300
+    for i, logprob in found.items():
+        assert logprob == pytest.approx(float(wanted[i]), abs=tolerance), i
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [
+        ("bpe", "gpt4"),
+        ("bpe", "gpt2"),
+        ("bpe", "qwen2"),
+        ("unigram", "gpt4"),
+        ("sentencepiece-bpe", "gpt4"),
+    ],
+)
+def test_text_has_the_same_tokens_in_llama_cpp(texts, tmp_path, kind, pattern):
+    bytewise = kind != "unigram"  # llama.cpp has no bytes to fall back on there
+    tok = Tokenizer.train(texts, kind=kind, pattern=pattern, vocab_size=500, byte_fallback=bytewise)
+    model = make(tok, "llama")
+    save_model(model, tok, tmp_path / "m")
+    export_gguf(tmp_path / "m", tmp_path / "x.gguf", dtype="f32")
+    for text in TEXTS:
+        ids = tok.encode(text)
+        count, found = in_llama_cpp(tmp_path / "x.gguf", text, tok.encode("a")[-1])
+        assert count == len(ids)
+        wanted = model(torch.tensor([ids]))[0, -1].log_softmax(-1).detach()
+        best = max(found, key=found.get)
+        assert found[best] == pytest.approx(float(wanted[best]), abs=1e-3)
+
+
+def test_what_llama_cpp_would_do_otherwise_is_refused(tok, texts, tmp_path):
+    save_model(make(tok, "olmo2"), tok, tmp_path / "olmo")
+    with pytest.raises(CheckpointError, match="olmo2 is not written as GGUF"):
+        export_gguf(tmp_path / "olmo", tmp_path / "x.gguf")
+    save_model(make(tok, "mistral", sliding_window=8), tok, tmp_path / "window")
+    with pytest.raises(CheckpointError, match="no sliding windows"):
+        export_gguf(tmp_path / "window", tmp_path / "x.gguf")
+    with pytest.raises(ConfigError, match="did you mean 'q8_0'"):
+        export_gguf(tmp_path / "olmo", tmp_path / "x.gguf", dtype="q8")
+    words = Tokenizer.train(texts, kind="word", vocab_size=300)
+    save_model(make(words, "llama"), words, tmp_path / "word")
+    with pytest.raises(CheckpointError, match="no tokenizer like this word one"):
+        export_gguf(tmp_path / "word", tmp_path / "x.gguf")
+    pieces = Tokenizer.train(texts, kind="unigram", vocab_size=500)
+    save_model(make(pieces, "llama"), pieces, tmp_path / "unigram")
+    with pytest.raises(CheckpointError, match="train with --no-byte-fallback"):
+        export_gguf(tmp_path / "unigram", tmp_path / "x.gguf")
+    code = Tokenizer.train(texts, pattern="code", vocab_size=300)
+    save_model(make(code, "llama"), code, tmp_path / "code")
+    with pytest.raises(CheckpointError, match="train with --pattern"):
+        export_gguf(tmp_path / "code", tmp_path / "x.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
