@@ -22,6 +22,10 @@ COMMANDS = {
     "finetune": ("teach a model from conversations", "groundup.cli.stages:finetune"),
     "align": ("teach a model preferences (DPO)", "groundup.cli.stages:align"),
     "evaluate": ("measure bits per byte of a model on text", "groundup.cli.stages:evaluate"),
+    "classify": (
+        "train and compare classifiers on labelled texts",
+        "groundup.cli.stages:classify",
+    ),
     "export": ("write a model as GGUF, for llama.cpp", "groundup.cli.stages:export"),
     "generate": ("continue a prompt", "groundup.cli.talk:generate"),
     "chat": ("talk to a model in the terminal", "groundup.cli.talk:chat"),

@@ -90,6 +90,11 @@ def evaluate(argv: Sequence[str]) -> None:
             )
 
 
+def classify(argv: Sequence[str]) -> None:
+    """Run `groundup classify FILE --out DIR`."""
+    stage_command("classify", "classify", argv, positional="data")
+
+
 def export(argv: Sequence[str]) -> None:
     """Run `groundup export MODEL --out FILE.gguf`."""
     flags = parser("export", "Write a model with its tokenizer as one GGUF file, for llama.cpp.")

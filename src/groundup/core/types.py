@@ -144,3 +144,16 @@ class LM(Protocol):
         are independent of each other and of their order.
         """
         ...
+
+
+class Classifier(Protocol):
+    """A classifier of texts of any kind: naive Bayes, a language model, an encoder."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Return the labels, in the order of the columns."""
+        ...
+
+    def log_probs(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Return log p(label | text), one row a text, one column a label."""
+        ...

@@ -143,3 +143,83 @@ def dot_plot(groups: Mapping[str, Mapping[str, float]], *, x_label: str) -> str:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
     label_axes(axes, x_label, "")
     return to_svg(figure)
+
+
+def reliability_plot(curves: Mapping[str, Sequence[tuple[float, float, int]]]) -> str:
+    """Draw how often predictions of each confidence are right; dots grow with their number."""
+    figure, axes = canvas(4.6, 4.2)
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+    for n, (name, points) in enumerate(curves.items()):
+        total = sum(count for *_, count in points) or 1
+        axes.plot(
+            [x for x, *_ in points], [y for _, y, _ in points], color=COLOURS[n], linewidth=1.5
+        )
+        sizes = [12 + 200 * count / total for *_, count in points]
+        axes.scatter(
+            [x for x, *_ in points],
+            [y for _, y, _ in points],
+            s=sizes,
+            color=COLOURS[n],
+            label=name,
+            alpha=0.75,
+        )
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    legend = axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
+    for handle in legend.legend_handles:
+        handle.set_sizes([30])
+    label_axes(axes, "confidence", "share that is right")
+    return to_svg(figure)
+
+
+def two_views(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    densities: Sequence[Any],
+    regions: Any,
+    extent: tuple[float, float, float, float],
+) -> str:
+    """Draw classes on a plane twice: their densities as contours, and the regions of a boundary.
+
+    `densities` holds one grid a class, `regions` one grid of class numbers, both rows bottom up.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, title in (
+        (left, "generative: where each class lies"),
+        (right, "discriminative: where to cut"),
+    ):
+        for n, (name, place) in enumerate(points.items()):
+            axes.scatter(
+                [x for x, _ in place],
+                [y for _, y in place],
+                s=9,
+                color=COLOURS[n],
+                label=name,
+                alpha=0.7,
+                linewidths=0,
+            )
+        axes.set_title(title, fontsize=10, color=INK)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set_color(FAINT)
+    for n, grid in enumerate(densities):
+        steps = [grid.max() * share for share in (0.05, 0.2, 0.5, 0.8)]
+        left.contour(grid, levels=steps, colors=COLOURS[n], linewidths=1, extent=extent)
+    right.imshow(
+        regions,
+        origin="lower",
+        extent=extent,
+        aspect="auto",
+        alpha=0.18,
+        cmap=ListedColormap(COLOURS[: len(points)]),
+        vmin=0,
+        vmax=len(points) - 1,
+    )
+    left.set_xlim(extent[0], extent[1])
+    left.set_ylim(extent[2], extent[3])
+    left.legend(frameon=False, fontsize=8, labelcolor=INK, markerscale=2)
+    return to_svg(figure)

@@ -1,6 +1,7 @@
 """The shape of an encoder, in the field names of a Hugging Face config.json; imports no torch."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class EncoderConfig:
     global_rope_theta: float = 160_000.0
     local_rope_theta: float = 10_000.0
     num_labels: int = 2
+    labels: tuple[str, ...] = ()
     tie_word_embeddings: bool = True
     classifier_pooling: str = "cls"
     pad_token_id: int = 0
@@ -80,8 +82,7 @@ class EncoderConfig:
         values["torch_dtype"] = "float32"
         count = values.pop("num_labels")
         count = 2 if self.task == "span" else count
-        labels = {str(n): f"LABEL_{n}" for n in range(count)}
-        values["id2label"], values["label2id"] = labels, {v: int(k) for k, v in labels.items()}
+        values |= label_names(values.pop("labels"), count)
         if self.model_type == "modernbert":
             values["hidden_activation"] = values.pop("hidden_act")
             values["norm_eps"] = values.pop("layer_norm_eps")
@@ -128,12 +129,24 @@ class EncoderConfig:
             if "global_attn_every_n_layers" not in values and kinds.count("full_attention") > 1:
                 values["global_attn_every_n_layers"] = kinds.index("full_attention", 1)
         if "id2label" in values:
-            values["num_labels"] = len(values["id2label"])
+            values["labels"] = read_labels(values["id2label"])
+            values["num_labels"] = len(values["labels"])
         names = {field.name for field in dataclasses.fields(cls)}
         try:
             return cls(**{key: value for key, value in values.items() if key in names})
         except ConfigError as err:
             raise CheckpointError(f"{where}: {err}") from err
+
+
+def label_names(labels: Sequence[str], count: int) -> dict[str, Any]:
+    """Return id2label and label2id; labels without a name are numbered."""
+    names = {str(n): labels[n] if n < len(labels) else f"LABEL_{n}" for n in range(count)}
+    return {"id2label": names, "label2id": {name: int(n) for n, name in names.items()}}
+
+
+def read_labels(id2label: dict[str, str]) -> tuple[str, ...]:
+    """Return the names of id2label in the order of their numbers."""
+    return tuple(str(id2label[key]) for key in sorted(id2label, key=int))
 
 
 MODERN_FIELDS = (

@@ -13,6 +13,7 @@ from groundup.core.errors import ConfigError, closest
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Stack
 from groundup.model.encoder import mean_pooled
+from groundup.model.encoder_config import label_names, read_labels
 
 TASKS = {"sequence": "ForSequenceClassification", "token": "ForTokenClassification"}
 
@@ -28,6 +29,7 @@ class HeadedDecoder(nn.Module):
         if task not in TASKS:
             raise ConfigError(f"task {task!r} is not known{closest(task, TASKS)}")
         self.config, self.task, self.num_labels = config, task, num_labels
+        self.labels: tuple[str, ...] = ()
         self.model = Stack(config)
         self.score = nn.Linear(config.hidden_size, num_labels, bias=task == "token")
         nn.init.normal_(self.score.weight, std=config.initializer_range)
@@ -45,8 +47,7 @@ class HeadedDecoder(nn.Module):
         values = self.config.to_json()
         prefix = self.config.family.architecture.removesuffix("ForCausalLM")
         values["architectures"] = [prefix + TASKS[self.task]]
-        labels = {str(n): f"LABEL_{n}" for n in range(self.num_labels)}
-        return values | {"id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
+        return values | label_names(self.labels, self.num_labels)
 
     @classmethod
     def from_json(cls, values: dict[str, Any], *, where: str) -> "HeadedDecoder":
@@ -55,7 +56,10 @@ class HeadedDecoder(nn.Module):
         task = next(task for task, suffix in TASKS.items() if architecture.endswith(suffix))
         config = ModelConfig.from_json(values, where=where)
         config = dataclasses.replace(config, tie_word_embeddings=False)
-        return cls(config, task=task, num_labels=len(values.get("id2label") or "01"))
+        labels = read_labels(values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"})
+        made = cls(config, task=task, num_labels=len(labels))
+        made.labels = labels
+        return made
 
 
 def pool(

@@ -50,15 +50,22 @@ class NeuralLM:
         texts = [np.asarray(document, dtype=np.int64) for document in documents]
         inputs = [np.concatenate(([self.eos_token_id], text[:-1])) for text in texts]
         result = [np.zeros(len(text)) for text in texts]
-        spans = sorted(  # equal lengths side by side: little padding, and the same each time
-            self.windows([len(text) for text in texts]),
-            key=lambda w: (min(self.context, len(texts[w[0]]) - w[1]), w),
-        )
-        rows = max(1, self.batch_tokens // self.context)
+
+        def size(window: Window) -> int:
+            return min(self.context, len(texts[window[0]]) - window[1])
+
+        # equal lengths side by side: little padding, and the same each time
+        windows = self.windows([len(text) for text in texts])
+        spans = sorted(windows, key=lambda window: (size(window), window))
         was_training = self.model.training
         self.model.eval()
-        for first in range(0, len(spans), rows):
-            self.score(spans[first : first + rows], inputs, texts, result)
+        first = 0
+        while first < len(spans):
+            stop = first + 1
+            while stop < len(spans) and (stop + 1 - first) * size(spans[stop]) <= self.batch_tokens:
+                stop += 1
+            self.score(spans[first:stop], inputs, texts, result)
+            first = stop
         self.model.train(was_training)
         return result
 

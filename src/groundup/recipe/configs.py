@@ -176,3 +176,36 @@ class ReportConfig:
 
     run: Path = field(help="run folder", semantic=False)
     stages: tuple[Path, ...] = field(help="stage folders to report on", input=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig:
+    """Train and compare classifiers: naive Bayes, a language model for each label, an encoder."""
+
+    data: Path = field(help="labelled texts: .csv, .tsv or .jsonl", input=True)
+    test: Path | None = field(None, help="labelled texts to test on; unset: a share", input=True)
+    test_share: float = field(0.2, help="share of every label held out, where --test is unset")
+    text_column: str | None = field(None, help="column of texts; unset: by its usual names")
+    label_column: str | None = field(None, help="column of labels; unset: by its usual names")
+    methods: tuple[str, ...] = field(
+        ("naive-bayes", "lm", "encoder"), help="what to compare: naive-bayes, lm, encoder"
+    )
+    lm: Path | None = field(
+        None, help="language model to start from; unset: a small one, random weights", input=True
+    )
+    encoder: Path | None = field(
+        None, help="encoder or decoder to start from; unset: a small one, random", input=True
+    )
+    sizes: tuple[int, ...] = field((), help="numbers of training texts; unset: n/16, n/4, n")
+    hidden_size: int = field(128, help="width of networks with random weights")
+    num_hidden_layers: int = field(2, help="depth of networks with random weights")
+    vocab_size: int = field(4096, help="vocabulary of their tokenizer")
+    max_length: int = field(128, help="tokens a text at most; what is longer is cut and counted")
+    batch_size: int = field(32, help="texts in an optimizer step")
+    epochs: float = field(10, help="passes over the training texts")
+    least_steps: int = field(150, help="optimizer steps at least, for small samples")
+    learning_rate: float = field(0.005, help="peak rate of Muon (matrices)")
+    adam_learning_rate: float = field(0.0005, help="peak rate of AdamW (embeddings, norms, head)")
+    max_test_rows: int = field(2000, help="test texts scored, drawn by seed")
+    seed: int = field(1, help="seed of samples, weights and order")
+    device: str | None = field(None, help=DEVICE_HELP, semantic=False)

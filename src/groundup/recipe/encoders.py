@@ -15,9 +15,9 @@ from groundup.model.encoder import Encoder
 from groundup.model.encoder_config import CLASSES, EncoderConfig
 from groundup.model.hf import save_model, write_model
 from groundup.recipe.configs import PretrainConfig
-from groundup.recipe.shared import fit_settings, shards_of
+from groundup.recipe.shared import fit_settings, shards_of, watch
 from groundup.tokenizer import Tokenizer
-from groundup.train import Hook, MaskedLM, MaskedPairs, State, fit
+from groundup.train import Hook, MaskedLM, MaskedPairs, fit
 from groundup.train.masked import Pairs
 
 VALIDATION_STEPS = 20
@@ -127,14 +127,3 @@ def validate(
                 sums[name] = sums.get(name, 0.0) + value
                 counts[name] = counts.get(name, 0.0) + weight
     return {name: sums[name] / counts[name] for name in sums}
-
-
-def watch(live: LiveTraining) -> Any:
-    """Return a hook that draws the loss."""
-
-    def run(state: State) -> None:
-        metrics = state.metrics
-        left_s = metrics["seconds"] * (state.steps - state.step)
-        live.update(state.step, metrics["loss"], metrics["tokens"] / metrics["seconds"], left_s)
-
-    return run

@@ -1,13 +1,15 @@
-"""What pretraining a decoder and an encoder have in common."""
+"""What stages that train have in common."""
 
 from pathlib import Path
+from typing import Any
 
 from groundup.core.errors import ConfigError
 from groundup.core.files import read_json
 from groundup.data import write_shards
+from groundup.figure import LiveTraining
 from groundup.recipe.configs import PretrainConfig
 from groundup.tokenizer import Tokenizer
-from groundup.train import FitConfig
+from groundup.train import FitConfig, State
 
 
 def fit_settings(config: PretrainConfig) -> FitConfig:
@@ -35,3 +37,14 @@ def shards_of(config: PretrainConfig, tok: Tokenizer, out: Path) -> Path:
             f"{config.tokenizer}: make them again, or give the corpus"
         )
     return config.corpus
+
+
+def watch(live: LiveTraining) -> Any:
+    """Return a hook that draws the loss."""
+
+    def run(state: State) -> None:
+        metrics = state.metrics
+        left_s = metrics["seconds"] * (state.steps - state.step)
+        live.update(state.step, metrics["loss"], metrics["tokens"] / metrics["seconds"], left_s)
+
+    return run

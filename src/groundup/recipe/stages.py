@@ -73,6 +73,12 @@ STAGES = {
             help="measure three models, the answers and the preferences, held out",
         ),
         Stage(
+            name="classify",
+            config="groundup.recipe.configs:ClassifyConfig",
+            run="groundup.recipe.classifying:classify",
+            help="train and compare classifiers, generative and discriminative",
+        ),
+        Stage(
             name="report",
             config="groundup.recipe.configs:ReportConfig",
             run="groundup.recipe.reporting:report",

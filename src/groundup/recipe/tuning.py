@@ -25,6 +25,7 @@ from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model, save_model, write_model
 from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
 from groundup.recipe.pretraining import read_plan
+from groundup.recipe.shared import watch
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
     Examples,
@@ -33,7 +34,6 @@ from groundup.train import (
     NextToken,
     Objective,
     Row,
-    State,
     audit,
     collate_rows,
     fit,
@@ -221,13 +221,6 @@ def train(
     )
     say(f"  device: {device.line}; {steps:,} steps, {steps / source.steps_per_epoch:.2f} epochs")
     with LiveTraining(console, steps=steps, unit="loss") as live:
-
-        def draw(state: State) -> None:
-            metrics = state.metrics
-            left_s = metrics["seconds"] * (state.steps - state.step)
-            rate = metrics["tokens"] / metrics["seconds"]
-            live.update(state.step, metrics["loss"], rate, left_s)
-
         metrics = fit(
             model,
             objective,
@@ -235,7 +228,7 @@ def train(
             fit_config,
             out,
             device=device.device,
-            hooks=[Hook(1, draw)],
+            hooks=[Hook(1, watch(live))],
             write_model=lambda folder: write_model(model, tok, folder),
         )
     save_model(model, tok, out / "model")

@@ -84,7 +84,7 @@ def make_optimizers(
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
-        inside = weight.dim() == 2 and ".layers." in f".{name}"
+        inside = weight.dim() == 2 and (".layers." in f".{name}" or ".layer." in name)
         (matrices if inside else others).append(weight)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
