@@ -1,5 +1,6 @@
 """Small inputs that the tests share: a corpus of generated functions, a tokenizer, a model."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from inputs import python_file
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ COMMANDS = {
     "finetune": ("teach a model from conversations", "groundup.cli.stages:finetune"),
     "align": ("teach a model preferences (DPO)", "groundup.cli.stages:align"),
     "evaluate": ("measure bits per byte of a model on text", "groundup.cli.stages:evaluate"),
+    "compare": ("lay training runs over each other", "groundup.cli.runs:compare"),
     "classify": (
         "train and compare classifiers on labelled texts",
         "groundup.cli.stages:classify",

@@ -1,6 +1,7 @@
 """`groundup quickstart` and `groundup run`: recipes from the command line."""
 
 import importlib.resources
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,21 @@ def finish(out: Path, dry_run: bool) -> None:
     say(f"Talk to it:  groundup chat {out}")
     say(f"Serve it:    groundup serve {out}")
     say(f"Your text:   groundup quickstart --text FOLDER --out {out.parent / 'mine'}")
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Lay training runs over each other."""
+    flags = parser("compare", "Training runs beside each other: a table, and a page of curves.")
+    flags.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run or stage folders, finished or not"
+    )
+    flags.add_argument(
+        "--out", type=Path, default=Path("compare.html"), metavar="FILE", help="the page"
+    )
+    flags.add_argument("--json", action="store_true", help="print how the runs ended as JSON")
+    args = parse(flags, argv)
+    from groundup.recipe.comparing import compare as run_comparison
+
+    found = run_comparison(args.runs, args.out)
+    if args.json:
+        print(json.dumps(found))

@@ -69,22 +69,32 @@ def align(argv: Sequence[str]) -> None:
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Run `groundup evaluate MODEL --data FILE`: bits per byte of a model on texts."""
-    flags = parser("evaluate", "Bits per byte and perplexity of a model on texts.")
+    """Run `groundup evaluate MODEL --data FILE --tasks FILE`: bits per byte, and task scores."""
+    flags = parser("evaluate", "A model's bits per byte on texts, and its scores in tasks.")
     flags.add_argument("model", metavar="MODEL", help="model folder or run folder")
-    flags.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files or folders")
+    flags.add_argument("--data", nargs="+", metavar="PATH", help="files or folders of text")
+    flags.add_argument(
+        "--tasks", nargs="+", type=Path, default=(), metavar="FILE", help="tasks as .jsonl(.gz)"
+    )
+    flags.add_argument("--limit", type=int, metavar="N", help="rows of a task; unset: all")
     flags.add_argument("--device", help="cpu, cuda or mps; unset: the best there is")
     flags.add_argument("--json", action="store_true", help="print JSON")
     args = parse(flags, argv)
-    from groundup.recipe.evaluation import evaluate_texts
+    if not args.data and not args.tasks:
+        raise ConfigError("groundup evaluate: give texts with --data, or tasks with --tasks")
+    from groundup.recipe.evaluation import evaluate_tasks, evaluate_texts
 
-    scores: dict[str, Any] = evaluate_texts(
-        resolve_model(args.model), args.data, device=args.device
-    )
+    model = resolve_model(args.model)
+    scores: dict[str, Any] = {}
+    if args.data:
+        scores = evaluate_texts(model, args.data, device=args.device)
+    if args.tasks:
+        scores["tasks"] = evaluate_tasks(model, args.tasks, limit=args.limit, device=args.device)
     if args.json:
         print(json.dumps(scores))
-    else:
-        for name, value in scores.items():
+        return
+    for name, value in scores.items():
+        if name != "tasks":
             print(
                 f"{name:<16} {value:,.4f}" if isinstance(value, float) else f"{name:<16} {value:,}"
             )

@@ -1,15 +1,15 @@
 """A network behind the LM protocol: log-probabilities of whole documents.
 
-Shape suffixes: B rows, T positions.
+Shape suffixes: B rows, T positions, S positions of a continuation, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from groundup.model.decoder import IGNORE, Decoder
+from groundup.model.decoder import IGNORE, LOGITS_IN_ONE_PIECE, Decoder
 
 Window = tuple[int, int, int]  # document, first input position, first scored position
 
@@ -68,6 +68,53 @@ class NeuralLM:
             first = stop
         self.model.train(was_training)
         return result
+
+    @torch.inference_mode()
+    def loglikelihood(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[float, bool]]:
+        """Return log p(continuation | context) of each pair of ids, and whether it is greedy.
+
+        An empty context is eos; of one that is too long the end is read, as lm-eval does.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        rows = [[*(before or [self.eos_token_id]), *behind] for before, behind in pairs]
+        rows = [row[-self.context - 1 :] for row in rows]
+        sizes = [
+            min(len(behind), len(row) - 1) for (_, behind), row in zip(pairs, rows, strict=True)
+        ]
+        most = min(self.batch_tokens, LOGITS_IN_ONE_PIECE // self.model.config.vocab_size)
+        found: list[tuple[float, bool]] = []
+        while len(found) < len(rows):
+            first = stop = len(found)
+            longest = 0
+            while stop < len(rows):
+                longest = max(longest, len(rows[stop]) - 1)
+                if stop > first and (stop + 1 - first) * longest > most:
+                    break
+                stop += 1
+            found += self.continuations(rows[first:stop], sizes[first:stop])
+        self.model.train(was_training)
+        return found
+
+    def continuations(self, rows: list[list[int]], sizes: list[int]) -> list[tuple[float, bool]]:
+        """Score the last `sizes` tokens of every row in one forward, right-padded."""
+        device = next(self.model.parameters()).device
+        T = max(len(row) - 1 for row in rows)
+        ids_BT = torch.full((len(rows), T), self.eos_token_id)
+        for n, row in enumerate(rows):
+            ids_BT[n, : len(row) - 1] = torch.tensor(row[:-1])
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits_BTV = self.model(ids_BT.to(device))
+        found = []
+        for logits_TV, row, size in zip(logits_BTV, rows, sizes, strict=True):
+            wanted_S = torch.tensor(row[len(row) - size :], device=device)
+            logits_SV = logits_TV[len(row) - 1 - size : len(row) - 1].float()
+            logps_S = logits_SV.log_softmax(-1).gather(-1, wanted_S[:, None])
+            greedy = bool((logits_SV.argmax(-1) == wanted_S).all())
+            found.append((float(logps_S.double().sum()), greedy))
+        return found
 
     def score(
         self,

@@ -96,6 +96,17 @@ class PretrainConfig:
     seed: int = field(1, help="seed of weights and data order")
     checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
     sample_every_s: float = field(20, help="seconds between sample completions", semantic=False)
+    eval_steps: int | None = field(
+        None, help="steps between scores on validation text; unset: ten a run", semantic=False
+    )
+    eval_tokens: int = field(32_768, help="validation tokens scored each time", semantic=False)
+    tasks: tuple[Path, ...] = field(
+        (), help="log-likelihood tasks (.jsonl, .jsonl.gz) scored with them", semantic=False
+    )
+    eval_limit: int = field(200, help="rows of a task, drawn by seed", semantic=False)
+    report_to: tuple[str, ...] = field(
+        (), help="also send metrics to: tensorboard, wandb", semantic=False
+    )
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
 
 

@@ -23,6 +23,7 @@ from groundup.evaluate import (
     score_answers,
     token_f1,
 )
+from groundup.evaluate.tasks import read_task, run_task
 from groundup.generate import LLM
 from groundup.model.hf import load_model
 from groundup.model.lm import NeuralLM
@@ -229,3 +230,30 @@ def evaluate_texts(
     )
     network = NeuralLM(load_model(model, device=chosen.device), tok.eos_token_id)
     return bits_per_byte(network, shard)
+
+
+TASK_HEADERS = ("task", "items", "acc", "95 %", "acc_norm", "chance", "perplexity", "cut")
+
+
+def evaluate_tasks(
+    model: Path, paths: Sequence[Path], *, limit: int | None = None, device: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Return a model's scores in log-likelihood tasks; print them as a table."""
+    tasks = [read_task(path, limit=limit) for path in paths]
+    tok = Tokenizer.load(model)
+    chosen = devices.pick(device, "fp32")
+    network = NeuralLM(load_model(model, device=chosen.device), tok.eos_token_id)
+    scores = {task.name: run_task(network, tok, task) for task in tasks}
+    rows = [
+        (
+            name,
+            f"{found['items']:,}",
+            f"{found['acc']:.3f}",
+            f"{found['low']:.3f} to {found['high']:.3f}",
+            *(f"{found[key]:.3f}" if key in found else "" for key in TASK_HEADERS[4:7]),
+            f"{found['cut']:,}",
+        )
+        for name, found in scores.items()
+    ]
+    show_table("Tasks", TASK_HEADERS, rows)
+    return scores

@@ -23,6 +23,7 @@ from groundup.model.decoder import Decoder
 from groundup.model.hf import save_model, write_model
 from groundup.recipe.configs import PlanConfig, PretrainConfig
 from groundup.recipe.encoders import pretrain_encoder
+from groundup.recipe.monitoring import evaluation_hook, tokens_per_step, tracking
 from groundup.recipe.shared import fit_settings, shards_of
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
@@ -85,6 +86,8 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
         config = replace(config, **{name: found[name] for name in PLANNED})
         config = replace(config, max_position_embeddings=found["context"])
     if config.objective.startswith("mlm"):
+        if config.tasks:
+            raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
         return pretrain_encoder(config, out)
     tok = Tokenizer.load(config.tokenizer)
     shards = shards_of(config, tok, out)
@@ -98,13 +101,18 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     fit_config = fit_settings(config)
     bits_per_nat = len(train.tokens) / train.num_bytes / float(np.log(2))
     level = ngram_level(config)
-    with LiveTraining(
-        console,
-        steps=config.steps,
-        unit="bits per byte",
-        level=level,
-        level_name="n-gram on validation text, the line to beat",
-    ) as live:
+    scoring = evaluation_hook(config, model, tok, validation, out)
+    with (
+        tracking(config, out) as trackers,
+        LiveTraining(
+            console,
+            steps=config.steps,
+            unit="bits per byte",
+            level=level,
+            level_name="n-gram on validation text, the line to beat",
+        ) as live,
+    ):
+        speaking = Hook(1, watch(live, model, tok, validation, bits_per_nat, config))
         metrics = fit(
             model,
             next_token(model.config),
@@ -112,7 +120,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
             fit_config,
             out,
             device=device.device,
-            hooks=[Hook(1, watch(live, model, tok, validation, bits_per_nat, config))],
+            hooks=[speaking, *([scoring] if scoring else []), *trackers],
             write_model=lambda folder: write_model(model, tok, folder),
         )
     if not metrics:  # every step was done before: only the last folder is missing
@@ -121,10 +129,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     return {
         "parameters": size,
         "steps": config.steps,
-        "tokens": config.steps
-        * config.batch_size
-        * config.gradient_accumulation_steps
-        * config.max_position_embeddings,
+        "tokens": config.steps * tokens_per_step(config),
         "train_bits_per_byte_per_nat": bits_per_nat,
         "ngram_bits_per_byte": level,
         "device": device.line,

@@ -1,6 +1,7 @@
 """Stage `report`: one self-contained HTML page about a run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from groundup.core.run import FINISHED, peak_memory_bytes
 from groundup.evaluate import fit_curve
 from groundup.figure import Series, bar_plot, histograms, line_plot, page
 from groundup.recipe.configs import ReportConfig
+from groundup.recipe.curves import (
+    Run,
+    evaluation_pictures,
+    loss_pictures,
+    read_run,
+    side_pictures,
+    smooth,
+    speeds,
+)
 
 STAGES = ("base", "finetuned", "aligned")
 MORE_S = 600.0
@@ -25,11 +35,9 @@ def report(config: ReportConfig, out: Path) -> dict[str, Any]:
     records = {path.name: read_json(path / FINISHED) for path in config.stages}
     metrics = read_json(run / "evaluate" / "metrics.json")
     plan = read_json(run / "plan" / "plan.json")
-    logs = {
-        name: MetricsLog.read(run / name / "metrics.jsonl")
-        for name in ("pretrain", "finetune", "align")
-    }
-    outlook = what_more_time_gives(logs["pretrain"], records["pretrain"]["summary"])
+    pretrained = replace(read_run(run), name="training loss")
+    logs = {name: MetricsLog.read(run / name / "metrics.jsonl") for name in ("finetune", "align")}
+    outlook = what_more_time_gives(pretrained.rows, records["pretrain"]["summary"])
     title = f"groundup: {run.name}"
     size = records["pretrain"]["summary"]["parameters"]
     seconds = sum(record["seconds"] for record in records.values())
@@ -41,7 +49,7 @@ def report(config: ReportConfig, out: Path) -> dict[str, Any]:
         page.section("At a glance", glance(metrics, records, outlook)),
         page.section("Text and tokens", *data_blocks(run, records)),
         page.section("Three models on the same held-out text", *three_blocks(metrics)),
-        page.section("Training", *training_blocks(logs, records, plan)),
+        page.section("Training", *training_blocks(pretrained, logs, records, plan)),
         page.section("Answers", *answer_blocks(run, metrics)),
         page.section("Preferences", *preference_blocks(run, metrics)),
         page.section("Samples", *sample_blocks(run)),
@@ -121,39 +129,24 @@ def three_blocks(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
-def smooth(values: list[float], width: int) -> list[float]:
-    """Return a running mean over the last `width` values."""
-    sums = np.cumsum([0.0, *values])
-    return [float((sums[n] - sums[max(0, n - width)]) / min(n, width)) for n in range(1, len(sums))]
-
-
 def training_blocks(
+    pretrained: Run,
     logs: dict[str, list[dict[str, Any]]],
     records: dict[str, Any],
     plan: dict[str, Any],
 ) -> list[str]:
     """Return the plan and the curves."""
-    scale = records["pretrain"]["summary"]["train_bits_per_byte_per_nat"]
-    rows = logs["pretrain"]
-    tokens = (np.cumsum([row["tokens"] for row in rows]) / 1e6).tolist()
-    bits = [row["loss"] * scale for row in rows]
     level = records["pretrain"]["summary"]["ngram_bits_per_byte"]
-    speed = [row["tokens"] / row["seconds"] for row in rows]
-    width = max(1, len(rows) // 40)
+    levels = [(level, "5-gram on validation text")] if level else []
     blocks = [
         page.table(("choice", "reason"), list(plan["reasons"].items())),
-        page.picture(
-            line_plot(
-                [
-                    Series("", tokens, bits, faint=True),
-                    Series("training loss", tokens, smooth(bits, width)),
-                ],
-                x_label="million tokens",
-                y_label="bits per byte",
-                levels=[(level, "5-gram on validation text")] if level else [],
-            ),
-            f"Pretraining: {len(rows):,} steps, median {np.median(speed):,.0f} tokens/s.",
+        page.text(
+            f"Pretraining: {len(pretrained.rows):,} steps, "
+            f"median {np.median(speeds(pretrained)):,.0f} tokens/s."
         ),
+        *loss_pictures([pretrained], levels),
+        *evaluation_pictures([pretrained]),
+        *side_pictures([pretrained]),
     ]
     for name, label in (("finetune", "loss a trained token (nats)"), ("align", "DPO loss")):
         losses = [row["loss"] for row in logs[name]]

@@ -1,0 +1,132 @@
+"""What watches a pretraining run: held-out scores, benchmarks, trackers."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from groundup.core import config as configs
+from groundup.core.errors import ConfigError, closest, need
+from groundup.core.metrics import MetricsLog
+from groundup.data import Shard
+from groundup.evaluate.tasks import read_task, run_task
+from groundup.model.decoder import Decoder
+from groundup.model.lm import NeuralLM
+from groundup.recipe.configs import PretrainConfig
+from groundup.tokenizer import Tokenizer
+from groundup.train import Hook, State
+from groundup.train.loop import DTYPES
+
+EVALUATIONS = 10  # a run, where eval_steps is unset
+SCORES = ("acc", "acc_norm", "perplexity")
+
+
+def evaluation_hook(
+    config: PretrainConfig, model: Decoder, tok: Tokenizer, validation: Shard, out: Path
+) -> Hook | None:
+    """Return a hook that appends bits per byte and the tasks' scores to `evals.jsonl`.
+
+    The scores also join the step's metrics, as `eval_...`. None where there is nothing to score.
+    """
+    documents = spread(validation, config.eval_tokens)
+    tasks = [read_task(path, limit=config.eval_limit, seed=config.seed) for path in config.tasks]
+    if not documents and not tasks:
+        return None
+    lm = NeuralLM(model, tok.eos_token_id, dtype=DTYPES[config.dtype])
+    num_bytes = sum(len(tok.decode([int(i) for i in d[:-1]]).encode()) for d in documents)
+    log = MetricsLog(out / "evals.jsonl")
+
+    def run(state: State) -> None:
+        scores: dict[str, float] = {}
+        if documents:
+            nats = -sum(float(values.sum()) for values in lm.token_logprobs(documents))
+            scores["bits_per_byte"] = nats / math.log(2) / max(1, num_bytes)
+        for task in tasks:
+            found = run_task(lm, tok, task, quiet=True)
+            scores |= {f"{task.name}_{key}": found[key] for key in SCORES if key in found}
+        log.truncate_after(state.step - 1)
+        log.write(step=state.step, tokens=state.step * tokens_per_step(config), **scores)
+        state.metrics |= {f"eval_{name}": value for name, value in scores.items()}
+
+    return Hook(config.eval_steps or max(1, math.ceil(config.steps / EVALUATIONS)), run)
+
+
+def tokens_per_step(config: PretrainConfig) -> int:
+    """Return the positions of one optimizer step."""
+    rows = config.batch_size * config.gradient_accumulation_steps
+    return rows * config.max_position_embeddings
+
+
+def spread(validation: Shard, most_tokens: int) -> list[NDArray[np.integer]]:
+    """Return documents from all over a split, about `most_tokens` of them together."""
+    documents = validation.documents()
+    order = np.random.default_rng(0).permutation(len(documents))
+    chosen: list[int] = []
+    size = 0
+    for n in order.tolist():
+        if size + len(documents[n]) <= most_tokens:
+            chosen.append(n)
+            size += len(documents[n])
+    return [documents[n] for n in sorted(chosen)]
+
+
+@contextmanager
+def tracking(config: PretrainConfig, out: Path) -> Iterator[list[Hook]]:
+    """Yield hooks that send each step's metrics to the trackers of `report_to`."""
+    for name in config.report_to:
+        if name not in TRACKERS:
+            raise ConfigError(f"report_to: unknown tracker {name!r}{closest(name, TRACKERS)}")
+    trackers = [TRACKERS[name](config, out) for name in config.report_to]
+    try:
+        yield [Hook(1, tracker.write) for tracker in trackers]
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+class TensorBoard:
+    """Event files in `out/tensorboard`; a resumed run takes back what came later."""
+
+    def __init__(self, config: PretrainConfig, out: Path) -> None:
+        need("tensorboard", extra="tracking", purpose="--report-to tensorboard")
+        self.folder = out / "tensorboard"
+        self.writer: Any = None
+
+    def write(self, state: State) -> None:
+        """Append one step."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.folder, purge_step=state.step)
+        for name, value in state.metrics.items():
+            self.writer.add_scalar(name, value, state.step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run in the project `groundup`; its network use is the user's choice (WANDB_MODE)."""
+
+    def __init__(self, config: PretrainConfig, out: Path) -> None:
+        wandb: Any = need("wandb", extra="tracking", purpose="--report-to wandb")
+        self.run = wandb.init(
+            project="groundup", name=out.name, dir=str(out), config=configs.dump(config)
+        )
+
+    def write(self, state: State) -> None:
+        """Log one step."""
+        self.run.log(dict(state.metrics), step=state.step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self.run.finish()
+
+
+TRACKERS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

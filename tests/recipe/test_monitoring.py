@@ -1,0 +1,121 @@
+"""Scores while training, trackers, and runs laid over each other."""
+
+import json
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from groundup import Tokenizer, load_model
+from groundup.cli.main import main
+from groundup.core.metrics import MetricsLog
+from groundup.data import open_shard, write_shards
+from groundup.model.lm import NeuralLM
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def place(corpus, tok, tmp_path_factory):
+    """Return a folder with a task, a tokenizer and two finished runs, one of them watched."""
+    folder = tmp_path_factory.mktemp("monitoring")
+    tok.save(folder / "tok")
+    task = [{"query": "def alpha_beta", "choices": ["(gamma):", "zzz qq"], "gold": 0}] * 4
+    (folder / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task))
+    pretrain(corpus, folder, "plain")
+    watching = ["--tasks", str(folder / "names.jsonl"), "--report-to", "tensorboard"]
+    pretrain(corpus, folder, "watched", *watching, "--eval-steps", "5", "--eval-tokens", "9000")
+    return folder
+
+
+def pretrain(corpus, folder, name, *more):
+    shape = ["--hidden-size", "64", "--num-hidden-layers", "1", "--max-position-embeddings", "64"]
+    budget = ["--steps", str(STEPS), "--batch-size", "2", "--out", str(folder / name)]
+    tok = ["--tokenizer", str(folder / "tok")]
+    return main(["pretrain", str(corpus), *tok, *shape, *budget, *more])
+
+
+def test_scores_come_every_few_steps_and_at_the_end(place):
+    rows = MetricsLog.read(place / "watched" / "evals.jsonl")
+    assert [row["step"] for row in rows] == [5, 10, STEPS]
+    assert [row["tokens"] for row in rows] == [128 * n for n in (5, 10, STEPS)]
+    assert 0 <= rows[-1]["names_acc"] <= 1
+
+
+def test_the_last_score_is_the_saved_models(place, corpus):
+    folder = place / "watched"
+    tok = Tokenizer.load(folder / "model")
+    write_shards(corpus, tok, place / "shards")
+    documents = open_shard(place / "shards", "validation").documents()
+    nats = -sum(
+        float(values.sum())
+        for values in NeuralLM(load_model(folder / "model"), tok.eos_token_id).token_logprobs(
+            documents
+        )
+    )
+    num_bytes = sum(len(tok.decode(document[:-1].tolist()).encode()) for document in documents)
+    assert sum(map(len, documents)) <= 9000  # every document was scored
+    last = MetricsLog.read(folder / "evals.jsonl")[-1]
+    assert last["bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-5)
+
+
+def test_watching_changes_nothing(place):
+    losses = [
+        [row["loss"] for row in MetricsLog.read(place / name / "metrics.jsonl")]
+        for name in ("plain", "watched")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_tensorboard_has_every_step(place):
+    events = EventAccumulator(str(place / "watched" / "tensorboard"))
+    events.Reload()
+    losses = [row["loss"] for row in MetricsLog.read(place / "watched" / "metrics.jsonl")]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses, rel=1e-6)
+    assert [event.step for event in events.Scalars("eval_bits_per_byte")] == [5, 10, STEPS]
+
+
+@pytest.mark.slow
+def test_wandb_offline(place, corpus, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    pretrain(corpus, place, "wandb", "--report-to", "wandb")
+    assert list((place / "wandb").rglob("*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--report-to", "tensorbord"], "did you mean 'tensorboard'"),
+        (["--tasks", "none.jsonl"], "does not exist"),
+        (["--tasks", "names.jsonl", "--objective", "mlm"], "left to right"),
+    ],
+)
+def test_unknown_trackers_and_tasks_are_refused(flags, said, place, corpus, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    assert pretrain(corpus, place, "bad", *flags) == 2
+    assert said in capsys.readouterr().err
+    assert not (place / "bad").exists()
+
+
+def test_runs_beside_each_other(place, capsys):
+    page = place / "compare.html"
+    runs = [str(place / name) for name in ("plain", "watched")]
+    main(["compare", *runs, "--out", str(page), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == set(runs)
+    assert found[runs[1]]["validation bits per byte"]
+    assert found[runs[0]]["steps"] == found[runs[1]]["steps"] == str(STEPS)
+    content = page.read_text()
+    assert content.count("<svg") == 7  # loss twice, held out twice, rate, gradient, speed
+    assert "Settings that differ" not in content  # watching is no setting
+
+
+def test_an_unfinished_run_can_be_compared(place, capsys):
+    from shutil import copytree
+
+    copytree(place / "plain", place / "cut")
+    (place / "cut" / "stage.json").unlink()
+    main(["compare", str(place / "cut"), "--out", str(place / "cut.html"), "--json"])
+    [found] = json.loads(capsys.readouterr().out).values()
+    assert found["finished"] == "no"
