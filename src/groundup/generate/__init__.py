@@ -1,6 +1,8 @@
-"""Generation: sampling parameters, stopping, the cache, the engine, and `LLM`."""
+"""Generation: sampling parameters, stopping, the paged cache, the engine, and `LLM`."""
 
-from groundup.generate.engine import Engine, Request
+from groundup.generate.config import EngineConfig
+from groundup.generate.engine import Engine
 from groundup.generate.llm import LLM
+from groundup.generate.request import Request
 
-__all__ = ["LLM", "Engine", "Request"]
+__all__ = ["LLM", "Engine", "EngineConfig", "Request"]

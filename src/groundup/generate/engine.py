@@ -1,58 +1,29 @@
 """Continuous batching: requests join and leave between steps, each with its own parameters.
 
-A step prefills waiting requests while rows are free, then decodes one token for every running
-one. There is one forward, the model's; the engine owns the cache and no weights.
+A step has a budget of tokens. Running requests are served first, the newest token of each or a
+chunk of its prompt; waiting ones join while there are rows, blocks of the cache and budget. Where
+blocks run out, the request that matters least gives its own back and is computed again later.
+There is one forward, the model's; the engine owns the cache and no weights.
 """
 
-import random
-from collections import deque
+import bisect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from groundup.core.errors import ConfigError
-from groundup.core.types import CompletionOutput, SamplingParams
-from groundup.generate.cache import Decode, KVCache, Prefill
-from groundup.generate.logits import check, process
-from groundup.generate.stop import find_stop, held_back
+from groundup.core.types import SamplingParams
+from groundup.generate.blocks import BlockPool
+from groundup.generate.cache import Batch, Feed, KVCache, bytes_a_token
+from groundup.generate.config import EngineConfig
+from groundup.generate.logits import check
+from groundup.generate.request import Request
+from groundup.generate.sampling import choose, top
 from groundup.model.decoder import Decoder
 from groundup.tokenizer import Tokenizer
 
-
-class Request:
-    """One answer in the making; `output` grows, `take_text` hands out what is final."""
-
-    def __init__(
-        self, prompt: Sequence[int], params: SamplingParams, index: int, tokenizer: Tokenizer
-    ) -> None:
-        self.prompt, self.params = list(prompt), params
-        self.output = CompletionOutput(index=index, text="", token_ids=[])
-        if params.logprobs is not None:
-            self.output.logprobs = []
-        seed = random.SystemRandom().getrandbits(48) if params.seed is None else params.seed
-        self.generator = torch.Generator().manual_seed(seed + index)
-        self.prompt_logprobs: list[dict[int, float] | None] | None = None
-        self.decoder = tokenizer.stream_decoder()
-        self.taken = 0
-
-    @property
-    def finished(self) -> bool:
-        """Return whether the answer has ended."""
-        return self.output.finish_reason is not None
-
-    @property
-    def length(self) -> int:
-        """Return the number of cached positions: all tokens but the newest."""
-        return len(self.prompt) + len(self.output.token_ids) - 1
-
-    def take_text(self) -> str:
-        """Return new text; what may still become a stop string waits."""
-        text = self.output.text
-        end = len(text) if self.finished else len(text) - held_back(text, self.params.stop)
-        new = text[self.taken : end] if end > self.taken else ""
-        self.taken = max(self.taken, end)
-        return new
+CACHE_BYTES = 2 * 10**9  # the cache's memory at most, where the config does not say
 
 
 class Engine:
@@ -62,22 +33,31 @@ class Engine:
         self,
         model: Decoder,
         tokenizer: Tokenizer,
+        config: EngineConfig | None = None,
         *,
-        max_num_seqs: int = 16,
         ends: Sequence[int] | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.max_num_seqs = max_num_seqs
-        self.context = model.config.max_position_embeddings
+        self.config = config = config or EngineConfig()
         self.ends = tuple(ends if ends is not None else tokenizer.stop_token_ids)
         weight = next(model.parameters())
         self.device = weight.device
-        self.cache = KVCache(model.config, max_num_seqs, weight.device, weight.dtype)
-        self.waiting: deque[Request] = deque()
+        blocks = block_count(model, config, weight.dtype)
+        self.context = min(model.config.max_position_embeddings, blocks * config.block_size)
+        self.cache = KVCache(model.config, blocks, config.block_size, self.device, weight.dtype)
+        self.pool = BlockPool(blocks, config.block_size, sharing=config.enable_prefix_caching)
+        self.waiting: list[Request] = []  # both sorted: the first matters most
         self.running: list[Request] = []
+        self.arrivals = self.preemptions = 0
+        self.weights_version: list[float] = []
 
-    def add(self, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
-        """Queue a prompt, `params.n` times; a prompt beyond the context is a ConfigError."""
+    def add(
+        self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0
+    ) -> list[Request]:
+        """Queue a prompt, `params.n` times; a prompt beyond the context is a ConfigError.
+
+        Of two requests, the one with the lower `priority` goes first, then the earlier one.
+        """
         check(params)
         if not prompt:
             prompt = [self.tokenizer.bos_token_id]
@@ -86,8 +66,13 @@ class Engine:
                 f"the prompt has {len(prompt):,} tokens and the model reads {self.context:,}, "
                 "answer included: shorten it"
             )
-        requests = [Request(prompt, params, n, self.tokenizer) for n in range(params.n)]
-        self.waiting.extend(requests)
+        requests = [
+            Request(prompt, params, n, self.tokenizer, priority=priority) for n in range(params.n)
+        ]
+        for request in requests:
+            self.arrivals += 1
+            request.arrival = self.arrivals
+            bisect.insort(self.waiting, request, key=order)
         return requests
 
     def abort(self, requests: Sequence[Request]) -> None:
@@ -95,7 +80,6 @@ class Engine:
         for request in requests:
             if not request.finished:
                 request.output.finish_reason = "abort"
-        self.waiting = deque(r for r in self.waiting if not r.finished)
         self.release()
 
     @property
@@ -105,99 +89,190 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Give every running request a token; return the requests that got one."""
+        """Run one step's tokens; return the requests that got a new one."""
+        if not self.running:
+            self.notice_new_weights()
+        plan = self.schedule()
+        if not plan:
+            return []
         was_training = self.model.training
-        self.model.eval()
-        progressed = []
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            request = self.waiting.popleft()
-            self.running.append(request)
-            self.prefill(request)
-            progressed.append(request)
-        decoding = [request for request in self.running if request not in progressed]
-        if decoding and len(decoding) == len(self.running):
-            self.decode()
-            progressed = decoding
+        if was_training:
+            self.model.eval()
+        done = self.run(plan)
+        if was_training:
+            self.model.train()
         self.release()
-        self.model.train(was_training)
-        return progressed
+        return done
 
-    def prefill(self, request: Request) -> None:
-        """Read the prompt into the newest row and sample the first token."""
-        ids_BT = torch.tensor([request.prompt], device=self.device)
-        view = Prefill(self.cache, len(self.running) - 1, len(request.prompt))
-        logits_TV = self.model(ids_BT, cache=view)[0]
-        wanted = request.params.prompt_logprobs
-        if wanted is not None:
-            logps_TV = logits_TV[:-1].float().log_softmax(-1)
-            rows = zip(logps_TV, request.prompt[1:], strict=True)
-            request.prompt_logprobs = [None, *(top(row_V, i, wanted) for row_V, i in rows)]
-        self.accept(request, logits_TV[-1])
+    def notice_new_weights(self) -> None:
+        """Forget cached prefixes if the weights have been trained since."""
+        version = stamp(self.model)
+        if version != self.weights_version:
+            self.weights_version = version
+            self.pool.forget()
 
-    def decode(self) -> None:
-        """Feed every running request its newest token and sample the next."""
-        newest = [[request.output.token_ids[-1]] for request in self.running]
-        lengths = [request.length for request in self.running]
-        view = Decode(self.cache, lengths)
-        logits_BTV = self.model(
-            torch.tensor(newest, device=self.device), positions=view.at[:, None], cache=view
+    def schedule(self) -> list[tuple[Request, int]]:
+        """Return who feeds how many tokens: single tokens first, then chunks."""
+        self.make_way()
+        plan: dict[Request, int] = {}
+        budget = max(self.config.max_num_batched_tokens, self.config.max_num_seqs)
+        for request in sorted(self.running, key=lambda r: r.length - r.holding.computed > 1):
+            count = min(request.length - request.holding.computed, budget - sum(plan.values()))
+            while count and request in self.running and not self.reserve(request, count):
+                plan.pop(least := self.running[-1], None)
+                self.preempt(least)
+            if count and request in self.running:
+                plan[request] = count
+        for request in list(self.waiting):
+            left = budget - sum(plan.values())
+            if not left or len(self.running) == self.config.max_num_seqs:
+                break
+            if self.config.enable_prefix_caching and request.params.prompt_logprobs is None:
+                self.pool.find(request.holding, request.tokens(0, request.length))
+                if self.shares_soon(request):
+                    self.pool.give_back(request.holding)
+                    continue
+            count = min(request.length - request.holding.computed, left)
+            if not self.reserve(request, count, spare=len(self.running)):
+                self.pool.give_back(request.holding)
+                break
+            self.waiting.remove(request)
+            bisect.insort(self.running, request, key=order)
+            plan[request] = count
+        return sorted(plan.items(), key=lambda entry: entry[1] > 1)
+
+    def make_way(self) -> None:
+        """Preempt requests of a worse priority for a waiting one that finds no row or blocks."""
+        while self.waiting and self.running:
+            first, least = self.waiting[0], self.running[-1]
+            needed = -(-min(first.length, self.config.max_num_batched_tokens) // self.pool.size)
+            has_row = len(self.running) < self.config.max_num_seqs
+            if first.priority >= least.priority or (has_row and needed <= len(self.pool.free)):
+                return
+            self.preempt(least)
+
+    def reserve(self, request: Request, count: int, *, spare: int = 0) -> bool:
+        """Give a request blocks for its next tokens, if `spare` blocks stay free."""
+        return self.pool.extend(request.holding, request.holding.computed + count, spare=spare)
+
+    def preempt(self, request: Request) -> None:
+        """Take a request's blocks and let it wait; its tokens so far are computed again later."""
+        self.pool.give_back(request.holding)
+        self.running.remove(request)
+        bisect.insort(self.waiting, request, key=order)
+        self.preemptions += 1
+
+    def shares_soon(self, request: Request) -> bool:
+        """Return whether a running request is about to compute the next block of this one."""
+        end = request.holding.computed + self.pool.size
+        if end >= request.length:
+            return False
+        wanted = request.tokens(0, end)
+        return any(
+            other.holding.computed < end <= other.length
+            and other.holding.root == request.holding.root
+            and other.tokens(0, end) == wanted
+            for other in self.running
         )
-        for request, logits_V in zip(self.running, logits_BTV[:, -1], strict=True):
-            self.accept(request, logits_V)
 
-    def accept(self, request: Request, logits_V: Tensor) -> None:
-        """Sample a token, then see whether the answer ends."""
-        params, output = request.params, request.output
-        ends = (*self.ends, *params.stop_token_ids)
-        changed_V = process(logits_V, params, request.prompt, output.token_ids, ends)
-        if params.temperature == 0:
-            token = int(changed_V.argmax())
-        else:
-            probs_V = changed_V.softmax(-1).cpu()
-            token = int(torch.multinomial(probs_V, 1, generator=request.generator))
-        output.token_ids.append(token)
-        if output.logprobs is not None:
-            raw_V = logits_V.float().log_softmax(-1)
-            output.logprobs.append(top(raw_V, token, params.logprobs or 0))
-        self.finish_if_done(request, token)
+    def run(self, plan: list[tuple[Request, int]]) -> list[Request]:
+        """Run the model once over all planned tokens, and sample where a request's are all in."""
+        feeds = []
+        at: list[int] = []  # the places whose logits are needed
+        spans: list[tuple[int, int]] = []
+        start = 0
+        for request, count in plan:
+            computed = request.holding.computed
+            feeds.append(Feed(request.holding.blocks, computed, request.tokens(computed, count)))
+            first = start
+            if not self.scores(request):
+                first = start + count - (computed + count == request.length)
+            spans.append((len(at), len(at) + start + count - first))
+            at += range(first, start + count)
+            start += count
+        batch = Batch(self.cache, feeds)
+        chosen = None if len(at) == start else torch.tensor(at, device=self.device).long()
+        logits_NV = self.model(batch.ids_1T, positions=batch.positions_1T, cache=batch, at=chosen)[
+            0
+        ]
+        ready, rows = [], []
+        for (request, count), (first, last) in zip(plan, spans, strict=True):
+            if self.scores(request):
+                self.score_prompt(request, logits_NV[first:last])
+            self.advance(request, count)
+            if request.holding.computed == request.length:
+                ready.append(request)
+                rows.append(last - 1)
+        if ready:
+            self.sample(ready, logits_NV if len(rows) == len(logits_NV) else logits_NV[rows])
+        return ready
 
-    def finish_if_done(self, request: Request, token: int) -> None:
-        """Set the finish reason where an end token, stop string or limit is reached."""
-        params, output = request.params, request.output
-        is_end = token in self.ends and not params.ignore_eos
-        if is_end or token in params.stop_token_ids:
-            output.text += request.decoder.flush()
-            output.finish_reason, output.stop_reason = "stop", token
-            return
-        searched = len(output.text)
-        output.text += request.decoder.push(token)
-        if params.stop and (found := find_stop(output.text, params.stop, searched)):
-            at, stop = found
-            end = at + len(stop) if params.include_stop_str_in_output else at
-            output.text = output.text[:end]
-            output.finish_reason, output.stop_reason = "stop", stop
-            return
-        total = len(request.prompt) + len(output.token_ids)
-        limit = params.max_tokens
-        if (limit is not None and len(output.token_ids) >= limit) or total >= self.context:
-            output.text += request.decoder.flush()
-            output.finish_reason = "length"
+    def advance(self, request: Request, count: int) -> None:
+        """Note that so many more tokens of a request are cached."""
+        holding = request.holding
+        holding.computed += count
+        if holding.computed // self.pool.size > len(holding.names):
+            self.pool.name_full(holding, request.tokens(0, holding.computed))
+
+    def sample(self, ready: list[Request], logits_BV: Tensor) -> None:
+        """Give each request its next token."""
+        tokens = choose(logits_BV, ready, self.ends)
+        asked = [n for n, r in enumerate(ready) if r.output.logprobs is not None]
+        if asked:
+            logps_BV = logits_BV[asked].float().log_softmax(-1)
+            for n, logps_V in zip(asked, logps_BV, strict=True):
+                found = top(logps_V, tokens[n], ready[n].params.logprobs or 0)
+                ready[n].output.logprobs.append(found)  # type: ignore[union-attr]
+        for request, token in zip(ready, tokens, strict=True):
+            request.accept(token, self.ends, self.context)
+
+    def scores(self, request: Request) -> bool:
+        """Return whether log-probabilities of the prompt are wanted and not all there."""
+        found = request.prompt_logprobs
+        wanted = request.params.prompt_logprobs is not None
+        return wanted and (found is None or len(found) < len(request.prompt))
+
+    def score_prompt(self, request: Request, logits_TV: Tensor) -> None:
+        """Add log-probabilities of the prompt's tokens behind those just read."""
+        if request.prompt_logprobs is None:
+            request.prompt_logprobs = [None]
+        found, first = request.prompt_logprobs, request.holding.computed + 1
+        for n, logps_V in enumerate(logits_TV.float().log_softmax(-1), start=first):
+            if n == len(found) < len(request.prompt):  # after preemption some are there already
+                found.append(top(logps_V, request.prompt[n], request.params.prompt_logprobs or 0))
 
     def release(self) -> None:
-        """Free the rows of finished requests; the last row moves into each gap."""
-        for row in range(len(self.running) - 1, -1, -1):
-            if self.running[row].finished:
-                last = len(self.running) - 1
-                if row != last:
-                    self.cache.move(last, row)
-                    self.running[row] = self.running[last]
-                self.running.pop()
+        """Give back the blocks of finished requests."""
+        for request in [r for r in self.running if r.finished]:
+            self.pool.give_back(request.holding)
+        self.running = [r for r in self.running if not r.finished]
+        self.waiting = [r for r in self.waiting if not r.finished]
 
 
-def top(logps_V: Tensor, token: int, count: int) -> dict[int, float]:
-    """Return the log-probabilities of a token and of the `count` likeliest ids."""
-    found = {token: float(logps_V[token])}
-    if count:
-        values, ids = logps_V.topk(count)
-        found |= dict(zip(ids.tolist(), values.tolist(), strict=True))
-    return found
+def order(request: Request) -> tuple[int, int]:
+    """Return what sorts requests: the lower priority first, then the earlier arrival."""
+    return request.priority, request.arrival
+
+
+def stamp(model: Decoder) -> list[float]:
+    """Return numbers that change when weights are trained or loaded.
+
+    Torch counts changes in place, but fused optimizers escape it; so each weight is sampled too.
+    """
+    weights = [weight.detach() for weight in model.parameters()]
+    samples = [w.flatten()[:: max(1, w.numel() // 64)].double().sum() for w in weights]
+    return [*(float(w._version) for w in weights), *torch.stack(samples).tolist()]
+
+
+def block_count(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Return how many blocks the cache has: what the config allows, or what is ever needed."""
+    a_block = bytes_a_token(model.config, dtype) * config.block_size
+    longest = -(-model.config.max_position_embeddings // config.block_size)
+    if config.kv_cache_memory_bytes is None:
+        return max(longest, min(longest * config.max_num_seqs, CACHE_BYTES // a_block))
+    if config.kv_cache_memory_bytes < a_block:
+        raise ConfigError(
+            f"kv_cache_memory_bytes = {config.kv_cache_memory_bytes:,} is less than one block of "
+            f"the cache takes: {a_block:,}"
+        )
+    return min(longest * config.max_num_seqs, config.kv_cache_memory_bytes // a_block)

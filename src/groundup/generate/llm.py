@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from groundup.core import config as configs
 from groundup.core import device as devices
 from groundup.core.errors import ConfigError
 from groundup.core.run import resolve_model
 from groundup.core.types import Message, RequestOutput, SamplingParams
+from groundup.generate.config import EngineConfig
 from groundup.generate.engine import Engine
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model, read_generation_ends
@@ -22,7 +25,7 @@ class LLM:
     """Generate with a model folder, a run folder, or a model in memory.
 
     A model in memory is used as it is, so that a training run can sample from it: its mode is
-    restored and the global random state is never touched.
+    restored and the global random state is never touched. `settings` are EngineConfig's fields.
     """
 
     def __init__(
@@ -31,8 +34,9 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         *,
         device: str | None = None,
-        max_num_seqs: int = 16,
+        **settings: Any,
     ) -> None:
+        config = configs.load(EngineConfig, settings, where="LLM")
         ends: Sequence[int] | None = None
         if isinstance(model, Decoder):
             if tokenizer is None:
@@ -46,7 +50,7 @@ class LLM:
             tokenizer = tokenizer or Tokenizer.load(folder)
             ends = read_generation_ends(folder) or None
         self.tokenizer = tokenizer
-        self.engine = Engine(decoder, tokenizer, max_num_seqs=max_num_seqs, ends=ends)
+        self.engine = Engine(decoder, tokenizer, config, ends=ends)
 
     @property
     def context(self) -> int:

@@ -26,12 +26,17 @@ LOGITS_IN_ONE_PIECE = 2**26  # more logits than this (256 MB in fp32) are comput
 
 
 class Cache(Protocol):
-    """Keys and values of earlier positions; `mask_BTS` is True where attention may look."""
+    """Keys and values of earlier positions, and the attention over them."""
 
-    mask_BTS: Tensor
-
-    def update(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this call's keys and values; return all that the mask speaks of."""
+    def attend(
+        self,
+        attention: "Attention",
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Turn queries and keys, store keys and values, return what is attended to [B, T, HD]."""
         ...
 
 
@@ -78,7 +83,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.windowed = config.window(layer) is not None
+        self.window = config.window(layer)
         width = config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
         biased = config.attention_bias or config.family.qkv_bias
@@ -97,46 +102,68 @@ class Attention(nn.Module):
 
     def forward(self, x_BTE: Tensor, context: Context) -> Tensor:
         """Attend causally, or where the context's mask [B, 1, T, S] is True."""
+        q_BTHD, k_BTKD, v_BTKD = self.heads(x_BTE)
+        rotary = context.local_rotary if self.window is not None else context.rotary
+        if context.cache is not None:
+            return self.o_proj(context.cache.attend(self, q_BTHD, k_BTKD, v_BTKD, rotary))
+        mask = context.window_mask if self.window is not None else context.mask
+        q_BHTD = rotate(q_BTHD.transpose(1, 2), *rotary)
+        k_BKTD = rotate(k_BTKD.transpose(1, 2), *rotary)
+        out_BHTD = self.attend(q_BHTD, k_BKTD, v_BTKD.transpose(1, 2), mask, causal=mask is None)
+        return self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
+
+    def heads(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [B, T, H, D], keys and values [B, T, K, D], not yet turned."""
         B, T, _ = x_BTE.shape
         q_BTC, k_BTC = self.q_proj(x_BTE), self.k_proj(x_BTE)
         if self.qk_norm == "width":
             q_BTC, k_BTC = self.q_norm(q_BTC), self.k_norm(k_BTC)
         q_BTHD = q_BTC.view(B, T, -1, self.head_dim)
         k_BTKD = k_BTC.view(B, T, -1, self.head_dim)
-        v_BKTD = self.v_proj(x_BTE).view(B, T, -1, self.head_dim).transpose(1, 2)
         if self.qk_norm == "head":
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
-        rotary = context.local_rotary if self.windowed else context.rotary
-        q_BHTD = rotate(q_BTHD.transpose(1, 2), *rotary)
-        k_BKTD = rotate(k_BTKD.transpose(1, 2), *rotary)
-        if context.cache is not None:
-            k_BKTD, v_BKTD = context.cache.update(self.layer, k_BKTD, v_BKTD)
-        mask = context.window_mask if self.windowed else context.mask
+        return q_BTHD, k_BTKD, self.v_proj(x_BTE).view(B, T, -1, self.head_dim)
+
+    def attend(
+        self,
+        q_BHTD: Tensor,
+        k_BKSD: Tensor,
+        v_BKSD: Tensor,
+        mask: Tensor | None,
+        *,
+        causal: bool = False,
+    ) -> Tensor:
+        """Return attention's output [B, H, T, D] where `mask` is True, everywhere, or causally."""
         if self.softcap is not None:
-            out_BHTD = capped_attention(q_BHTD, k_BKTD, v_BKTD, mask, self.scale, self.softcap)
-        else:
-            out_BHTD = F.scaled_dot_product_attention(
-                q_BHTD,
-                k_BKTD,
-                v_BKTD,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=self.scale,
-                enable_gqa=self.grouped,
-            )
-        return self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1))
+            return capped_attention(q_BHTD, k_BKSD, v_BKSD, mask, self.scale, self.softcap, causal)
+        return F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BKSD,
+            v_BKSD,
+            attn_mask=mask,
+            is_causal=causal,
+            scale=self.scale,
+            enable_gqa=self.grouped,
+        )
 
 
 def capped_attention(
-    q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, scale: float, cap: float
+    q_BHTD: Tensor,
+    k_BKSD: Tensor,
+    v_BKSD: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    cap: float,
+    causal: bool,
 ) -> Tensor:
     """Attend with scores squeezed into (-cap, cap) by tanh (Gemma 2, arXiv 2408.00118, sec. 2)."""
     groups = q_BHTD.shape[1] // k_BKSD.shape[1]
     k_BHSD, v_BHSD = (x.repeat_interleave(groups, dim=1) for x in (k_BKSD, v_BKSD))
     scores_BHTS = cap * torch.tanh(q_BHTD @ k_BHSD.transpose(-1, -2) * (scale / cap))
-    if mask is None:
+    if causal:
         mask = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BHTD.device).tril()
-    scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
+    if mask is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask, -torch.inf)
     return scores_BHTS.softmax(-1, dtype=torch.float32).to(q_BHTD.dtype) @ v_BHSD
 
 
@@ -279,14 +306,14 @@ class Stack(nn.Module):
         B, T = ids_BT.shape
         if positions is None:
             positions = torch.arange(T, device=ids_BT.device).expand(B, T)
-        cached = cache is not None
-        mask = cache.mask_BTS[:, None] if cache is not None else segment_mask(segments)
-        rotary = rotary_table(positions, config, cached=cached)
+        mask = segment_mask(segments)
+        rotary = rotary_table(positions, config, cached=cache is not None)
         context = Context(rotary, rotary, mask, None, cache, routing)
         if config.sliding_window is not None:
             if config.rope_local_base_freq is not None:
                 context.local_rotary = rotary_table(positions, config, local=True)
-            context.window_mask = sliding_mask(positions, mask, config.sliding_window, cached)
+            if cache is None:
+                context.window_mask = sliding_mask(positions, mask, config.sliding_window)
         x_BTE = self.embed_tokens(ids_BT)
         if config.family.gemma:  # in the embedding's dtype, as Gemma was trained
             x_BTE = x_BTE * torch.tensor(config.hidden_size**0.5, dtype=x_BTE.dtype)
@@ -301,7 +328,7 @@ class Decoder(nn.Module):
     """A causal language model; always used through its call.
 
     ids_BT are token ids. `positions_BT` default to 0..T-1. `segments_BT` confine attention to
-    equal numbers (packed documents). A `cache` brings earlier keys and the mask.
+    equal numbers (packed documents). A `cache` brings earlier keys and attends over them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -334,12 +361,16 @@ class Decoder(nn.Module):
         want: Literal["logits", "hidden", "logprobs"] = "logits",
         targets: Tensor | None = None,
         routing: list[Tensor] | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:
         """Return logits_BTV, hidden_BTE, or the log-probabilities of targets_BT (0 at IGNORE).
 
-        `routing` collects the router's logits of every layer with experts.
+        `routing` collects the router's logits of every layer with experts; `at` picks positions
+        of T, so that no other is projected to the vocabulary.
         """
         hidden_BTE = self.model(ids_BT, positions, segments, cache, routing)
+        if at is not None:
+            hidden_BTE = hidden_BTE[:, at]
         if want == "hidden":
             return hidden_BTE
         if want == "logits":
@@ -392,13 +423,10 @@ def segment_mask(segments_BT: Tensor | None) -> Tensor | None:
     return ((segments_BT[:, :, None] == segments_BT[:, None, :]) & causal_TT)[:, None]
 
 
-def sliding_mask(positions_BT: Tensor, mask: Tensor | None, window: int, cached: bool) -> Tensor:
-    """Return [B, 1, T, S], True where `mask` is (or causally) and less than `window` back."""
+def sliding_mask(positions_BT: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    """Return [B, 1, T, T], True where `mask` is (or causally) and less than `window` back."""
     if mask is None:
         T = positions_BT.shape[1]
         mask = torch.ones(T, T, dtype=torch.bool, device=positions_BT.device).tril()[None, None]
-    keys_BS = positions_BT
-    if cached:  # the cache holds position s in place s
-        keys_BS = torch.arange(mask.shape[-1], device=positions_BT.device)[None]
-    near_BTS = positions_BT[:, :, None] - keys_BS[:, None, :] < window
+    near_BTS = positions_BT[:, :, None] - positions_BT[:, None, :] < window
     return mask & near_BTS[:, None]

@@ -1,0 +1,239 @@
+"""The engine equals itself: paged, chunked, preempted, shared and batched change nothing."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from groundup.core.errors import ConfigError
+from groundup.core.types import SamplingParams
+from groundup.generate import LLM, Engine, EngineConfig
+from groundup.generate import logits as definition
+from groundup.generate.blocks import BlockPool, Holding
+from groundup.generate.cache import Batch, Feed, KVCache
+from groundup.generate.request import Request
+from groundup.generate.sampling import choose, draw_truncated, truncate
+from groundup.model import Decoder
+
+PROMPTS = [[5, 9, 31], list(range(40, 61)), [7], list(range(100, 140)), list(range(100, 145))]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def greedy(model, tok, prompts=PROMPTS, **settings):
+    llm = LLM(model, tok, **settings)
+    return [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY)], llm.engine
+
+
+def alone(model, prompt, count=24):
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.fixture
+def wanted(tiny):
+    return [alone(tiny, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16, 96])
+@pytest.mark.parametrize("budget", [5, 64])
+def test_paged_and_chunked_equal_whole_forwards(tiny, tok, wanted, block_size, budget):
+    found, engine = greedy(
+        tiny, tok, block_size=block_size, max_num_batched_tokens=budget, max_num_seqs=3
+    )
+    assert found == wanted
+    assert len(engine.pool.free) == engine.pool.count  # every block came back
+
+
+def test_preempted_requests_answer_as_if_alone(tiny, tok, wanted):
+    a_token = 2 * 2 * 16 * 4  # keys and values of two layers with one head of 16, in fp32
+    found, engine = greedy(tiny, tok, block_size=8, kv_cache_memory_bytes=a_token * 104)
+    assert engine.preemptions > 0
+    assert found == wanted
+
+
+def test_sampling_goes_on_after_preemption(tiny, tok):
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=24, ignore_eos=True)
+    small = LLM(tiny, tok, block_size=8, kv_cache_memory_bytes=256 * 104)
+    found = [o.outputs[0].token_ids for o in small.generate(PROMPTS, params)]
+    assert small.engine.preemptions > 0
+    whole = LLM(tiny, tok).generate(PROMPTS, params)
+    assert found == [o.outputs[0].token_ids for o in whole]
+
+
+def test_shared_beginnings_are_computed_once_and_change_nothing(tiny, tok, wanted):
+    llm = LLM(tiny, tok, block_size=4)
+    fed = []
+    inner = llm.engine.run
+    llm.engine.run = lambda plan: fed.append(sum(count for _, count in plan)) or inner(plan)
+    for _ in range(2):
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY)] == wanted
+    # The last two prompts share 40 tokens, of which 36 lie in blocks that both fill.
+    answers = len(PROMPTS) * 23
+    first = sum(map(len, PROMPTS)) - 40 + answers
+    again = 3 + 1 + 1 + 4 + 1 + answers
+    assert sum(fed) == first + again
+
+
+def test_training_between_calls_forgets_shared_beginnings(tiny, tok):
+    llm = LLM(tiny, tok, block_size=4)
+    llm.generate(PROMPTS, GREEDY)
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=0.3, fused=True)
+    tiny(torch.tensor([PROMPTS[3]])).square().mean().backward()
+    optimizer.step()
+    found = [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY)]
+    assert found == [alone(tiny, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("change", [{}, {"sliding_window": 8}, {"model_type": "gemma2"}])
+def test_logits_of_a_batch_equal_single_ones(tiny, change):
+    if "model_type" in change:
+        change |= {"attn_logit_softcapping": 50.0, "sliding_window": 8}
+        change["layer_types"] = ("sliding_attention", "full_attention")
+    torch.manual_seed(1)
+    model = Decoder(dataclasses.replace(tiny.config, **change)).eval()
+    cache = KVCache(model.config, 40, 8, torch.device("cpu"), torch.float32)
+    texts = [torch.randint(5, 300, (n,)).tolist() for n in (30, 17, 25)]
+    blocks = [[9, 3, 30, 5], [1, 2, 4], [20, 21, 22, 23]]
+    steps = [(0, 16, 5), (29, 17, 9), (30, 17, 25)]  # tokens cached after each of three steps
+    found = [[], [], []]
+    with torch.no_grad():
+        for first, last in zip([(0, 0, 0), *steps], steps, strict=False):
+            spans = [(n, a, b) for n, (a, b) in enumerate(zip(first, last, strict=True)) if b > a]
+            spans.sort(key=lambda span: span[2] - span[1] > 1)
+            batch = Batch(cache, [Feed(blocks[n], a, texts[n][a:b]) for n, a, b in spans])
+            logits_TV = model(batch.ids_1T, positions=batch.positions_1T, cache=batch)[0]
+            pieces = logits_TV.split([b - a for _, a, b in spans])
+            for (n, _, _), rows in zip(spans, pieces, strict=True):
+                found[n].append(rows)
+        for text, rows in zip(texts, found, strict=True):
+            torch.testing.assert_close(
+                torch.cat(rows), model(torch.tensor([text]))[0], atol=1e-5, rtol=1e-5
+            )
+
+
+def test_the_lower_priority_number_goes_first(tiny, tok):
+    engine = Engine(tiny, tok, EngineConfig(max_num_seqs=1))
+    [late] = engine.add(PROMPTS[1], GREEDY, priority=1)
+    engine.step()
+    engine.step()
+    [urgent] = engine.add(PROMPTS[3], GREEDY, priority=0)
+    while not urgent.finished:
+        engine.step()
+        assert len(late.output.token_ids) == 2  # it was preempted, and waits
+    while engine.busy:
+        engine.step()
+    assert late.output.token_ids == alone(tiny, PROMPTS[1])
+    assert urgent.output.token_ids == alone(tiny, PROMPTS[3])
+
+
+def test_cancelled_requests_leave_their_blocks_and_their_neighbours_alone(tiny, tok, wanted):
+    engine = Engine(tiny, tok, EngineConfig(max_num_seqs=2))
+    requests = [engine.add(prompt, GREEDY)[0] for prompt in PROMPTS]
+    engine.step()
+    engine.abort([requests[0], requests[3]])  # one runs, one waits
+    while engine.busy:
+        engine.step()
+    for n, request in enumerate(requests):
+        gone = n in (0, 3)
+        assert request.output.finish_reason == ("abort" if gone else "length")
+        assert gone or request.output.token_ids == wanted[n]
+    assert len(engine.pool.free) == engine.pool.count
+
+
+def test_a_cache_too_small_shortens_the_context_or_is_refused(tiny, tok):
+    llm = LLM(tiny, tok, kv_cache_memory_bytes=256 * 48)
+    assert llm.context == 48
+    with pytest.raises(ConfigError, match="the prompt has 60 tokens and the model reads 48"):
+        llm.generate([[5] * 60])
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes = 100 is less than one block"):
+        LLM(tiny, tok, kv_cache_memory_bytes=100)
+    with pytest.raises(ConfigError, match=r"unknown key 'max_seqs' .*max_num_seqs"):
+        LLM(tiny, tok, max_seqs=3)
+
+
+def test_blocks_are_found_by_their_whole_beginning_and_reused_oldest_first():
+    pool = BlockPool(4, 2)
+    first = Holding()
+    assert pool.extend(first, 5)
+    first.computed = 5
+    pool.name_full(first, [1, 2, 3, 4, 5])
+    again, other = Holding(), Holding()
+    pool.find(again, [1, 2, 3, 4, 5])
+    pool.find(other, [9, 9, 3, 4, 5])
+    assert (again.blocks, again.computed) == (first.blocks[:2], 4)
+    assert other.blocks == []
+    pool.give_back(first)
+    pool.give_back(again)
+    assert len(pool.free) == 4
+    assert not pool.extend(other, 10)
+    assert pool.extend(other, 6)  # three blocks: the unnamed ones, then the end of the beginning
+    pool.find(again, [1, 2, 3, 4, 5])
+    assert again.computed == 2
+
+
+def requests_for(tok, params, count):
+    return [
+        Request([1], dataclasses.replace(params, seed=n), 0, tok, priority=0) for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(top_k=5),
+        SamplingParams(top_p=0.6, temperature=0.7),
+        SamplingParams(min_p=0.05),
+        SamplingParams(top_k=300, top_p=0.9),
+        SamplingParams(top_k=40, top_p=0.8, min_p=0.02, temperature=1.5),
+        SamplingParams(top_p=0.999, temperature=5.0),  # more candidates than are looked at first
+    ],
+)
+def test_rows_filtered_together_equal_the_definition(params):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 1000) * 3
+    warm = logits / params.temperature
+    for count in (256, 1000):
+        values, ids = warm.topk(count)
+        probs, enough = truncate(warm, values, [params] * 6)
+        for row in enough.nonzero()[:, 0].tolist():
+            defined = definition.process(logits[row], params, [1], [], ()).softmax(-1)
+            found = torch.zeros(1000).index_put((ids[row],), probs[row].float())
+            torch.testing.assert_close(found / found.sum(), defined, atol=1e-6, rtol=1e-5)
+    assert bool(enough.all())
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=8, temperature=0.8)])
+def test_draws_follow_the_distribution(tok, params):
+    torch.manual_seed(0)
+    logits = torch.randn(12)
+    count = 6000
+    tokens = choose(logits.expand(count, 12), requests_for(tok, params, count), ())
+    seen = torch.bincount(torch.tensor(tokens), minlength=12).double()
+    expected = definition.process(logits, params, [1], [], ()).softmax(-1).double() * count
+    possible = expected > 0
+    assert not seen[~possible].any()
+    chi2 = ((seen - expected)[possible] ** 2 / expected[possible]).sum()
+    assert float(chi2) < 35  # the 0.1 % quantile of 11 degrees of freedom is 31.3
+
+
+def test_a_row_draws_the_same_whatever_its_neighbours_do(tok):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 2000)
+    kinds = [
+        SamplingParams(top_p=0.9, seed=1),
+        SamplingParams(top_p=0.9999, temperature=3.0, seed=2),
+        SamplingParams(seed=3, presence_penalty=1.0),
+        SamplingParams(seed=4),
+    ]
+    together = choose(logits, [Request([1], p, 0, tok) for p in kinds], ())
+    for n, params in enumerate(kinds):
+        assert choose(logits[n : n + 1], [Request([1], params, 0, tok)], ()) == [together[n]]
+
+
+def test_the_largest_u_draws_the_last_candidate_left():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    almost = torch.tensor([[1 - 2**-53]], dtype=torch.float64)
+    assert draw_truncated(logits, [SamplingParams(top_k=2)], almost).tolist() == [3]
