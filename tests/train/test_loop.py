@@ -1,6 +1,7 @@
 """The loop: resumed equals uninterrupted bit for bit, damage is survived, NaN stops it."""
 
 import copy
+import dataclasses
 import shutil
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 from groundup.core.errors import CheckpointError, GroundupError
 from groundup.core.metrics import MetricsLog
+from groundup.model import Decoder
+from groundup.model.hf import checkpoint_weights, write_model
 from groundup.train import FitConfig, Hook, NextToken, TokenStream, fit
 from groundup.train.checkpoint import list_checkpoints
 
@@ -31,7 +34,7 @@ def stream(tiny):
     )
 
 
-def run(tiny, out, *, stop_at=None, **changes):
+def run(tiny, out, *, stop_at=None, files=lambda model: {}, **changes):
     """Train a fresh copy of the tiny model; `stop_at` breaks off behind that step."""
     model = copy.deepcopy(tiny)
     config = FitConfig(**({"steps": 12, "checkpoint_every": 4} | changes))
@@ -40,7 +43,8 @@ def run(tiny, out, *, stop_at=None, **changes):
         if state.step == stop_at:
             raise RuntimeError("power cut")
 
-    fit(model, NextToken(), stream(tiny), config, out, device=CPU, hooks=[Hook(1, crash)])
+    hooks = [Hook(1, crash)]
+    fit(model, NextToken(), stream(tiny), config, out, device=CPU, hooks=hooks, **files(model))
     return model
 
 
@@ -78,6 +82,23 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, capsy
     file.write_bytes(file.read_bytes()[:100])
     assert same(whole, run(tiny, tmp_path / "cut"))
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_checkpoints_under_another_familys_names_are_resumed(tiny, tmp_path):
+    """Mixtral's checkpoints have their own names for experts."""
+    experts = {"num_experts": 2, "num_experts_per_tok": 1}
+    mixtral = Decoder(dataclasses.replace(tiny.config, model_type="mixtral", **experts))
+
+    def files(model):
+        return {
+            "write_model": lambda folder: write_model(model, None, folder),
+            "read_weights": lambda folder: checkpoint_weights(model, folder),
+        }
+
+    whole = run(mixtral, tmp_path / "whole", files=files)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(mixtral, tmp_path / "cut", stop_at=6, files=files)
+    assert same(whole, run(mixtral, tmp_path / "cut", files=files))
 
 
 def test_only_damaged_checkpoints_are_an_error(tiny, tmp_path):

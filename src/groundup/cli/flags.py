@@ -34,7 +34,8 @@ def parser(prog: str, description: str) -> Parser:
 def add_config(into: Parser, cls: type[Any], *, positional: str | None = None) -> None:
     """Add one flag for each field of a config; `positional` names the field without a flag."""
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    own_first = sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__)
+    for field in own_first:
         help_text = field.metadata.get("help", "").replace("%", "%%")
         has_default = field.default is not dataclasses.MISSING
         if has_default and field.default is not None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,9 @@ from groundup.model.encoder_config import CLASSES as ENCODERS
 from groundup.model.encoder_config import EncoderConfig
 from groundup.model.heads import TASKS as HEADS
 from groundup.model.heads import HeadedDecoder
+from groundup.model.lora import folded
 
+T = TypeVar("T")
 Network = Decoder | HeadedDecoder | Encoder
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -55,16 +57,26 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return every tensor of a folder, memory-mapped until it is used."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(str(file), framework="pt") as handle:
-                tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        except FileNotFoundError as err:
-            raise CheckpointError(f"{file} is missing: copy the model folder again") from err
-        except (SafetensorError, OSError) as err:
-            raise CheckpointError(
-                f"{file} is damaged ({err}): copy it again, or train again from a checkpoint"
-            ) from err
+        tensors |= read_tensors(file)
     return tensors
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of one safetensors file, memory-mapped until they are used."""
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except FileNotFoundError as err:
+        raise CheckpointError(f"{file} is missing: copy the folder again") from err
+    except (SafetensorError, OSError) as err:
+        raise CheckpointError(
+            f"{file} is damaged ({err}): copy it again, or train again from a checkpoint"
+        ) from err
+
+
+def checkpoint_weights(model: Network, folder: Path) -> dict[str, Tensor]:
+    """Return a folder's tensors under the names of this model's parameters."""
+    return renamed(read_weights(folder), config_json(model))
 
 
 def load_model(
@@ -185,9 +197,7 @@ TWICE = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.deco
 OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))
 
 
-def renamed(
-    tensors: dict[str, Tensor], values: dict[str, Any], *, back: bool = False
-) -> dict[str, Tensor]:
+def renamed(tensors: dict[str, T], values: dict[str, Any], *, back: bool = False) -> dict[str, T]:
     """Return tensors under our names; `back`: under those of the config's checkpoints."""
     result = {}
     bare = {"BertModel": "bert.", "ModernBertModel": "model."}
@@ -212,8 +222,8 @@ def config_json(model: Network) -> dict[str, Any]:
 
 
 def model_tensors(model: Network) -> dict[str, Tensor]:
-    """Return the tensors that a Hugging Face checkpoint holds: tied weights once."""
-    own = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters()}
+    """Return the tensors that a Hugging Face checkpoint holds: tied weights once, LoRA merged."""
+    own = {name: weight.cpu().contiguous() for name, weight in folded(model).items()}
     return renamed(own, config_json(model), back=True)
 
 

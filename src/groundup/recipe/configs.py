@@ -111,7 +111,21 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class AdapterOptions:
+    """Train a low-rank adapter instead of all weights; the names are PEFT's."""
+
+    lora_r: int = field(0, help="rank of a LoRA adapter to train; 0: train all weights")
+    lora_alpha: float = field(16, help="the adapter's strength: it is scaled by alpha / r")
+    lora_dropout: float = field(0.0, help="dropout on the adapter's input")
+    target_modules: tuple[str, ...] = field(
+        ("all-linear",), help="layers to adapt, by name (q_proj v_proj ...)"
+    )
+    use_rslora: bool = field(False, help="scale the adapter by alpha / sqrt(r)")
+    use_dora: bool = field(False, help="DoRA: learn the length of every row apart")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(AdapterOptions):
     """Fine-tune on conversations; the loss counts the assistant's tokens only."""
 
     model: Path = field(help="model folder", input=True)
@@ -142,7 +156,7 @@ class PreferencesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignConfig:
+class AlignConfig(AdapterOptions):
     """Align to preferences with DPO against the starting model as reference."""
 
     model: Path = field(help="fine-tuned model folder", input=True)

@@ -13,7 +13,7 @@ from groundup.data import Shard, open_shard
 from groundup.figure import LiveTraining
 from groundup.model.encoder import Encoder
 from groundup.model.encoder_config import CLASSES, EncoderConfig
-from groundup.model.hf import save_model, write_model
+from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PretrainConfig
 from groundup.recipe.shared import fit_settings, shards_of, watch
 from groundup.tokenizer import Tokenizer
@@ -50,6 +50,7 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
             device=device.device,
             hooks=[Hook(1, watch(live))],
             write_model=lambda folder: write_model(model, tok, folder),
+            read_weights=lambda folder: checkpoint_weights(model, folder),
         )
     save_model(model, tok, out / "model")
     scores = validate(model, config, tok, open_shard(shards, "validation"), pairs)

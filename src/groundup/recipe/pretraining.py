@@ -20,7 +20,7 @@ from groundup.generate import LLM
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters
 from groundup.model.decoder import Decoder
-from groundup.model.hf import save_model, write_model
+from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PlanConfig, PretrainConfig
 from groundup.recipe.encoders import pretrain_encoder
 from groundup.recipe.monitoring import evaluation_hook, tokens_per_step, tracking
@@ -122,6 +122,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
             device=device.device,
             hooks=[speaking, *([scoring] if scoring else []), *trackers],
             write_model=lambda folder: write_model(model, tok, folder),
+            read_weights=lambda folder: checkpoint_weights(model, folder),
         )
     if not metrics:  # every step was done before: only the last folder is missing
         say("  every step is done already")

@@ -22,7 +22,8 @@ from groundup.data import (
 from groundup.figure import LiveTraining
 from groundup.generate import LLM
 from groundup.model.decoder import Decoder
-from groundup.model.hf import load_model, save_model, write_model
+from groundup.model.hf import load_model
+from groundup.recipe.adapters import adapt, checkpoint_files, save_results
 from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
 from groundup.recipe.pretraining import read_plan
 from groundup.recipe.shared import watch
@@ -47,6 +48,7 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config.plan))
     model = load_model(config.model, device=device.device)
+    adapter = adapt(model, config)
     longest = config.max_length or model.config.max_position_embeddings
     chats = list(read_chats(config.data, "train"))
     rendered = (
@@ -68,7 +70,8 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
         seed=config.seed,
     )
     train(model, NextToken(), source, config, steps, tok, out, device)
-    return {"audit": counts, "steps": steps, "epochs": steps / source.steps_per_epoch}
+    summary = {"audit": counts, "steps": steps, "epochs": steps / source.steps_per_epoch}
+    return summary | adapter
 
 
 def make_preferences(config: PreferencesConfig, out: Path) -> dict[str, Any]:
@@ -107,6 +110,7 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config.plan))
     model = load_model(config.model, device=device.device)
+    adapter = adapt(model, config)
     longest = config.max_length or model.config.max_position_embeddings
     preferences = list(read_preferences(config.data, "train"))
     pairs, cut = pair_rows(preferences, tok, longest)
@@ -135,7 +139,7 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     }
     write_json(out / "lengths.json", lengths)
     shown = {name: value for name, value in metrics.items() if name.startswith("rewards/")}
-    return {"pairs": len(pairs), "cut": cut, "steps": steps, "metrics": shown}
+    return {"pairs": len(pairs), "cut": cut, "steps": steps, "metrics": shown} | adapter
 
 
 def pair_rows(
@@ -210,7 +214,7 @@ def train(
     out: Path,
     device: devices.Device,
 ) -> dict[str, float]:
-    """Run the one loop with a live curve; write `model/`."""
+    """Run the one loop with a live curve; write `model/`, and `adapter/` where one is trained."""
     fit_config = FitConfig(
         steps=steps,
         learning_rate=config.learning_rate,
@@ -220,6 +224,7 @@ def train(
         checkpoint_every=config.checkpoint_every,
     )
     say(f"  device: {device.line}; {steps:,} steps, {steps / source.steps_per_epoch:.2f} epochs")
+    write, read = checkpoint_files(model, tok, config)
     with LiveTraining(console, steps=steps, unit="loss") as live:
         metrics = fit(
             model,
@@ -229,7 +234,8 @@ def train(
             out,
             device=device.device,
             hooks=[Hook(1, watch(live))],
-            write_model=lambda folder: write_model(model, tok, folder),
+            write_model=write,
+            read_weights=read,
         )
-    save_model(model, tok, out / "model")
+    save_results(model, tok, config, out)
     return metrics

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from groundup.core.errors import CheckpointError, DataError
+from groundup.core.errors import CheckpointError, GroundupError
 from groundup.core.files import atomic_folder, read_json, write_json
 from groundup.core.progress import say
 
@@ -37,12 +37,17 @@ def save_checkpoint(
         if write_model:
             write_model(aside)
         else:
-            weights = {name: w.detach().contiguous() for name, w in model.named_parameters()}
+            weights = {name: w.detach().contiguous() for name, w in trained(model).items()}
             save_file(weights, str(aside / WEIGHTS))
         save_file(optimizer_tensors(model, optimizers) | rng_tensors(), str(aside / OPTIMIZER))
         write_json(aside / STATE, {"step": step, "source": source_state})
     for old in list_checkpoints(folder)[keep:]:
         shutil.rmtree(old)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that training changes, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -52,20 +57,25 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizers: Optimizers
+    folder: Path,
+    model: nn.Module,
+    optimizers: Optimizers,
+    *,
+    read_weights: Callable[[Path], dict[str, Tensor]] | None = None,
 ) -> tuple[int, dict[str, Any]] | None:
     """Restore the newest sound checkpoint; return its step and data position, or None.
 
-    A damaged one is named and passed over for the one before it.
+    A damaged one is named and passed over for the one before it. `read_weights` reads what the
+    `write_model` of saving wrote, under the names of the model's parameters.
     """
     checkpoints = list_checkpoints(folder)
     for path in checkpoints:
         try:
-            weights = load_file(str(path / WEIGHTS))
+            weights = read_weights(path) if read_weights else load_file(str(path / WEIGHTS))
             tensors = load_file(str(path / OPTIMIZER))
             state = read_json(path / STATE)
             restore(model, optimizers, weights, tensors)
-        except (SafetensorError, OSError, DataError, KeyError, RuntimeError) as err:
+        except (SafetensorError, OSError, GroundupError, KeyError, RuntimeError) as err:
             say(f"{path} is damaged ({str(err).splitlines()[0]}): trying the one before it")
             continue
         return state["step"], state["source"]
@@ -82,8 +92,8 @@ def restore(
     weights: dict[str, Tensor],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Put weights, optimizer state and RNG state back in place."""
-    parameters = dict(model.named_parameters())
+    """Put trained weights, optimizer state and RNG state back in place."""
+    parameters = trained(model)
     if missing := parameters.keys() ^ weights.keys():
         raise KeyError(f"the tensor {min(missing)} does not fit the model")
     with torch.no_grad():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from groundup.core.errors import GroundupError
 from groundup.core.metrics import MetricsLog
@@ -57,11 +57,13 @@ def fit(
     device: torch.device,
     hooks: Sequence[Hook] = (),
     write_model: Callable[[Path], None] | None = None,
+    read_weights: Callable[[Path], dict[str, Tensor]] | None = None,
 ) -> dict[str, float]:
     """Train for `config.steps` steps, or for what is left of them; return the last metrics.
 
     Checkpoints go to `out/checkpoints`, one row a step to `out/metrics.jsonl`. The newest
     checkpoint is continued bit for bit. A loss that is not finite stops with an error.
+    `write_model` fills a checkpoint's folder; `read_weights` reads the weights back from it.
     """
     dtype = DTYPES[config.dtype]
     torch.manual_seed(config.seed)
@@ -69,7 +71,7 @@ def fit(
     optimizers = make_optimizers(model, config, dtype)
     log, checkpoints = MetricsLog(out / "metrics.jsonl"), out / "checkpoints"
     first_step = 0
-    if restored := load_checkpoint(checkpoints, model, optimizers):
+    if restored := load_checkpoint(checkpoints, model, optimizers, read_weights=read_weights):
         first_step, position = restored
         source.load_state_dict(position)
         say(f"  continuing from step {first_step:,} of {config.steps:,}")

@@ -78,14 +78,18 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(
     model: nn.Module, config: FitConfig, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
-    """Return [Muon, AdamW]: matrices inside layers to the first, all else to the second."""
+    """Return [Muon, AdamW]: matrices inside layers to the first, all else to the second.
+
+    Adapters' narrow matrices go to AdamW too.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             continue
         inside = weight.dim() == 2 and (".layers." in f".{name}" or ".layer." in name)
-        (matrices if inside else others).append(weight)
+        adapter = ".lora_" in name
+        (matrices if inside and not adapter else others).append(weight)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         muon = Muon(matrices, config.learning_rate, weight_decay=config.weight_decay, dtype=dtype)

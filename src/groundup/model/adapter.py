@@ -1,0 +1,220 @@
+"""Adapter folders in PEFT's format, both ways: adapter_config.json, adapter_model.safetensors.
+
+Shape suffixes: O outputs and I inputs of a layer, R rank.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from groundup.core.errors import CheckpointError, ConfigError
+from groundup.core.files import atomic_folder, read_json, write_json
+from groundup.model.decoder import Decoder
+from groundup.model.encoder import Encoder
+from groundup.model.hf import Network, config_json, read_tensors, renamed
+from groundup.model.lora import OWN, LoraConfig, adaptable, adapted, apply_lora, matching
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+TASK_TYPES = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
+# Settings that change what an adapter computes, with the only values that we compute exactly.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian"),  # others change the base's weights
+}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One layer's adapter: s B A is added to its weight; DoRA's magnitude, where it has one."""
+
+    A_RI: Tensor
+    B_OR: Tensor
+    scaling: float
+    magnitude_O: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder's content: `layers` by module name, and what is replaced whole.
+
+    `replaced` holds biases and saved modules by parameter name; empty for most adapters.
+    """
+
+    config: LoraConfig
+    base: str
+    layers: dict[str, LowRank]
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+
+
+def write_adapter(model: Network, config: LoraConfig, base: str, folder: Path) -> None:
+    """Write everything that is trained in an adapted model into an existing folder.
+
+    base: the model folder or hub id below the adapter, for those who open it.
+    """
+    layers = [name for name, _ in adapted(model)]
+    ends = sorted({name.rpartition(".")[2] for name in layers})
+    short = matching(adaptable(model), ends) == layers  # vLLM wants short names
+    values = config_json(model)
+    whole = list(renamed(dict.fromkeys(layers), values, back=True))
+    task = model.config.task if isinstance(model, Encoder) else getattr(model, "task", "")
+    settings = dataclasses.asdict(config) | {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if isinstance(model, Decoder) else TASK_TYPES.get(task),
+        "base_model_name_or_path": base,
+        "target_modules": ends if short else whole,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "inference_mode": True,
+    }
+    write_json(folder / CONFIG, settings)
+    tensors = {
+        stored_name(name, layers): weight.detach().cpu().contiguous()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    tensors = {PREFIX + k: weight for k, weight in renamed(tensors, values, back=True).items()}
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+
+
+def stored_name(name: str, layers: Sequence[str]) -> str:
+    """Return PEFT's name of a parameter: an adapted layer's own stand below `base_layer`."""
+    owner, _, kind = name.rpartition(".")
+    return f"{owner}.base_layer.{kind}" if owner in layers and kind == "bias" else name
+
+
+def save_adapter(model: Network, config: LoraConfig, base: str, out: Path) -> Path:
+    """Write an adapter folder, complete or not at all."""
+    with atomic_folder(Path(out)) as folder:
+        write_adapter(model, config, base, folder)
+    return Path(out)
+
+
+def load_adapter(folder: str | Path, model: Network) -> Adapter:
+    """Read an adapter folder and check every tensor against a model without an adapter.
+
+    What does not fit (a layer, a shape, a half of a pair, a setting) is a CheckpointError.
+    """
+    folder = Path(folder)
+    config, base = read_adapter_config(folder)
+    linear = adaptable(model)
+    own = dict(model.named_parameters())
+    pairs: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
+    for name, tensor in adapter_weights(model, folder).items():
+        part = next((end for end in OWN if name.endswith(f".{end}")), None)
+        owner = name.removesuffix(f".{part}")
+        if part and owner in linear:
+            pairs.setdefault(owner, {})[part] = tensor
+        elif part or name not in own:
+            raise CheckpointError(
+                f"{folder}: the adapter has {name}, and the model no such layer: "
+                f"it was made for another model ({base})"
+            )
+        elif tensor.shape != own[name].shape:
+            raise mismatch(folder, name, tensor, list(own[name].shape), base)
+        else:
+            replaced[name] = tensor
+    layers = {}
+    for name in linear:
+        if name in pairs:
+            layers[name] = low_rank(pairs[name], linear[name], config, folder, name, base)
+    if not layers:
+        raise CheckpointError(f"{folder / WEIGHTS} holds no adapted layer")
+    saved = tuple(n for n in config.modules_to_save if any(f".{n}." in f".{r}" for r in replaced))
+    return Adapter(dataclasses.replace(config, modules_to_save=saved), base, layers, replaced)
+
+
+def read_adapter_config(folder: Path) -> tuple[LoraConfig, str]:
+    """Return an adapter's settings and the name of its base model."""
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} is no adapter folder: {CONFIG} is missing")
+    values = read_json(folder / CONFIG)
+    for key, allowed in REFUSED.items():
+        if key in values and values[key] not in allowed:
+            raise CheckpointError(f"{folder / CONFIG}: {key} = {values[key]!r} is not supported")
+    names = {f.name for f in dataclasses.fields(LoraConfig)}
+    known = {k: v for k, v in values.items() if k in names and v is not None}
+    for name in ("target_modules", "modules_to_save"):
+        if name in known:
+            known[name] = (known[name],) if isinstance(known[name], str) else tuple(known[name])
+    try:
+        config = LoraConfig(**known)
+    except (ConfigError, TypeError) as err:
+        raise CheckpointError(f"{folder / CONFIG}: {err}") from err
+    return config, str(values.get("base_model_name_or_path") or "unnamed")
+
+
+def adapter_weights(model: Network, folder: Path) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the names of the adapted model's parameters."""
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"{folder} holds only adapter_model.bin, a pickle, which may run code when loaded: "
+            "save it again with peft where you trust it"
+        )
+    tensors = {
+        name.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
+        for name, tensor in read_tensors(folder / WEIGHTS).items()
+    }
+    return renamed(tensors, config_json(model))
+
+
+def low_rank(
+    parts: dict[str, Tensor],
+    layer: torch.nn.Linear,
+    config: LoraConfig,
+    folder: Path,
+    name: str,
+    base: str,
+) -> LowRank:
+    """Return one layer's adapter, its shapes checked."""
+    wanted = {
+        OWN[0]: [config.r, layer.in_features],
+        OWN[1]: [layer.out_features, config.r],
+    } | ({OWN[2]: [layer.out_features]} if config.use_dora else {})
+    for part in (*wanted.keys(), *parts.keys()):
+        if part not in parts or part not in wanted:
+            word = "is missing" if part in wanted else "has no place without use_dora"
+            raise CheckpointError(f"{folder}: {name}.{part} {word}: copy the adapter again")
+        if list(parts[part].shape) != wanted[part]:
+            raise mismatch(folder, f"{name}.{part}", parts[part], wanted[part], base)
+    return LowRank(parts[OWN[0]], parts[OWN[1]], config.scaling, parts.get(OWN[2]))
+
+
+def mismatch(
+    folder: Path, name: str, tensor: Tensor, wanted: list[int], base: str
+) -> CheckpointError:
+    """Return the error for a tensor of another shape than the model's."""
+    return CheckpointError(
+        f"{folder}: {name} has shape {list(tensor.shape)}, and this model asks for {wanted}: "
+        f"the adapter was made for another model ({base})"
+    )
+
+
+@torch.no_grad()
+def apply_adapter(model: Network, adapter: Adapter) -> None:
+    """Put a loaded adapter on a model, in place; its parameters can be trained on."""
+    config = dataclasses.replace(adapter.config, target_modules=tuple(adapter.layers))
+    apply_lora(model, config)
+    own = dict(model.named_parameters())
+    for name, layer in adapter.layers.items():
+        for part, tensor in zip(OWN, (layer.A_RI, layer.B_OR, layer.magnitude_O), strict=True):
+            if tensor is not None:
+                own[f"{name}.{part}"].copy_(tensor)
+    for name, tensor in adapter.replaced.items():
+        own[name].copy_(tensor)

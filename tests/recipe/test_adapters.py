@@ -1,0 +1,113 @@
+"""Adapters from the command line: resumed exactly, saved for PEFT, merged in `model/`."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from groundup.cli.main import main
+from groundup.core import config as configs
+from groundup.model import load_model, save_model
+from groundup.model.adapter import apply_adapter, load_adapter
+from groundup.recipe.configs import AlignConfig, FinetuneConfig
+from groundup.recipe.tuning import align, finetune
+from groundup.train import loop
+
+OPTIONS = {"steps": 8, "checkpoint_every": 3, "batch_size": 4, "lora_r": 4, "lora_dropout": 0.1}
+
+
+@pytest.fixture
+def base(tiny, tok, tmp_path):
+    return save_model(tiny, tok, tmp_path / "base")
+
+
+@pytest.fixture
+def chats(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    rows = [
+        {"messages": [user(n), {"role": "assistant", "content": f"{n}"}], "split": "train"}
+        for n in range(20)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def preferences(tmp_path):
+    file = tmp_path / "preferences.jsonl"
+    rows = [
+        {
+            "prompt": [user(n)],
+            "chosen": [{"role": "assistant", "content": f"{n}"}],
+            "rejected": [{"role": "assistant", "content": f"{n + 1}"}],
+        }
+        for n in range(20)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def user(n):
+    return {"role": "user", "content": f"say {n}"}
+
+
+@pytest.mark.parametrize("stage", ["finetune", "align"])
+def test_resumed_is_bit_for_bit_uninterrupted(
+    stage, base, chats, preferences, tmp_path, monkeypatch
+):
+    cls, run, data = {
+        "finetune": (FinetuneConfig, finetune, chats),
+        "align": (AlignConfig, align, preferences),
+    }[stage]
+    values = OPTIONS | {"model": base, "data": data, "use_dora": stage == "finetune"}
+    config = configs.load(cls, values, where="the test")
+    summary = run(config, tmp_path / "whole")
+    assert summary["trained_parameters"] < 0.2 * summary["parameters"]
+    real, calls = loop.accumulate, iter(range(100))
+
+    def power_cut(*args):
+        if next(calls) == 5:
+            raise RuntimeError("power cut")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accumulate", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(config, tmp_path / "cut")
+    run(config, tmp_path / "cut")
+    for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        whole, cut = load_file(tmp_path / "whole" / file), load_file(tmp_path / "cut" / file)
+        assert whole.keys() == cut.keys()
+        assert all(torch.equal(whole[name], cut[name]) for name in whole), file
+
+
+def test_the_adapter_on_the_base_is_the_model(base, chats, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "tuned"
+    argv = ["finetune", "base", "--data", str(chats), "--steps", "4", "--out", str(out)]
+    argv += ["--lora-r", "2", "--target-modules", "q_proj", "down_proj", "--lora-alpha", "4"]
+    argv += ["--use-rslora", "--adam-learning-rate", "0.05"]
+    assert main(argv) == 0
+    ids = torch.arange(40)[None]
+    wanted = load_model(out / "model")(ids)
+    model = load_model(base)
+    before = model(ids)
+    apply_adapter(model, load_adapter(out / "adapter", model))
+    assert float((model(ids) - wanted).abs().max()) < 1e-4
+    assert float((before - wanted).abs().max()) > 1e-1
+    values = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert values["base_model_name_or_path"] == "base"
+    assert values["target_modules"] == ["down_proj", "q_proj"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, out / "adapter").eval()
+    torch.testing.assert_close(theirs(ids).logits, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_a_target_that_is_not_there_leaves_nothing_behind(base, chats, tmp_path, capsys):
+    argv = ["finetune", str(base), "--data", str(chats), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--lora-r", "2", "--target-modules", "q_prj"]) == 2
+    assert "did you mean 'q_proj'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
