@@ -8,11 +8,12 @@ import torch
 from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM, Engine, EngineConfig
-from groundup.generate import logits as definition
 from groundup.generate.blocks import BlockPool, Holding
 from groundup.generate.cache import Batch, Feed, KVCache
+from groundup.generate.processors import LogitsProcessors
 from groundup.generate.request import Request
 from groundup.generate.sampling import choose, draw_truncated, truncate
+from groundup.generate.stop import Stopping
 from groundup.model import Decoder
 
 PROMPTS = [[5, 9, 31], list(range(40, 61)), [7], list(range(100, 140)), list(range(100, 145))]
@@ -174,10 +175,14 @@ def test_blocks_are_found_by_their_whole_beginning_and_reused_oldest_first():
     assert again.computed == 2
 
 
+def request_for(tok, params):
+    decoder = tok.stream_decoder()
+    stopping = Stopping(params, prompt_length=1, context=9, ends=(), decoder=decoder)
+    return Request([1], 0, LogitsProcessors(params, [1], ()), stopping)
+
+
 def requests_for(tok, params, count):
-    return [
-        Request([1], dataclasses.replace(params, seed=n), 0, tok, priority=0) for n in range(count)
-    ]
+    return [request_for(tok, dataclasses.replace(params, seed=n)) for n in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +204,7 @@ def test_rows_filtered_together_equal_the_definition(params):
         values, ids = warm.topk(count)
         probs, enough = truncate(warm, values, [params] * 6)
         for row in enough.nonzero()[:, 0].tolist():
-            defined = definition.process(logits[row], params, [1], [], ()).softmax(-1)
+            defined = LogitsProcessors(params, [1], ())(logits[row], []).softmax(-1)
             found = torch.zeros(1000).index_put((ids[row],), probs[row].float())
             torch.testing.assert_close(found / found.sum(), defined, atol=1e-6, rtol=1e-5)
     assert bool(enough.all())
@@ -210,9 +215,9 @@ def test_draws_follow_the_distribution(tok, params):
     torch.manual_seed(0)
     logits = torch.randn(12)
     count = 6000
-    tokens = choose(logits.expand(count, 12), requests_for(tok, params, count), ())
+    tokens = choose(logits.expand(count, 12), requests_for(tok, params, count))
     seen = torch.bincount(torch.tensor(tokens), minlength=12).double()
-    expected = definition.process(logits, params, [1], [], ()).softmax(-1).double() * count
+    expected = LogitsProcessors(params, [1], ())(logits, []).softmax(-1).double() * count
     possible = expected > 0
     assert not seen[~possible].any()
     chi2 = ((seen - expected)[possible] ** 2 / expected[possible]).sum()
@@ -228,9 +233,9 @@ def test_a_row_draws_the_same_whatever_its_neighbours_do(tok):
         SamplingParams(seed=3, presence_penalty=1.0),
         SamplingParams(seed=4),
     ]
-    together = choose(logits, [Request([1], p, 0, tok) for p in kinds], ())
+    together = choose(logits, [request_for(tok, p) for p in kinds])
     for n, params in enumerate(kinds):
-        assert choose(logits[n : n + 1], [Request([1], params, 0, tok)], ()) == [together[n]]
+        assert choose(logits[n : n + 1], [request_for(tok, params)]) == [together[n]]
 
 
 def test_the_largest_u_draws_the_last_candidate_left():

@@ -7,8 +7,6 @@ import transformers
 from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM
-from groundup.generate import logits as ours
-from groundup.generate.stop import find_stop, held_back
 from groundup.model import save_model
 
 PROMPTS = [[5, 9, 31], list(range(40, 61)), [7], list(range(100, 140))]
@@ -96,51 +94,3 @@ def test_the_context_ends_an_answer_and_refuses_a_long_prompt(llm):
     assert len(PROMPTS[0]) + len(answer.token_ids) == llm.context
     with pytest.raises(ConfigError, match="the prompt has 96 tokens and the model reads 96"):
         llm.generate([[1] * 96])
-
-
-def test_each_parameter_equals_transformers():
-    torch.manual_seed(0)
-    logits = torch.randn(1, 300) * 3
-    seen = torch.randint(0, 300, (1, 20))
-    tests = [
-        (
-            transformers.RepetitionPenaltyLogitsProcessor(1.7),
-            lambda x: ours.repetition_penalty(x, seen[0].tolist(), 1.7),
-        ),
-        (transformers.TopKLogitsWarper(7), lambda x: ours.top_k(x, 7)),
-        (transformers.TopPLogitsWarper(0.8), lambda x: ours.top_p(x, 0.8)),
-        (transformers.MinPLogitsWarper(0.1), lambda x: ours.min_p(x, 0.1)),
-        (transformers.TemperatureLogitsWarper(0.6), lambda x: x / 0.6),
-    ]
-    for theirs, mine in tests:
-        torch.testing.assert_close(mine(logits[0]), theirs(seen, logits)[0])
-
-
-def test_count_penalties_follow_openais_formula():
-    logits = torch.zeros(5)
-    found = ours.count_penalties(logits, [1, 1, 3], presence=0.5, frequency=0.25)
-    assert found.tolist() == [0, -1.0, 0, -0.75, 0]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"temperature": -1}, "temperature = -1 must be 0"),
-        ({"top_p": 0}, "top_p = 0 must be above 0"),
-        ({"n": 0}, "n = 0 must be at least 1"),
-        ({"stop": ("",)}, "non-empty"),
-        ({"max_tokens": 0}, "max_tokens = 0"),
-        ({"repetition_penalty": 0}, "repetition_penalty"),
-    ],
-)
-def test_parameters_out_of_range_are_named(llm, change, message):
-    with pytest.raises(ConfigError, match=message):
-        llm.generate("x", SamplingParams(**change))
-
-
-def test_finding_and_holding_back():
-    assert find_stop("one stopper", ["stop", "per"], 0) == (4, "stop")
-    assert find_stop("stop it", ["stop"], 7) is None
-    assert held_back("and st", ["stop"]) == 2
-    assert held_back("and", ["stop"]) == 0
-    assert held_back("aab", ["abc", "bc"]) == 2

@@ -1,6 +1,6 @@
 """The nouns that pass between stages, and the protocols by which stages see each other."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
@@ -54,41 +54,91 @@ class Preference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """A language that the answer must belong to; exactly one field is given.
+
+    `grammar` is a context-free grammar in llguidance's Lark dialect; `json_object` any object.
+    """
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepetitionDetectionParams:
+    """End an answer whose last tokens are `min_count` equal runs of so many tokens."""
+
+    max_pattern_size: int
+    min_pattern_size: int = 1
+    min_count: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to sample one request: the names, defaults and meanings of vLLM and OpenAI.
 
-    `top_k=0` and `top_p=1` switch the filters off; `temperature=0` is greedy.
+    Names that vLLM lacks are transformers'. `top_k=0` and a mass of 1 switch filters off;
+    `temperature=0` is greedy. `order` says whose order the parameters are applied in.
+    `logits_processors` are called with (prompt ids, written ids, logits_V) and return logits_V;
+    `max_time` is in seconds.
     """
 
     n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: dict[int, float] | None = None
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    guidance_scale: float = 1.0
+    negative_prompt: str | None = None
+    dola_layers: Literal["low", "high"] | tuple[int, ...] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    logits_processors: tuple[Callable[..., Any], ...] = ()
+    order: Literal["transformers", "vllm", "llama.cpp"] = "transformers"
     seed: int | None = None
     max_tokens: int | None = 64
     min_tokens: int = 0
-    stop: tuple[str, ...] = ()
+    max_time: float | None = None
+    stop: str | tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    repetition_detection: RepetitionDetectionParams | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
 
+FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
+
+
 @dataclass(slots=True, kw_only=True)
 class CompletionOutput:
-    """One generated answer. `logprobs[i]` maps token ids to natural log-probabilities at step i."""
+    """One generated answer. `logprobs[i]` maps token ids to natural log-probabilities at step i.
+
+    `stop_reason` is the end token or stop string; "max_tokens", "context" or "max_time" where
+    the length ended it; what went wrong after an error.
+    """
 
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort"] | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, float]] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,9 +17,12 @@ from groundup.core.types import SamplingParams
 from groundup.generate.blocks import BlockPool
 from groundup.generate.cache import Batch, Feed, KVCache, bytes_a_token
 from groundup.generate.config import EngineConfig
-from groundup.generate.logits import check
+from groundup.generate.logits import top
+from groundup.generate.params import check, check_room, tidy
+from groundup.generate.processors import make_processors
 from groundup.generate.request import Request
-from groundup.generate.sampling import choose, top
+from groundup.generate.sampling import choose
+from groundup.generate.stop import Stopping
 from groundup.model.decoder import Decoder
 from groundup.tokenizer import Tokenizer
 
@@ -54,21 +57,27 @@ class Engine:
     def add(
         self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0
     ) -> list[Request]:
-        """Queue a prompt, `params.n` times; a prompt beyond the context is a ConfigError.
+        """Queue a prompt, `n` times or `best_of`; a bad request is a ConfigError.
 
         Of two requests, the one with the lower `priority` goes first, then the earlier one.
         """
-        check(params)
-        if not prompt:
-            prompt = [self.tokenizer.bos_token_id]
-        if len(prompt) >= self.context:
-            raise ConfigError(
-                f"the prompt has {len(prompt):,} tokens and the model reads {self.context:,}, "
-                "answer included: shorten it"
+        check(params, self.model.config.vocab_size)
+        params = tidy(params)
+        prompt = prompt or [self.tokenizer.bos_token_id]
+        check_room(prompt, params, self.context)
+        ends = (*self.ends, *params.stop_token_ids)
+        processors = make_processors(params, prompt, ends, self.tokenizer, self.model)
+        requests = []
+        for n in range(params.best_of or params.n):
+            stopping = Stopping(
+                params,
+                prompt_length=len(prompt),
+                context=self.context,
+                ends=self.ends,
+                decoder=self.tokenizer.stream_decoder(),
             )
-        requests = [
-            Request(prompt, params, n, self.tokenizer, priority=priority) for n in range(params.n)
-        ]
+            own = processors.fork() if n else processors
+            requests.append(Request(prompt, n, own, stopping, priority=priority))
         for request in requests:
             self.arrivals += 1
             request.arrival = self.arrivals
@@ -79,7 +88,7 @@ class Engine:
         """End requests at once."""
         for request in requests:
             if not request.finished:
-                request.output.finish_reason = "abort"
+                request.end("abort")
         self.release()
 
     @property
@@ -216,15 +225,16 @@ class Engine:
 
     def sample(self, ready: list[Request], logits_BV: Tensor) -> None:
         """Give each request its next token."""
-        tokens = choose(logits_BV, ready, self.ends)
-        asked = [n for n, r in enumerate(ready) if r.output.logprobs is not None]
+        tokens = choose(logits_BV, ready)
+        asked = [n for n, r in enumerate(ready) if r.output.cumulative_logprob is not None]
         if asked:
             logps_BV = logits_BV[asked].float().log_softmax(-1)
             for n, logps_V in zip(asked, logps_BV, strict=True):
-                found = top(logps_V, tokens[n], ready[n].params.logprobs or 0)
-                ready[n].output.logprobs.append(found)  # type: ignore[union-attr]
+                if not ready[n].finished:
+                    ready[n].note_logprobs(tokens[n], logps_V)
         for request, token in zip(ready, tokens, strict=True):
-            request.accept(token, self.ends, self.context)
+            if not request.finished:  # its processors may have failed
+                request.accept(token)
 
     def scores(self, request: Request) -> bool:
         """Return whether log-probabilities of the prompt are wanted and not all there."""

@@ -8,11 +8,12 @@ import torch
 
 from groundup.core import config as configs
 from groundup.core import device as devices
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.run import resolve_model
-from groundup.core.types import Message, RequestOutput, SamplingParams
+from groundup.core.types import CompletionOutput, Message, RequestOutput, SamplingParams
 from groundup.generate.config import EngineConfig
 from groundup.generate.engine import Engine
+from groundup.generate.request import Request
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model, read_generation_ends
 from groundup.tokenizer import Tokenizer
@@ -64,7 +65,13 @@ class LLM:
         many = as_list(prompts)
         each = as_params(params, len(many))
         encoded = [self.encode(prompt) for prompt in many]
-        requests = [self.engine.add(ids, p) for ids, p in zip(encoded, each, strict=True)]
+        requests: list[list[Request]] = []
+        for number, (ids, own) in enumerate(zip(encoded, each, strict=True), start=1):
+            try:
+                requests.append(self.engine.add(ids, own))
+            except GroundupError as err:
+                self.engine.abort([request for group in requests for request in group])
+                raise type(err)(f"prompt {number}: {err}" if len(many) > 1 else str(err)) from err
         while self.engine.busy:
             self.engine.step()
         return [
@@ -72,7 +79,7 @@ class LLM:
                 request_id=str(n),
                 prompt=prompt if isinstance(prompt, str) else None,
                 prompt_token_ids=ids,
-                outputs=[request.output for request in group],
+                outputs=best(group),
                 prompt_logprobs=group[0].prompt_logprobs,
                 finished=True,
             )
@@ -111,6 +118,22 @@ class LLM:
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return a conversation's ids, ready for the assistant's turn."""
         return self.tokenizer.render(messages, add_generation_prompt=True).ids
+
+
+def best(group: Sequence[Request]) -> list[CompletionOutput]:
+    """Return the answers; of `best_of`, the n likeliest by log-probability a token, as OpenAI's."""
+    outputs = [request.output for request in group]
+    params = group[0].params
+    if params.best_of is None:
+        return outputs
+
+    def score(output: CompletionOutput) -> float:
+        return (output.cumulative_logprob or 0.0) / max(1, len(output.token_ids))
+
+    ranked = sorted(outputs, key=score, reverse=True)[: params.n]
+    for index, output in enumerate(ranked):
+        output.index = index
+    return ranked
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,8 +1,8 @@
-"""What sampling parameters do to a distribution: pure functions on one row of logits.
+"""What sampling parameters do to a distribution: pure functions on logits.
 
-The order is transformers': repetition penalty, presence and frequency penalties (vLLM's
-formulas), the ban of end tokens while too short, then temperature, top-k, top-p, min-p.
-Shape suffix: V vocabulary.
+Each takes logits[..., V] in fp32 and returns new ones; the vocabulary is the last dimension, so
+that one row and many are treated alike. A number may be given as a column tensor [B, 1] to
+differ by row. In which order they act is in `processors.py`. Shape suffix: V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -10,36 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from groundup.core.errors import ConfigError
-from groundup.core.types import SamplingParams
-
 NEVER = float("-inf")
-
-
-def check(params: SamplingParams) -> None:
-    """Raise a ConfigError that names the first parameter out of its range."""
-    rules = (
-        ("n", params.n >= 1, "at least 1"),
-        ("temperature", params.temperature >= 0, "0 (greedy) or above"),
-        ("top_k", params.top_k >= 0, "0 (off) or above"),
-        ("top_p", 0 < params.top_p <= 1, "above 0 and at most 1"),
-        ("min_p", 0 <= params.min_p <= 1, "between 0 and 1"),
-        ("repetition_penalty", params.repetition_penalty > 0, "above 0"),
-        ("presence_penalty", -2 <= params.presence_penalty <= 2, "between -2 and 2"),
-        ("frequency_penalty", -2 <= params.frequency_penalty <= 2, "between -2 and 2"),
-        ("max_tokens", params.max_tokens is None or params.max_tokens >= 1, "at least 1"),
-        ("min_tokens", params.min_tokens >= 0, "0 or above"),
-        ("stop", all(params.stop), "non-empty strings"),
-        ("logprobs", params.logprobs is None or 0 <= params.logprobs <= 20, "between 0 and 20"),
-    )
-    for name, sound, wanted in rules:
-        if not sound:
-            raise ConfigError(f"{name} = {getattr(params, name)!r} must be {wanted}")
+Number = float | Tensor
 
 
 def repetition_penalty(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     """Divide positive and multiply negative logits of seen ids (Keskar et al. 2019, eq. 4.1)."""
-    ids = torch.tensor(sorted(set(seen)), device=logits_V.device)
+    ids = torch.tensor(sorted(set(seen)), device=logits_V.device, dtype=torch.long)
     values = logits_V[ids]
     changed = torch.where(values < 0, values * penalty, values / penalty)
     return logits_V.index_put((ids,), changed)
@@ -49,58 +26,136 @@ def count_penalties(
     logits_V: Tensor, written: Sequence[int], presence: float, frequency: float
 ) -> Tensor:
     """Subtract `frequency` for each time and `presence` once for ids written so far."""
-    counts_V = torch.bincount(
-        torch.tensor(written, device=logits_V.device), minlength=len(logits_V)
-    ).to(logits_V.dtype)
+    written_ids = torch.tensor(written, device=logits_V.device, dtype=torch.long)
+    counts_V = torch.bincount(written_ids, minlength=len(logits_V)).to(logits_V.dtype)
     return logits_V - frequency * counts_V - presence * (counts_V > 0).to(logits_V.dtype)
 
 
-def top_k(logits_V: Tensor, k: int) -> Tensor:
+def ban(logits_V: Tensor, ids: Sequence[int]) -> Tensor:
+    """Make ids impossible."""
+    return logits_V.index_fill(-1, torch.tensor(ids, device=logits_V.device).long(), NEVER)
+
+
+def allow(logits_V: Tensor, ids: Sequence[int]) -> Tensor:
+    """Make all but some ids impossible."""
+    return logits_V.masked_fill(ban(torch.zeros_like(logits_V), ids).isfinite(), NEVER)
+
+
+def bias(logits_V: Tensor, added: dict[int, float]) -> Tensor:
+    """Add to the logits of some ids."""
+    ids = torch.tensor(list(added), device=logits_V.device, dtype=torch.long)
+    values = torch.tensor(list(added.values()), device=logits_V.device, dtype=logits_V.dtype)
+    return logits_V.index_add(-1, ids, values)
+
+
+def repeated_ngram_ids(seen: Sequence[int], size: int) -> list[int]:
+    """Return the ids that would complete an n-gram which `seen` holds already."""
+    past = tuple(seen[len(seen) - size + 1 :])
+    starts = range(len(seen) - size + 1)
+    return [seen[n + size - 1] for n in starts if tuple(seen[n : n + size - 1]) == past]
+
+
+def temperature(logits_V: Tensor, t: Number) -> Tensor:
+    """Divide by the temperature: below 1 sharper, above 1 flatter."""
+    return logits_V / t
+
+
+def top_k(logits_V: Tensor, k: int | Tensor) -> Tensor:
     """Keep the k likeliest ids; ties with the k-th are kept."""
-    threshold = logits_V.topk(min(k, len(logits_V))).values[-1]
+    if isinstance(k, Tensor):
+        descending_V = logits_V.sort(descending=True).values
+        threshold = descending_V.gather(-1, k.clamp(max=logits_V.shape[-1]) - 1)
+    else:
+        threshold = logits_V.topk(min(k, logits_V.shape[-1])).values[..., -1:]
     return logits_V.masked_fill(logits_V < threshold, NEVER)
 
 
-def top_p(logits_V: Tensor, p: float) -> Tensor:
+def top_p(logits_V: Tensor, p: Number) -> Tensor:
     """Keep the smallest set of likeliest ids that holds mass p (Holtzman et al. 2020, eq. 2)."""
     ascending_V, order_V = logits_V.sort()
     drop_V = ascending_V.softmax(-1).cumsum(-1) <= 1 - p
-    drop_V[-1] = False
-    return logits_V.masked_fill(drop_V.scatter(0, order_V, drop_V), NEVER)
+    drop_V[..., -1] = False
+    return logits_V.masked_fill(drop_V.scatter(-1, order_V, drop_V), NEVER)
 
 
-def min_p(logits_V: Tensor, p: float) -> Tensor:
+def min_p(logits_V: Tensor, p: Number) -> Tensor:
     """Drop ids less likely than p times the likeliest (Nguyen et al. 2024, arXiv 2407.01082)."""
     probs_V = logits_V.softmax(-1)
-    return logits_V.masked_fill(probs_V < p * probs_V.max(), NEVER)
+    return logits_V.masked_fill(probs_V < p * probs_V.amax(-1, keepdim=True), NEVER)
 
 
-def process(
-    logits_V: Tensor,
-    params: SamplingParams,
-    prompt: Sequence[int],
-    written: Sequence[int],
-    ends: Sequence[int],
-) -> Tensor:
-    """Apply every parameter in order; the result's softmax is what is sampled from."""
-    logits_V = logits_V.float()
-    if params.repetition_penalty != 1:
-        seen = [*prompt, *written]
-        logits_V = repetition_penalty(logits_V, seen, params.repetition_penalty)
-    if written and (params.presence_penalty or params.frequency_penalty):
-        logits_V = count_penalties(
-            logits_V, written, params.presence_penalty, params.frequency_penalty
-        )
-    if len(written) < params.min_tokens:
-        banned = torch.tensor(list(ends), device=logits_V.device, dtype=torch.long)
-        logits_V = logits_V.index_fill(0, banned, NEVER)
-    if params.temperature == 0:
-        return logits_V
-    logits_V = logits_V / params.temperature
-    if params.top_k:
-        logits_V = top_k(logits_V, params.top_k)
-    if params.top_p < 1:
-        logits_V = top_p(logits_V, params.top_p)
-    if params.min_p:
-        logits_V = min_p(logits_V, params.min_p)
-    return logits_V
+def typical_p(logits_V: Tensor, mass: Number) -> Tensor:
+    """Keep the ids whose surprise is nearest the entropy (Meister et al. 2022, arXiv 2202.00666).
+
+    As many as hold the mass, the one that reaches it included, with all that tie with it.
+    """
+    logps_V = logits_V.log_softmax(-1)
+    distance_V = (-logps_V - entropy(logps_V)).abs()
+    ascending_V, order_V = distance_V.sort()
+    reached_V = logps_V.exp().gather(-1, order_V).cumsum(-1)
+    last = (reached_V < mass).sum(-1, keepdim=True).clamp(max=logits_V.shape[-1] - 1)
+    return logits_V.masked_fill(distance_V > ascending_V.gather(-1, last), NEVER)
+
+
+def epsilon_cutoff(logits_V: Tensor, epsilon: Number) -> Tensor:
+    """Drop ids less likely than epsilon, never the likeliest (Hewitt et al. 2022, eq. 4)."""
+    return drop_unlikely(logits_V, logits_V.softmax(-1), epsilon)
+
+
+def eta_cutoff(logits_V: Tensor, epsilon: Number) -> Tensor:
+    """Drop ids less likely than min(eps, sqrt(eps) exp(-entropy)) (Hewitt et al. 2022, eq. 6).
+
+    arXiv 2210.15191: the cut-off falls where the distribution is flat.
+    """
+    logps_V = logits_V.log_softmax(-1)
+    flat = epsilon**0.5 * torch.exp(-entropy(logps_V))
+    eta = torch.minimum(torch.as_tensor(epsilon, device=flat.device, dtype=flat.dtype), flat)
+    return drop_unlikely(logits_V, logps_V.exp(), eta)
+
+
+def drop_unlikely(logits_V: Tensor, probs_V: Tensor, least: Number) -> Tensor:
+    """Drop ids below a probability, never the likeliest."""
+    keep_V = (probs_V >= least) | (logits_V >= logits_V.amax(-1, keepdim=True))
+    return logits_V.masked_fill(~keep_V, NEVER)
+
+
+def entropy(logps_V: Tensor) -> Tensor:
+    """Return the entropy [..., 1] in nats; impossible ids count nothing."""
+    return -(logps_V.exp() * logps_V).nansum(-1, keepdim=True)
+
+
+def guide(logits_V: Tensor, without_V: Tensor, scale: float) -> Tensor:
+    """Move away from what the model says without the prompt (arXiv 2306.17806, eq. 7).
+
+    Classifier-free guidance; with scale = 1 + alpha and a prompt without its context this is
+    context-aware decoding (Shi et al. 2023, arXiv 2305.14739, eq. 3), up to a constant.
+    """
+    logps_V, without_V = logits_V.log_softmax(-1), without_V.log_softmax(-1)
+    return without_V + scale * (logps_V - without_V)
+
+
+def contrast_layers(final_V: Tensor, early_LV: Tensor, relative_top: float = 0.1) -> Tensor:
+    """Subtract the early layer that differs most from the last (DoLa, arXiv 2309.03883, eq. 2-6).
+
+    early_LV holds the logits of the candidate layers; the layer is chosen by Jensen-Shannon
+    divergence, and ids less likely than `relative_top` of the likeliest are dropped.
+    """
+    final_logps_V, early_logps_LV = final_V.log_softmax(-1), early_LV.log_softmax(-1)
+    middle_LV = 0.5 * (final_logps_V.exp() + early_logps_LV.exp())
+    log_middle_LV = middle_LV.clamp(min=1e-30).log()
+
+    def divergence(logps: Tensor) -> Tensor:
+        return (logps.exp() * (logps - log_middle_LV)).sum(-1)
+
+    chosen = (divergence(final_logps_V) + divergence(early_logps_LV)).argmax()
+    kept_V = final_logps_V >= final_logps_V.max() + torch.tensor(relative_top).log()
+    return (final_logps_V - early_logps_LV[chosen]).masked_fill(~kept_V, NEVER)
+
+
+def top(logps_V: Tensor, token: int, count: int) -> dict[int, float]:
+    """Return the log-probabilities of a token and of the `count` likeliest ids."""
+    found = {token: float(logps_V[token])}
+    if count:
+        values, ids = logps_V.topk(count)
+        found |= dict(zip(ids.tolist(), values.tolist(), strict=True))
+    return found

@@ -1,23 +1,18 @@
 """One answer in the making: its text as it grows, and when it ends."""
 
-import dataclasses
 import random
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from groundup.core.types import CompletionOutput, SamplingParams
+from groundup.core.types import CompletionOutput, FinishReason
 from groundup.generate.blocks import Holding
-from groundup.generate.stop import find_stop, held_back
-from groundup.tokenizer import Tokenizer
+from groundup.generate.logits import top
+from groundup.generate.processors import LogitsProcessors
+from groundup.generate.stop import Stopping
 
-# Parameters that `sampling` applies to all rows at once, and those that change no distribution;
-# a request with any other goes through `logits.process`.
-TOGETHER = {"temperature", "top_k", "top_p", "min_p"}
-OUTSIDE = {"n", "seed", "max_tokens", "ignore_eos", "stop", "stop_token_ids"}
-OUTSIDE |= {"include_stop_str_in_output", "logprobs", "prompt_logprobs"}
-USUAL = SamplingParams()
-DECIDING = [f.name for f in dataclasses.fields(USUAL) if f.name not in TOGETHER | OUTSIDE]
+TOGETHER = {"temperature", "top_k", "top_p", "min_p"}  # applied to all rows at once
 
 
 class Request:
@@ -26,21 +21,24 @@ class Request:
     def __init__(
         self,
         prompt: Sequence[int],
-        params: SamplingParams,
         index: int,
-        tokenizer: Tokenizer,
+        processors: LogitsProcessors,
+        stopping: Stopping,
         *,
         priority: int = 0,
     ) -> None:
-        self.prompt, self.params, self.priority = list(prompt), params, priority
-        self.output = CompletionOutput(index=index, text="", token_ids=[])
+        self.prompt, self.priority = list(prompt), priority
+        self.params = params = processors.params
+        self.processors, self.stopping = processors, stopping
+        self.output = CompletionOutput(index=index, text="", token_ids=stopping.token_ids)
         if params.logprobs is not None:
             self.output.logprobs = []
+        if params.logprobs is not None or params.best_of is not None:
+            self.output.cumulative_logprob = 0.0
         seed = random.SystemRandom().getrandbits(48) if params.seed is None else params.seed
         self.generator = torch.Generator().manual_seed(seed + index)
-        self.simple = all(getattr(params, name) == getattr(USUAL, name) for name in DECIDING)
+        self.simple = params.order == "transformers" and TOGETHER.issuperset(processors.names)
         self.prompt_logprobs: list[dict[int, float] | None] | None = None
-        self.decoder = tokenizer.stream_decoder()
         self.taken = 0
         self.holding = Holding()
         self.arrival = 0
@@ -64,30 +62,34 @@ class Request:
 
     def take_text(self) -> str:
         """Return new text; what may still become a stop string waits."""
-        text = self.output.text
-        end = len(text) if self.finished else len(text) - held_back(text, self.params.stop)
-        new = text[self.taken : end] if end > self.taken else ""
+        end = self.stopping.settled
+        new = self.stopping.text[self.taken : end]
         self.taken = max(self.taken, end)
         return new
 
-    def accept(self, token: int, ends: Sequence[int], context: int) -> None:
-        """Add a token; set the finish reason where an end, a stop string or a limit is reached."""
-        params, output = self.params, self.output
-        output.token_ids.append(token)
-        is_end = token in ends and not params.ignore_eos
-        if is_end or token in params.stop_token_ids:
-            output.text += self.decoder.flush()
-            output.finish_reason, output.stop_reason = "stop", token
-            return
-        searched = len(output.text)
-        output.text += self.decoder.push(token)
-        if params.stop and (found := find_stop(output.text, params.stop, searched)):
-            at, stop = found
-            end = at + len(stop) if params.include_stop_str_in_output else at
-            output.text = output.text[:end]
-            output.finish_reason, output.stop_reason = "stop", stop
-            return
-        limit = params.max_tokens
-        if (limit is not None and len(output.token_ids) >= limit) or self.length >= context:
-            output.text += self.decoder.flush()
-            output.finish_reason = "length"
+    def processed(self, logits_V: Tensor) -> Tensor:
+        """Return logits after everything that the request asks for."""
+        return self.processors(logits_V, self.output.token_ids)
+
+    def note_logprobs(self, token: int, logps_V: Tensor) -> None:
+        """Keep the log-probability of a token, and of others where they are wanted."""
+        output = self.output
+        output.cumulative_logprob = (output.cumulative_logprob or 0.0) + float(logps_V[token])
+        if output.logprobs is not None:
+            output.logprobs.append(top(logps_V, token, self.params.logprobs or 0))
+
+    def accept(self, token: int) -> None:
+        """Add a token, and see whether the answer ends."""
+        self.stopping.push(token)
+        self.tell()
+
+    def end(self, reason: FinishReason, detail: str | None = None) -> None:
+        """End the answer from outside."""
+        self.stopping.end(reason, detail)
+        self.tell()
+
+    def tell(self) -> None:
+        """Bring the output up to date."""
+        output, stopping = self.output, self.stopping
+        output.text = stopping.text
+        output.finish_reason, output.stop_reason = stopping.reason, stopping.detail

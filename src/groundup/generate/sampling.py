@@ -1,7 +1,7 @@
 """Choosing tokens for all rows of a batch at once, each row by its own parameters and seed.
 
 Rows that only temper and truncate are filtered together; whatever else a request asks for goes
-through `logits.process`, the definition of every parameter, row by row. What a row draws depends
+through its `processors`, the definition of every parameter, row by row. What a row draws depends
 on its own logits and generator alone. Shape suffixes: B rows, V vocabulary, C candidates.
 """
 
@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 from groundup.core.types import SamplingParams
-from groundup.generate.logits import process
 from groundup.generate.request import Request
 
 CANDIDATES = 256  # where the likeliest so many decide, the others are not sorted
 
 
-def choose(logits_BV: Tensor, requests: Sequence[Request], ends: Sequence[int]) -> list[int]:
-    """Return one token a row."""
+def choose(logits_BV: Tensor, requests: Sequence[Request]) -> list[int]:
+    """Return one token a row; a request whose processors fail ends, and no other."""
     logits_BV = logits_BV.float()
     special = [n for n, r in enumerate(requests) if not r.simple]
     if special:
         logits_BV = logits_BV.clone()
         for n in special:
-            logits_BV[n] = processed(logits_BV[n], requests[n], ends)
+            try:
+                logits_BV[n] = requests[n].processed(logits_BV[n])
+            except Exception as err:  # a user's own processor may raise anything
+                requests[n].end("error", str(err) or type(err).__name__)
     tokens_B = logits_BV.argmax(-1)
     hot = [n for n, r in enumerate(requests) if r.params.temperature > 0]
     few = [n for n in hot if requests[n].simple and truncates(requests[n].params)]
@@ -39,12 +41,6 @@ def choose(logits_BV: Tensor, requests: Sequence[Request], ends: Sequence[int]) 
         u_B1 = uniforms(requests, few).to(logits_BV.device)
         tokens_B[few] = draw_truncated(warm_BV, params, u_B1)
     return tokens_B.tolist()
-
-
-def processed(logits_V: Tensor, request: Request, ends: Sequence[int]) -> Tensor:
-    """Return a row after everything that its request asks for."""
-    params, written = request.params, request.output.token_ids
-    return process(logits_V, params, request.prompt, written, (*ends, *params.stop_token_ids))
 
 
 def truncates(params: SamplingParams) -> bool:
@@ -109,12 +105,3 @@ def truncate(
     dropped_BC = ((before_BC >= p_B1 * total_B1) & (p_B1 < 1)) | (sorted_BC < floor_B1)
     dropped_BC[:, 0] = False
     return probs_BC.masked_fill(dropped_BC, 0), enough_B
-
-
-def top(logps_V: Tensor, token: int, count: int) -> dict[int, float]:
-    """Return the log-probabilities of a token and of the `count` likeliest ids."""
-    found = {token: float(logps_V[token])}
-    if count:
-        values, ids = logps_V.topk(count)
-        found |= dict(zip(ids.tolist(), values.tolist(), strict=True))
-    return found

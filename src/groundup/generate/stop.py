@@ -1,6 +1,11 @@
-"""Stop strings in text that grows token by token."""
+"""When an answer ends, and why: end tokens, stop strings, limits, loops."""
 
-from collections.abc import Sequence
+import copy
+import time
+from collections.abc import Callable, Sequence
+
+from groundup.core.types import FinishReason, RepetitionDetectionParams, SamplingParams
+from groundup.tokenizer.stream import StreamDecoder
 
 
 def find_stop(text: str, stops: Sequence[str], searched: int) -> tuple[int, str] | None:
@@ -22,3 +27,94 @@ def held_back(text: str, stops: Sequence[str]) -> int:
                 longest = size
                 break
     return longest
+
+
+def in_a_loop(ids: Sequence[int], rule: RepetitionDetectionParams) -> bool:
+    """Return whether the last ids are `min_count` equal runs of one of the rule's sizes."""
+    for size in range(rule.min_pattern_size, rule.max_pattern_size + 1):
+        span = size * rule.min_count
+        if span > len(ids):
+            return False
+        if all(ids[-n] == ids[-n - size] for n in range(1, span - size + 1)):
+            return True
+    return False
+
+
+class Stopping:
+    """One answer as it grows: takes its tokens one at a time until `reason` is set.
+
+    `text` is final but for its last characters that could still become a stop string; `detail`
+    names the end token, the stop string or the limit. Waiting counts towards `max_time`. A grammar
+    ends with an end token, which `ignore_eos` cannot ignore.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        prompt_length: int,
+        context: int,
+        ends: Sequence[int],
+        decoder: StreamDecoder,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.params, self.ends, self.decoder, self.clock = params, ends, decoder, clock
+        self.stops: tuple[str, ...] = tuple(params.stop)
+        self.room = context - prompt_length
+        self.deadline = None if params.max_time is None else clock() + params.max_time
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.reason: FinishReason | None = None
+        self.detail: int | str | None = None
+
+    def push(self, token: int) -> bool:
+        """Take the next token; return whether it was the last."""
+        self.token_ids.append(token)
+        goes_on = self.params.ignore_eos and self.params.structured_outputs is None
+        is_end = token in self.ends and not goes_on
+        if is_end or token in self.params.stop_token_ids:
+            return self.end("stop", token)
+        searched = len(self.text)
+        self.text += self.decoder.push(token)
+        if self.stops and len(self.token_ids) > self.params.min_tokens:
+            found = find_stop(self.text, self.stops, searched)
+            if found:
+                at, stop = found
+                kept = len(stop) if self.params.include_stop_str_in_output else 0
+                self.text = self.text[: at + kept]
+                return self.end("stop", stop, flush=False)
+        return self.at_a_limit()
+
+    def at_a_limit(self) -> bool:
+        """End where the answer may not go on, or goes round in circles."""
+        count, most = len(self.token_ids), self.params.max_tokens
+        rule = self.params.repetition_detection
+        if most is not None and count >= most:
+            return self.end("length", "max_tokens")
+        if count >= self.room:
+            return self.end("length", "context")
+        if rule is not None and in_a_loop(self.token_ids, rule):
+            return self.end("repetition", None)
+        if self.deadline is not None and self.clock() >= self.deadline:
+            return self.end("length", "max_time")
+        return False
+
+    def end(self, reason: FinishReason, detail: int | str | None, *, flush: bool = True) -> bool:
+        """Set the reason; an unfinished character becomes U+FFFD."""
+        if flush:
+            self.text += self.decoder.flush()
+        self.reason, self.detail = reason, detail
+        return True
+
+    @property
+    def settled(self) -> int:
+        """Return how many characters of the text can no longer change."""
+        return len(self.text) - (0 if self.reason else held_back(self.text, self.stops))
+
+    def fork(self) -> "Stopping":
+        """Return a twin that takes tokens of its own, as a beam does."""
+        twin = copy.copy(self)
+        twin.token_ids = list(self.token_ids)
+        twin.decoder = copy.copy(self.decoder)
+        twin.decoder.decoder = copy.copy(self.decoder.decoder)
+        return twin

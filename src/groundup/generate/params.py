@@ -1,0 +1,146 @@
+"""Sampling parameters, checked before anything runs: each complaint names one of them."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+from groundup.core.errors import ConfigError
+from groundup.core.types import SamplingParams
+
+MOST_LOGPROBS = 20
+INTEGERS = ("n", "top_k", "no_repeat_ngram_size", "min_tokens")
+OPTIONAL_INTEGERS = ("best_of", "seed", "max_tokens", "logprobs", "prompt_logprobs")
+REALS = (
+    *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "guidance_scale"),
+)
+
+
+def tidy(params: SamplingParams) -> SamplingParams:
+    """Return the parameters with `stop` as a tuple of strings."""
+    stop = (params.stop,) if isinstance(params.stop, str) else params.stop
+    return dataclasses.replace(params, stop=tuple(stop)) if params.stop else params
+
+
+def check(params: SamplingParams, vocab_size: int) -> None:
+    """Raise a ConfigError that names the first parameter of a wrong type or out of its range."""
+    for name in (*INTEGERS, *OPTIONAL_INTEGERS):
+        value = getattr(params, name)
+        if value is None and name in OPTIONAL_INTEGERS:
+            continue
+        require(name, value, is_integer(value), "a whole number")
+    for name in REALS:
+        value = getattr(params, name)
+        require(name, value, is_number(value), "a finite number")
+    if params.max_time is not None:
+        require("max_time", params.max_time, is_number(params.max_time), "a number of seconds")
+    check_ranges(params)
+    check_lists(params, vocab_size)
+    check_choices(params)
+
+
+def require(name: str, value: Any, sound: bool, wanted: str) -> None:
+    """Raise a ConfigError unless a parameter is sound."""
+    if not sound:
+        raise ConfigError(f"{name} = {value!r} must be {wanted}")
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is a whole number, True and False not taken for one."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_ranges(params: SamplingParams) -> None:
+    """Raise where a number is out of its range."""
+    best_of, most = params.best_of, params.max_tokens
+    rules = (
+        ("n", params.n >= 1, "at least 1"),
+        ("best_of", best_of is None or best_of >= params.n, f"at least n, which is {params.n}"),
+        ("temperature", params.temperature >= 0, "0 (greedy) or above"),
+        ("top_k", params.top_k >= 0, "0 (off) or above"),
+        ("top_p", 0 < params.top_p <= 1, "above 0 and at most 1"),
+        ("min_p", 0 <= params.min_p <= 1, "between 0 and 1"),
+        ("typical_p", 0 < params.typical_p <= 1, "above 0 and at most 1"),
+        ("epsilon_cutoff", 0 <= params.epsilon_cutoff < 1, "at least 0 and below 1"),
+        ("eta_cutoff", 0 <= params.eta_cutoff < 1, "at least 0 and below 1"),
+        ("repetition_penalty", params.repetition_penalty > 0, "above 0"),
+        ("presence_penalty", -2 <= params.presence_penalty <= 2, "between -2 and 2"),
+        ("frequency_penalty", -2 <= params.frequency_penalty <= 2, "between -2 and 2"),
+        ("no_repeat_ngram_size", params.no_repeat_ngram_size >= 0, "0 (off) or above"),
+        ("guidance_scale", params.guidance_scale >= 0, "0 or above"),
+        ("max_tokens", most is None or most >= 1, "at least 1"),
+        ("min_tokens", params.min_tokens >= 0, "0 or above"),
+        ("min_tokens", most is None or params.min_tokens <= most, f"at most max_tokens = {most}"),
+        ("max_time", params.max_time is None or params.max_time > 0, "above 0 seconds"),
+    )
+    for name, sound, wanted in rules:
+        require(name, getattr(params, name), sound, wanted)
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(params, name)
+        sound = value is None or 0 <= value <= MOST_LOGPROBS
+        require(name, value, sound, f"between 0 and {MOST_LOGPROBS}")
+
+
+def check_lists(params: SamplingParams, vocab_size: int) -> None:
+    """Raise where a list holds what it should not."""
+
+    def texts(name: str, value: Any) -> None:
+        sound = isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value)
+        require(name, value, sound, "a list of non-empty strings")
+
+    def ids(name: str, value: Any) -> None:
+        sound = isinstance(value, list | tuple | dict) and all(
+            is_integer(v) and 0 <= v < vocab_size for v in value
+        )
+        require(name, value, sound, f"token ids from 0 to {vocab_size - 1:,}")
+
+    if not isinstance(params.stop, str) or not params.stop:
+        texts("stop", params.stop or ())
+    texts("bad_words", params.bad_words)
+    ids("stop_token_ids", params.stop_token_ids)
+    if params.allowed_token_ids is not None:
+        ids("allowed_token_ids", params.allowed_token_ids)
+        some = bool(params.allowed_token_ids)
+        require("allowed_token_ids", (), some, "at least one token id")
+    if params.logit_bias is not None:
+        ids("logit_bias", params.logit_bias)
+        sound = all(is_number(value) for value in params.logit_bias.values())
+        require("logit_bias", params.logit_bias, sound, "finite numbers by token id")
+
+
+def check_choices(params: SamplingParams) -> None:
+    """Raise where settings do not fit together."""
+    from groundup.generate.processors import ORDERS
+
+    require("order", params.order, params.order in ORDERS, f"one of {', '.join(ORDERS)}")
+    callables = all(callable(processor) for processor in params.logits_processors)
+    require("logits_processors", params.logits_processors, callables, "functions")
+    repeated = params.repetition_detection
+    if repeated is not None:
+        sound = 1 <= repeated.min_pattern_size <= repeated.max_pattern_size
+        require("repetition_detection", repeated, sound, "of sizes 1 <= min <= max")
+        require("repetition_detection", repeated, repeated.min_count >= 2, "of min_count 2 or more")
+    if params.negative_prompt is not None and params.guidance_scale == 1:
+        raise ConfigError("negative_prompt needs a guidance_scale other than 1")
+
+
+def check_room(prompt: Sequence[int], params: SamplingParams, context: int) -> None:
+    """Raise where prompt and answer do not fit into the context."""
+    used = len(prompt)
+    if used >= context:
+        raise ConfigError(
+            f"the prompt has {used:,} tokens and the model reads {context:,}, "
+            "answer included: shorten it"
+        )
+    if params.max_tokens is not None and used + params.max_tokens > context:
+        raise ConfigError(
+            f"max_tokens = {params.max_tokens:,} does not fit: the prompt has {used:,} tokens and "
+            f"the model reads {context:,}, answer included: at most {context - used:,}, or None"
+        )

@@ -1,0 +1,171 @@
+"""One request's logits processors, in a documented order: `ORDERS`.
+
+Peers apply the same parameters in different orders, with different results: transformers cuts
+the tempered distribution, llama.cpp tempers what the cuts left, vLLM cuts with min-p before
+top-k and top-p. The default is transformers'. Greedy decoding leaves out what only samples.
+Shape suffix: V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from groundup.core.errors import GroundupError
+from groundup.core.types import SamplingParams
+from groundup.generate import logits as fn
+from groundup.generate.constrain import Grammar
+from groundup.generate.words import BadWords
+from groundup.model.decoder import Decoder
+from groundup.tokenizer import Tokenizer
+
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+RARE_CUTS = ("epsilon_cutoff", "eta_cutoff")
+ORDERS: dict[str, tuple[str, ...]] = {
+    "transformers": (
+        *("guidance_scale", "dola_layers", "logit_bias", *PENALTIES, "no_repeat_ngram_size"),
+        *("bad_words", "min_tokens", "allowed_token_ids", "structured_outputs"),
+        *("logits_processors", "temperature", "top_k", "top_p", "min_p", "typical_p", *RARE_CUTS),
+    ),
+    "vllm": (
+        *("guidance_scale", "dola_layers", "structured_outputs", "allowed_token_ids"),
+        *("bad_words", "min_tokens", "logit_bias", "logits_processors", *PENALTIES),
+        *("no_repeat_ngram_size", "temperature", "min_p", "top_k", "top_p", "typical_p"),
+        *RARE_CUTS,
+    ),
+    "llama.cpp": (
+        *("guidance_scale", "dola_layers", "structured_outputs", "allowed_token_ids"),
+        *("bad_words", "min_tokens", "logits_processors", "logit_bias", *PENALTIES),
+        *("no_repeat_ngram_size", "top_k", "typical_p", "top_p", "min_p", *RARE_CUTS),
+        "temperature",
+    ),
+}
+SAMPLING_ONLY = frozenset(
+    ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+)
+DEFAULTS = SamplingParams()
+
+
+class NothingAllowed(GroundupError):
+    """The parameters of a request forbid every token."""
+
+
+class LogitsProcessors:
+    """What a request's parameters make of its logits, given what it has written.
+
+    `helpers` do what needs more than logits, by the name of their parameter: each is called with
+    (written, logits_V) and has `fork()`, as the grammar's, guidance's and DoLa's are.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        ends: Sequence[int],
+        helpers: dict[str, Any] | None = None,
+    ) -> None:
+        self.params, self.prompt, self.ends = params, prompt, list(ends)
+        self.helpers = helpers or {}
+        greedy = params.temperature == 0
+        self.names = [
+            name
+            for name in ORDERS[params.order]
+            if getattr(params, name) != getattr(DEFAULTS, name)
+            and not (greedy and name in SAMPLING_ONLY)
+        ]
+
+    def __call__(self, logits_V: Tensor, written: Sequence[int]) -> Tensor:
+        """Return logits_V in fp32 whose softmax is sampled from, or whose maximum is taken."""
+        logits_V = logits_V.float()
+        for _, changed_V in self.trace(logits_V, written):
+            logits_V = changed_V
+        if self.names and logits_V.max() == fn.NEVER:
+            raise NothingAllowed(f"{', '.join(self.names)} together allow no token")
+        return logits_V
+
+    def trace(self, logits_V: Tensor, written: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's name with the logits after it."""
+        for name in self.names:
+            if name in self.helpers:
+                logits_V = self.helpers[name](written, logits_V)
+            else:
+                logits_V = STEPS[name](logits_V, self, written)
+            yield name, logits_V
+
+    def fork(self) -> "LogitsProcessors":
+        """Return processors for a continuation of their own, as a beam needs."""
+        helpers = {name: helper.fork() for name, helper in self.helpers.items()}
+        return LogitsProcessors(self.params, self.prompt, self.ends, helpers)
+
+
+Step = Callable[[Tensor, LogitsProcessors, Sequence[int]], Tensor]
+
+
+def penalise_repetition(logits_V: Tensor, of: LogitsProcessors, written: Sequence[int]) -> Tensor:
+    """Apply the repetition penalty over prompt and answer."""
+    seen = [*of.prompt, *written]
+    return fn.repetition_penalty(logits_V, seen, of.params.repetition_penalty)
+
+
+def ban_repeated_ngrams(logits_V: Tensor, of: LogitsProcessors, written: Sequence[int]) -> Tensor:
+    """Ban what would repeat an n-gram of prompt and answer."""
+    seen = [*of.prompt, *written]
+    return fn.ban(logits_V, fn.repeated_ngram_ids(seen, of.params.no_repeat_ngram_size))
+
+
+def ban_ends(logits_V: Tensor, of: LogitsProcessors, written: Sequence[int]) -> Tensor:
+    """Ban the end tokens while the answer is too short."""
+    return fn.ban(logits_V, of.ends) if len(written) < of.params.min_tokens else logits_V
+
+
+def run_custom(logits_V: Tensor, of: LogitsProcessors, written: Sequence[int]) -> Tensor:
+    """Call the user's own processors."""
+    for processor in of.params.logits_processors:
+        changed_V = processor(list(of.prompt), list(written), logits_V.clone())
+        if not isinstance(changed_V, Tensor) or changed_V.shape != logits_V.shape:
+            name = getattr(processor, "__name__", type(processor).__name__)
+            raise GroundupError(f"logits processor {name} must return logits of the same shape")
+        logits_V = changed_V
+    return logits_V
+
+
+STEPS: dict[str, Step] = {
+    "logit_bias": lambda x, of, _: fn.bias(x, of.params.logit_bias or {}),
+    "repetition_penalty": penalise_repetition,
+    "frequency_penalty": lambda x, of, written: fn.count_penalties(
+        x, written, 0, of.params.frequency_penalty
+    ),
+    "presence_penalty": lambda x, of, written: fn.count_penalties(
+        x, written, of.params.presence_penalty, 0
+    ),
+    "no_repeat_ngram_size": ban_repeated_ngrams,
+    "min_tokens": ban_ends,
+    "allowed_token_ids": lambda x, of, _: fn.allow(x, of.params.allowed_token_ids or ()),
+    "logits_processors": run_custom,
+    "temperature": lambda x, of, _: fn.temperature(x, of.params.temperature),
+    "top_k": lambda x, of, _: fn.top_k(x, of.params.top_k),
+    "top_p": lambda x, of, _: fn.top_p(x, of.params.top_p),
+    "min_p": lambda x, of, _: fn.min_p(x, of.params.min_p),
+    "typical_p": lambda x, of, _: fn.typical_p(x, of.params.typical_p),
+    "epsilon_cutoff": lambda x, of, _: fn.epsilon_cutoff(x, of.params.epsilon_cutoff),
+    "eta_cutoff": lambda x, of, _: fn.eta_cutoff(x, of.params.eta_cutoff),
+}
+
+
+def make_processors(
+    params: SamplingParams,
+    prompt: Sequence[int],
+    ends: Sequence[int],
+    tokenizer: Tokenizer,
+    model: Decoder,
+) -> LogitsProcessors:
+    """Return a request's processors; a grammar that cannot be compiled is a ConfigError."""
+    helpers: dict[str, Any] = {}
+    vocab_size = model.config.vocab_size
+    if params.bad_words:
+        helpers["bad_words"] = BadWords(params.bad_words, tokenizer.token_bytes)
+    if params.structured_outputs is not None:
+        helpers["structured_outputs"] = Grammar.compile(
+            params.structured_outputs, tokenizer, vocab_size, ends
+        )
+    return LogitsProcessors(params, prompt, ends, helpers)

@@ -1,0 +1,133 @@
+"""Bad parameters and bad requests: named in one line, and nobody else's trouble."""
+
+import pytest
+import torch
+
+from groundup.core.errors import ConfigError
+from groundup.core.types import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
+from groundup.generate import LLM
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture
+def llm(tiny, tok):
+    return LLM(tiny, tok, max_num_seqs=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1}, "temperature = -1 must be 0"),
+        ({"temperature": float("nan")}, "temperature = nan must be a finite number"),
+        ({"temperature": "hot"}, "temperature = 'hot' must be a finite number"),
+        ({"top_p": 2}, "top_p = 2 must be above 0 and at most 1"),
+        ({"top_p": 0}, "top_p = 0 must be above 0"),
+        ({"top_k": 2.5}, "top_k = 2.5 must be a whole number"),
+        ({"n": 0}, "n = 0 must be at least 1"),
+        ({"n": 3, "best_of": 2}, "best_of = 2 must be at least n, which is 3"),
+        ({"stop": ("",)}, "non-empty strings"),
+        ({"stop": (1, 2)}, r"stop = \(1, 2\) must be a list of non-empty strings"),
+        ({"bad_words": (3,)}, "bad_words"),
+        ({"max_tokens": 0}, "max_tokens = 0"),
+        ({"max_tokens": True}, "max_tokens = True"),
+        ({"min_tokens": 70}, "min_tokens = 70 must be at most max_tokens = 64"),
+        ({"max_time": 0}, "max_time"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"typical_p": 0}, "typical_p"),
+        ({"eta_cutoff": 1}, "eta_cutoff"),
+        ({"allowed_token_ids": (400,)}, "token ids from 0 to 399"),
+        ({"allowed_token_ids": ()}, "at least one"),
+        ({"logit_bias": {400: 1.0}}, "token ids from 0 to 399"),
+        ({"logit_bias": {3: float("nan")}}, "finite numbers"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids"),
+        ({"logprobs": 21}, "between 0 and 20"),
+        ({"order": "sglang"}, "one of transformers, vllm, llama.cpp"),
+        ({"logits_processors": (3,)}, "functions"),
+        ({"negative_prompt": "x"}, "guidance_scale"),
+        ({"repetition_detection": RepetitionDetectionParams(max_pattern_size=0)}, "sizes"),
+        ({"structured_outputs": StructuredOutputsParams(regex="(a")}, "cannot be compiled"),
+        ({"structured_outputs": StructuredOutputsParams()}, "exactly one of"),
+    ],
+)
+def test_parameters_out_of_range_are_named(llm, change, message):
+    with pytest.raises(ConfigError, match=message):
+        llm.generate("x", SamplingParams(**change))
+    assert not llm.engine.busy
+
+
+def test_prompts_and_answers_that_do_not_fit(llm):
+    with pytest.raises(ConfigError, match="the prompt has 96 tokens and the model reads 96"):
+        llm.generate([[1] * 96])
+    with pytest.raises(ConfigError, match=r"max_tokens = 64 does not fit.*at most 6, or None"):
+        llm.generate([[1] * 90])
+
+
+def test_a_bad_prompt_among_others_is_numbered_and_leaves_nothing_behind(llm):
+    with pytest.raises(ConfigError, match="prompt 2: the prompt has 96"):
+        llm.generate([[5], [1] * 96], GREEDY)
+    assert not llm.engine.busy
+    assert len(llm.generate([[5]], GREEDY)) == 1
+
+
+def test_a_request_that_fails_midway_ends_alone(llm):
+    def breaks(prompt, written, logits_V):
+        if len(written) == 3:
+            raise ValueError("out of ideas")
+        return logits_V
+
+    bad = SamplingParams(temperature=0, max_tokens=8, logits_processors=(breaks,))
+    prompts = [[5, 9], [7], [40, 41]]
+    wanted = llm.generate(prompts, GREEDY)
+    found = llm.generate(prompts, [GREEDY, bad, GREEDY])
+    for n in (0, 2):
+        assert found[n].outputs[0].token_ids == wanted[n].outputs[0].token_ids
+    failed = found[1].outputs[0]
+    assert (failed.finish_reason, failed.stop_reason) == ("error", "out of ideas")
+    assert len(failed.token_ids) == 3
+
+
+def test_one_stop_string_needs_no_list(llm):
+    free = llm.generate("def alpha(", GREEDY)[0].outputs[0].text
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, stop=free[3:5])
+    assert llm.generate("def alpha(", params)[0].outputs[0].text == free[: free.index(free[3:5])]
+
+
+def test_best_of_returns_the_likeliest(llm):
+    params = SamplingParams(n=2, best_of=6, seed=3, max_tokens=6, ignore_eos=True)
+    every = SamplingParams(n=6, seed=3, max_tokens=6, ignore_eos=True, logprobs=0)
+    [best], [all_six] = llm.generate([[5]], params), llm.generate([[5]], every)
+    ranked = sorted(all_six.outputs, key=lambda o: -o.cumulative_logprob)[:2]
+    assert [o.token_ids for o in best.outputs] == [o.token_ids for o in ranked]
+    assert [o.index for o in best.outputs] == [0, 1]
+    for output in all_six.outputs:
+        logps = [row[i] for i, row in zip(output.token_ids, output.logprobs, strict=True)]
+        assert output.cumulative_logprob == pytest.approx(sum(logps), abs=1e-4)
+
+
+def test_allowed_and_biased_tokens_are_obeyed(llm):
+    params = SamplingParams(
+        max_tokens=12, temperature=20.0, seed=1, allowed_token_ids=(7, 9), ignore_eos=True
+    )
+    assert set(llm.generate([[5]], params)[0].outputs[0].token_ids) == {7, 9}
+    params = SamplingParams(max_tokens=5, seed=1, logit_bias={11: 1000.0})
+    assert set(llm.generate([[5]], params)[0].outputs[0].token_ids) == {11}
+
+
+def test_bad_words_stay_out_of_the_text(llm):
+    free = llm.generate("def alpha(", GREEDY)[0].outputs[0].text
+    word = "delta"
+    assert word in free
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, bad_words=(word,))
+    assert word not in llm.generate("def alpha(", params)[0].outputs[0].text
+
+
+def test_sampling_is_the_processed_distribution(tiny, llm):
+    params = SamplingParams(n=2000, max_tokens=1, seed=5, top_k=6, temperature=2.0, ignore_eos=True)
+    found = [o.token_ids[0] for o in llm.generate([[5, 9]], params)[0].outputs]
+    logits_V = tiny(torch.tensor([[5, 9]]))[0, -1].detach() / 2.0
+    probs, ids = logits_V.topk(6).values.softmax(-1), logits_V.topk(6).indices.tolist()
+    counts = torch.tensor([found.count(i) for i in ids]).double()
+    assert counts.sum() == 2000
+    chi_square = float(((counts - 2000 * probs) ** 2 / (2000 * probs)).sum())
+    assert chi_square < 20.5  # 5 degrees of freedom: p = 0.001
