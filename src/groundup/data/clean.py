@@ -1,8 +1,9 @@
 """Cleaning rules: ordinary functions that return a reason to drop a document, or None."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from groundup.core.types import Document
 
@@ -40,3 +41,14 @@ def reason_to_drop(document: Document) -> str | None:
         if reason := rule(document):
             return reason
     return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tidy:
+    """Line ends, NULs and byte-order marks mended; empty and garbled documents dropped."""
+
+
+def clean_up(config: Tidy, document: Document, counts: Counter[str]) -> Document | str:
+    """Tidy a document; return the first of RULES that it breaks."""
+    document = tidy(document)
+    return reason_to_drop(document) or document
