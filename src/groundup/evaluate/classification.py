@@ -27,20 +27,21 @@ class Bin:
 def score_classes(log_probs_NL: Floats, gold_N: NDArray[np.int64]) -> dict[str, float]:
     """Return accuracy with its interval, macro-F1, calibration error and nats a text.
 
-    A gold label of -1 is one that the classifier does not know: always wrong.
+    A gold label of -1, or one with log-probability -inf, is one that the classifier does not
+    know: always wrong, and left out of the nats. At least one text's label must be known.
     """
     said_N = log_probs_NL.argmax(1)
     hits = int((said_N == gold_N).sum())
     low, high = wilson(hits, len(gold_N))
-    known_N = gold_N >= 0
-    picked = log_probs_NL[known_N, gold_N[known_N]]
+    picked = log_probs_NL[np.arange(len(gold_N)), gold_N]
+    known = picked[(gold_N >= 0) & np.isfinite(picked)]
     return {
         "accuracy": hits / max(1, len(gold_N)),
         "low": low,
         "high": high,
         "macro_f1": macro_f1(said_N, gold_N),
         "ece": calibration_error(reliability(log_probs_NL, gold_N)),
-        "nll": float(-picked.mean()) if len(picked) else float("nan"),
+        "nll": float(-known.mean()),
         "rows": len(gold_N),
     }
 

@@ -33,14 +33,21 @@ class NetworkClassifier:
     """Discriminative: p(label | text) by a network with a head for classes."""
 
     def __init__(
-        self, model: Encoder | HeadedDecoder, tok: Tokenizer, labels: Sequence[str]
+        self,
+        model: Encoder | HeadedDecoder,
+        tok: Tokenizer,
+        labels: Sequence[str],
+        *,
+        max_length: int | None = None,
     ) -> None:
         self.model, self.tok, self.labels = model, tok, tuple(labels)
-        self.cut = 0
+        positions = model.config.max_position_embeddings
+        self.longest = min(max_length or positions, positions)
+        self.cut = 0  # texts that were longer
 
     def ids(self, text: str) -> list[int]:
-        """Return ids with the special tokens that the body expects, cut to its positions."""
-        longest = self.model.config.max_position_embeddings
+        """Return ids with the special tokens that the body expects, cut to the longest length."""
+        longest = self.longest
         ids = self.tok.encode(text)
         if isinstance(self.model, Encoder):
             self.cut += len(ids) > longest - 2

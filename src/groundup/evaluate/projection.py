@@ -74,8 +74,12 @@ def principal(table_NW: Floats, count: int) -> Floats:
     return left[:, :count] * sizes[:count]
 
 
-def discriminants(points_NP: Floats, label_N: Ints) -> Floats:
-    """Return two axes: Fisher's discriminants, filled up by the first principal component."""
+def discriminants(points_NP: Floats, label_N: Ints, shrinkage: float = 0.1) -> Floats:
+    """Return two axes: Fisher's discriminants, filled up by the first principal component.
+
+    `shrinkage` adds that share of the mean variance within classes to every direction's.
+    """
+    points_NP = points_NP - points_NP.mean(0)
     within = np.zeros((points_NP.shape[1],) * 2)
     between = np.zeros_like(within)
     for label in range(int(label_N.max()) + 1):
@@ -83,7 +87,7 @@ def discriminants(points_NP: Floats, label_N: Ints) -> Floats:
         centre = inside.mean(0)
         within += (inside - centre).T @ (inside - centre)
         between += len(inside) * np.outer(centre, centre)
-    within += np.eye(len(within)) * (np.trace(within) / len(within) * 0.1 + 1e-9)
+    within += np.eye(len(within)) * (np.trace(within) / len(within) * shrinkage + 1e-9)
     values, axes = np.linalg.eig(np.linalg.solve(within, between))
     best = np.argsort(-values.real)[:2]
     if label_N.max() < 2:  # two classes have one discriminant

@@ -59,13 +59,14 @@ def line_plot(
     levels: Sequence[tuple[float, str]] = (),
     log_x: bool = False,
 ) -> str:
-    """Draw lines, each named at its end, and dashed horizontal levels."""
+    """Draw lines with a legend, and dashed horizontal levels; `log_x` marks and names every x."""
     figure, axes = canvas(7.2, 3.6)
     for n, line in enumerate(s for s in series if s.faint):
         axes.plot(line.x, line.y, color=COLOURS[n % len(COLOURS)], alpha=0.25, linewidth=0.8)
     named = [s for s in series if not s.faint]
     for n, line in enumerate(named):
-        axes.plot(line.x, line.y, color=COLOURS[n % len(COLOURS)], linewidth=1.8, label=line.name)
+        style = {"color": COLOURS[n % len(COLOURS)], "marker": "o" if log_x else None}
+        axes.plot(line.x, line.y, linewidth=1.8, markersize=4, label=line.name, **style)
     for value, name in levels:
         axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
@@ -76,6 +77,9 @@ def line_plot(
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     if log_x:
         axes.set_xscale("log")
+        ticks = sorted({x for line in named for x in line.x})
+        axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+        axes.minorticks_off()
     label_axes(axes, x_label, y_label)
     return to_svg(figure)
 
@@ -147,7 +151,7 @@ def dot_plot(groups: Mapping[str, Mapping[str, float]], *, x_label: str) -> str:
 
 def reliability_plot(curves: Mapping[str, Sequence[tuple[float, float, int]]]) -> str:
     """Draw how often predictions of each confidence are right; dots grow with their number."""
-    figure, axes = canvas(4.6, 4.2)
+    figure, axes = canvas(7.2, 4.6)
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     for n, (name, points) in enumerate(curves.items()):
         total = sum(count for *_, count in points) or 1
@@ -207,6 +211,8 @@ def two_views(
         for spine in axes.spines.values():
             spine.set_color(FAINT)
     for n, grid in enumerate(densities):
+        if not grid.max():  # a hill too narrow for the grid
+            continue
         steps = [grid.max() * share for share in (0.05, 0.2, 0.5, 0.8)]
         left.contour(grid, levels=steps, colors=COLOURS[n], linewidths=1, extent=extent)
     right.imshow(

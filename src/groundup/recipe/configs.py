@@ -227,10 +227,14 @@ class ClassifyConfig:
     vocab_size: int = field(4096, help="vocabulary of their tokenizer")
     max_length: int = field(128, help="tokens a text at most; what is longer is cut and counted")
     batch_size: int = field(32, help="texts in an optimizer step")
-    epochs: float = field(10, help="passes over the training texts")
-    least_steps: int = field(150, help="optimizer steps at least, for small samples")
-    learning_rate: float = field(0.005, help="peak rate of Muon (matrices)")
-    adam_learning_rate: float = field(0.0005, help="peak rate of AdamW (embeddings, norms, head)")
-    max_test_rows: int = field(2000, help="test texts scored, drawn by seed")
+    epochs: float = field(6, help="passes over the training texts")
+    least_steps: int = field(300, help="optimizer steps at least, for small samples")
+    learning_rate: float | None = field(
+        None, help="peak rate of Muon (matrices); unset: 0.02 from random weights, else 0.005"
+    )
+    adam_learning_rate: float | None = field(
+        None, help="peak rate of AdamW (the rest); unset: 0.003 from random weights, else 0.0005"
+    )
+    max_test_rows: int = field(1000, help="test texts scored, drawn by seed")
     seed: int = field(1, help="seed of samples, weights and order")
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
