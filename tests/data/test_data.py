@@ -4,12 +4,9 @@ import ast
 import json
 from collections import Counter
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from groundup.core.errors import DataError
 from groundup.core.types import SPLITS, Document
@@ -27,9 +24,7 @@ from groundup.data import (
     write_preferences,
     write_shards,
 )
-from groundup.data.build import hold_out, split_documents
 from groundup.data.clean import reason_to_drop, tidy
-from groundup.data.dedup import clusters, shingles, signature, similar
 
 
 def test_every_format_is_read(tmp_path):
@@ -102,50 +97,6 @@ def test_cleaning_gives_reasons():
     assert reason_to_drop(document("short")) == "too short"
     assert reason_to_drop(document("good text " * 20)) is None
     assert reason_to_drop(document("good \x01text " * 20)) == "control characters"
-
-
-def words(rng, count):
-    return [f"w{n}" for n in rng.integers(0, 5000, count)]
-
-
-def test_signatures_estimate_jaccard():
-    rng = np.random.default_rng(0)
-    errors = []
-    for share in (0.1, 0.5, 0.9):
-        for _ in range(10):
-            a = words(rng, 400)
-            b = a[: int(400 * share)] + words(rng, 400 - int(400 * share))
-            sets = [set(shingles(" ".join(x)).tolist()) for x in (a, b)]
-            true = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-            found = similar(*(signature(shingles(" ".join(x))) for x in (a, b)))
-            errors.append(found - true)
-    assert np.sqrt(np.mean(np.square(errors))) < 0.07  # theory: 0.5 / sqrt(112) = 0.047
-
-
-def test_near_duplicates_meet_and_others_do_not():
-    rng = np.random.default_rng(1)
-    texts = [words(rng, 300) for _ in range(20)]
-    texts += [[*text[:150], "changed", *text[151:]] for text in texts[:5]]
-    signatures = [signature(shingles(" ".join(text))) for text in texts]
-    assert clusters(signatures, 0.7) == [*range(20), *range(5)]
-
-
-@given(st.integers(0, 10_000), st.lists(st.integers(1, 5000), min_size=30, max_size=60))
-@settings(max_examples=30, deadline=None)
-def test_splits_are_complete_disjoint_and_stable(seed, sizes):
-    documents = [document("x" * size, f"f{n}") for n, size in enumerate(sizes)]
-    config = CorpusConfig(seed=seed)
-    splits = split_documents(documents, config)
-    names = [d.source for split in SPLITS for d in splits[split]]
-    assert sorted(names) == sorted(d.source for d in documents)
-    assert all(splits[split] for split in SPLITS)
-    assert splits == split_documents(documents, config)
-
-
-def test_no_file_rules_a_held_out_split():
-    sizes = Counter({"huge": 1000, **{f"f{n}": 10 for n in range(100)}})
-    chosen = hold_out(["huge", *(f"f{n}" for n in range(100))], sizes, 100)
-    assert chosen == [f"f{n}" for n in range(10)]
 
 
 def test_one_large_file_is_cut_to_be_split(tmp_path):

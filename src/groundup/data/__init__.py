@@ -1,7 +1,9 @@
 """Data: from files to a clean, deduplicated, split corpus, token shards, chats and pairs."""
 
-from groundup.data.build import CorpusConfig, build_corpus, read_corpus
+from groundup.data.blocks import read_corpus
+from groundup.data.build import build_corpus
 from groundup.data.chats import ChatsConfig, build_chats, read_chats
+from groundup.data.config import CorpusConfig
 from groundup.data.preferences import (
     mismatched_pairs,
     pair_of,

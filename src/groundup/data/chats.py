@@ -21,7 +21,7 @@ from groundup.core.errors import DataError
 from groundup.core.files import read_jsonl, write_json, write_jsonl
 from groundup.core.progress import show_table, track
 from groundup.core.types import SPLITS, Chat, Document, Message, Split
-from groundup.data.build import read_corpus
+from groundup.data.blocks import read_corpus
 from groundup.data.smalltalk import CANNOT, GREETINGS, REFUSALS
 
 LEAST_ROWS = 50

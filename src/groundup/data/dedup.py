@@ -1,91 +1,184 @@
-"""Near-duplicates by MinHash and locality-sensitive hashing (Broder 1997; Leskovec et al. ch. 3).
+"""Duplicates over a whole corpus, exact and near, from arrays that are read range by range.
 
-Shingles of five words; 14 bands of 8 hashes: two documents of Jaccard similarity s meet in a
-band with probability 1 - (1 - s^8)^14, a half at 0.69. Candidates are then compared by their
-signatures, so that a chance meeting merges nothing.
+Each job sees the records of one range of keys, from every block:
+- `exact`: documents with the same SHA-256 are one group;
+- `parts`: repeated paragraphs or lines, of which the first in the order of documents stays;
+- `pairs`: documents that share a band of their MinHash are compared with the first of them, by
+  their whole signatures; what is similar enough becomes an edge;
+- components of these edges are the clusters (`components.py`);
+- `choose`: of each group or cluster one document stays, by score, then by order.
+
+Documents of earlier corpora come first in the order and win every choice; they are never written.
 """
 
-import re
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-WORDS = 5
-BANDS, ROWS = 14, 8
-WORD = re.compile(r"\w+")
-PRIME = np.uint64((1 << 61) - 1)
+from groundup.data import minhash
+from groundup.data.components import find_components, unique_edges, write_edges
+from groundup.data.keyed import (
+    WHOLE,
+    Documents,
+    count_records,
+    parts_for,
+    ranges,
+    read_keyed,
+    write_keyed,
+)
+from groundup.data.tasks import Run, run_job
+
+AT_ONCE = 50_000  # pairs compared at a time: two signatures each, 45 MB
+
+Rows = NDArray[np.int64]
 
 
-def shingles(text: str) -> NDArray[np.uint64]:
-    """Return the distinct hashes of a text's five-word shingles (of the whole, if shorter)."""
-    words = WORD.findall(text.lower())
-    if not words:
-        return np.zeros(1, dtype=np.uint64)
-    hashes = np.fromiter((stable_hash(word) for word in words), np.uint64, len(words))
-    mixed = np.zeros(max(1, len(words) - WORDS + 1), dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        for n in range(min(WORDS, len(words))):
-            mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + hashes[n : n + len(mixed)]
-            mixed ^= mixed >> np.uint64(29)
-    return np.unique(mixed)
+@dataclass(frozen=True)
+class RangeTask:
+    """One range of keys over all blocks."""
+
+    blocks: tuple[Path, ...]
+    start: int = 0
+    stop: int = WHOLE
+    threshold: float = 0.0
+    groups: tuple[Path, ...] = ()
 
 
-def stable_hash(word: str) -> int:
-    """Return a 64-bit FNV-1a style hash that is the same in every process."""
-    return _WORD_HASHES[word]
+def range_tasks(
+    blocks: Sequence[Path], name: str, memory_bytes: int, top: int = WHOLE
+) -> list[RangeTask]:
+    """Return as many ranges as keep the records of each within the memory."""
+    parts = parts_for(count_records(blocks, name), memory_bytes)
+    return [RangeTask(tuple(blocks), *bounds) for bounds in ranges(max(1, top), parts)]
 
 
-class _WordHashes(dict[str, int]):
-    """Hash each distinct word once; Python's own hash differs from run to run."""
-
-    def __missing__(self, word: str) -> int:
-        import hashlib
-
-        digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        value = self[word] = int.from_bytes(digest, "little")
-        return value
-
-
-_WORD_HASHES = _WordHashes()
+def heads(*columns: NDArray[np.uint64]) -> Rows:
+    """Return for each record the index of the first of its group; equal keys stand together."""
+    count = len(columns[0])
+    fresh = np.zeros(count, bool)
+    fresh[:1] = True
+    for column in columns:
+        fresh[1:] |= column[1:] != column[:-1]
+    return np.maximum.accumulate(np.where(fresh, np.arange(count), 0))
 
 
-def signature(hashes: NDArray[np.uint64], seed: int = 1) -> NDArray[np.uint32]:
-    """Return the 112 minima of random multiply-shift hashes (Dietzfelbinger et al. 1997)."""
-    rng = np.random.default_rng(seed)
-    factors = rng.integers(1, 1 << 63, BANDS * ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    offsets = rng.integers(0, 1 << 63, BANDS * ROWS, dtype=np.uint64)
-    minima = np.full(BANDS * ROWS, np.iinfo(np.uint32).max, dtype=np.uint32)
-    with np.errstate(over="ignore"):
-        for first in range(0, len(hashes), 4096):
-            part = hashes[first : first + 4096, None] * factors + offsets
-            minima = np.minimum(minima, (part >> np.uint64(32)).astype(np.uint32).min(axis=0))
-    return minima
+def exact_groups(task: RangeTask, rank: int, out: Path) -> None:
+    """Write an edge from every document to the first with the same text."""
+    found, owner = read_keyed(task.blocks, "exact", ("key", "check", "row"), task.start, task.stop)
+    order = np.lexsort((found["check"], found["key"]))  # stable: documents stay in order
+    document = (found["row"] + Documents(task.blocks).offsets[owner])[order]
+    first = document[heads(found["key"][order], found["check"][order])]
+    write_edges(out, unique_edges(document, first))
 
 
-def similar(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> float:
-    """Return the estimate of the Jaccard similarity of two signatures."""
-    return float((a == b).mean())
+def similar_pairs(task: RangeTask, rank: int, out: Path) -> None:
+    """Write an edge from a document to the first of a band that is similar enough."""
+    found, owner = read_keyed(task.blocks, "band", ("key", "row"), task.start, task.stop)
+    documents = Documents(task.blocks)
+    order = np.argsort(found["key"], kind="stable")
+    document = (found["row"] + documents.offsets[owner])[order]
+    later, first = unique_edges(document, document[heads(found["key"][order])])
+    keep = np.zeros(len(later), bool)
+    for low in range(0, len(later) if task.threshold else 0, AT_ONCE):
+        pair = slice(low, low + AT_ONCE)
+        a = documents.gather("signature", later[pair])
+        b = documents.gather("signature", first[pair])
+        keep[pair] = minhash.similarity(a, b) >= task.threshold
+    if not task.threshold:
+        keep[:] = True
+    write_edges(out, (later[keep], first[keep]))
 
 
-def clusters(signatures: Sequence[NDArray[np.uint32]], threshold: float) -> list[int]:
-    """Return for each document the lowest index of its cluster, whatever the order of bands."""
-    parent = list(range(len(signatures)))
+def choose(task: RangeTask, rank: int, out: Path) -> None:
+    """Keep one document of each group whose root lies in the range; write the others."""
+    found, _ = read_keyed(task.groups, "large", ("key", "other"), task.start, task.stop)
+    member = found["other"] > found["key"]
+    root, other = found["key"][member], found["other"][member]
+    root, document = np.r_[np.unique(root), root], np.r_[np.unique(root), other]
+    score = Documents(task.blocks).gather("score", document)
+    order = np.lexsort((document, -score, root))
+    root, document = root[order], document[order]
+    best = document[heads(root)]
+    lost = document != best
+    write_keyed(out, "dropped", {"key": document[lost], "kept": best[lost]})
+    np.save(out / "sizes.npy", np.unique(root, return_counts=True)[1])
 
-    def root(n: int) -> int:
-        while parent[n] != n:
-            parent[n] = parent[parent[n]]
-            n = parent[n]
-        return n
 
-    for band in range(BANDS):
-        meeting: dict[bytes, list[int]] = defaultdict(list)
-        for n, minima in enumerate(signatures):
-            meeting[minima[band * ROWS : (band + 1) * ROWS].tobytes()].append(n)
-        for members in meeting.values():
-            for n in members[1:]:
-                if similar(signatures[members[0]], signatures[n]) >= threshold:
-                    low, high = sorted((root(members[0]), root(n)))
-                    parent[high] = low
-    return [root(n) for n in range(len(signatures))]
+def repeated_parts(task: RangeTask, rank: int, out: Path) -> None:
+    """Write paragraphs or lines of the range that stood in a document, or place, before."""
+    columns = ("key", "row", "place")
+    parts: dict[str, list[NDArray[np.int64]]] = {"document": [], "place": []}
+    keys = []
+    offsets = Documents(task.blocks).offsets
+    for n, block in enumerate(task.blocks):
+        found, _ = read_keyed([block], "part", columns, task.start, task.stop)
+        gone, _ = read_keyed(task.groups, "dropped", ("key",), offsets[n], offsets[n + 1])
+        document = found["row"] + offsets[n]
+        stays = ~np.isin(document, gone["key"])
+        keys.append(found["key"][stays])
+        parts["document"].append(document[stays])
+        parts["place"].append(found["place"][stays])
+    key, document, place = (
+        np.concatenate(values) for values in (keys, parts["document"], parts["place"])
+    )
+    order = np.lexsort((place, document, key))
+    again = heads(key[order]) != np.arange(len(key))
+    write_keyed(out, "repeated", {"key": document[order][again], "place": place[order][again]})
+
+
+def find_groups(
+    work: Path, name: str, blocks: Sequence[Path], groups: Sequence[Path], memory: int, run: Run
+) -> list[Path]:
+    """Choose within groups; return folders with `dropped` records (document, kept) by document."""
+    tasks = range_tasks(groups, "large", memory, len(Documents(blocks)))
+    tasks = [replace(task, blocks=tuple(blocks), groups=tuple(groups)) for task in tasks]
+    return run_job(work, name, choose, tasks, run)
+
+
+def exact_duplicates(work: Path, blocks: Sequence[Path], memory: int, run: Run) -> list[Path]:
+    """Return folders with the documents that repeat another's text."""
+    groups = run_job(work, "exact", exact_groups, range_tasks(blocks, "exact", memory), run)
+    return find_groups(work, "exact-choice", blocks, groups, memory, run)
+
+
+def near_clusters(
+    work: Path, blocks: Sequence[Path], threshold: float, memory: int, run: Run
+) -> list[Path]:
+    """Return folders with the clusters: `small` records (document, first of its cluster)."""
+    tasks = range_tasks(blocks, "band", memory)
+    tasks = [replace(task, threshold=threshold) for task in tasks]
+    edges = run_job(work, "pairs", similar_pairs, tasks, run)
+    return find_components(work, edges, len(Documents(blocks)), memory, run)
+
+
+def near_duplicates(
+    work: Path, blocks: Sequence[Path], clusters: Sequence[Path], memory: int, run: Run
+) -> list[Path]:
+    """Return folders with the documents that are near-duplicates of one that stays."""
+    return find_groups(work, "near-choice", blocks, clusters, memory, run)
+
+
+def dropped_in(folders: Sequence[Path], start: int, stop: int) -> dict[int, int]:
+    """Return which of the documents start..stop are dropped, and in favour of which."""
+    if not folders:
+        return {}
+    found, _ = read_keyed(folders, "dropped", ("key", "kept"), start, stop)
+    return dict(zip(found["key"].tolist(), found["kept"].tolist(), strict=True))
+
+
+def repeated_in(folders: Sequence[Path], start: int, stop: int) -> dict[int, set[int]]:
+    """Return the places of repeated parts of the documents start..stop."""
+    found, _ = read_keyed(folders, "repeated", ("key", "place"), start, stop)
+    places: dict[int, set[int]] = {}
+    for document, place in zip(found["key"].tolist(), found["place"].tolist(), strict=True):
+        places.setdefault(document, set()).add(place)
+    return places
+
+
+def cluster_sizes(folders: Sequence[Path]) -> Iterator[int]:
+    """Yield the number of documents of every group of more than one."""
+    for folder in folders:
+        yield from np.load(folder / "sizes.npy").tolist()

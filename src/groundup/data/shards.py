@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from groundup.core.errors import DataError
 from groundup.core.files import read_json, write_json
 from groundup.core.types import SPLITS, Encoder, Split
-from groundup.data.build import read_corpus
+from groundup.data.blocks import read_corpus
 
 
 @dataclass(frozen=True)

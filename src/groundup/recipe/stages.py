@@ -10,6 +10,7 @@ STAGES = {
             config="groundup.data:CorpusConfig",
             run="groundup.data:build_corpus",
             help="read, clean, deduplicate and split text by file",
+            version=2,
         ),
         Stage(
             name="tokenizer",

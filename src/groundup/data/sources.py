@@ -1,0 +1,95 @@
+"""What a corpus is read from: every file under the given paths, in an order that never changes."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from groundup.core.errors import DataError
+from groundup.core.types import Document
+from groundup.data.readers import PYTHON, read_documents, read_file, walk
+
+TASK_FILES = 5_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file; `named` ones were given by the user, so that not to read them is an error."""
+
+    path: str
+    name: str
+    size: int
+    named: bool
+
+
+def list_sources(paths: Sequence[str], counts: Counter[str]) -> list[Source]:
+    """Return the files of all paths; what is hidden or of an unknown format is counted."""
+    sources: list[Source] = []
+    for path in paths:
+        place = Path(path)
+        if path == PYTHON and not place.exists():
+            sources.append(Source(PYTHON, PYTHON, 0, named=True))
+        elif place.is_file():
+            sources.append(Source(path, path, place.stat().st_size, named=True))
+        elif place.is_dir():
+            found = [
+                Source(str(file), str(file.relative_to(place)), file.stat().st_size, named=False)
+                for file in walk(place, counts)
+            ]
+            if not found:
+                raise no_text(path, counts)
+            sources += found
+        else:
+            raise DataError(f"{place} does not exist: give files, folders or the word python")
+    return with_own_names(sources)
+
+
+def with_own_names(sources: Sequence[Source]) -> list[Source]:
+    """Return sources named by their whole path where two folders hold files of the same name."""
+    times = Counter(source.name for source in sources)
+    paths = Counter(source.path for source in sources)
+    for path, count in paths.items():
+        if count > 1:
+            raise DataError(f"{path} is given {count} times: give every file and folder once")
+    return [
+        replace(source, name=source.path) if times[source.name] > 1 else source
+        for source in sources
+    ]
+
+
+def no_text(place: str, counts: Counter[str]) -> DataError:
+    """Return the error for a place from which nothing was read."""
+    skipped = ", ".join(f"{n} {why}" for why, n in counts.items() if n) or "it is empty"
+    return DataError(f"{place} holds no readable text ({skipped})")
+
+
+def group_sources(sources: Sequence[Source], size_bytes: float) -> list[tuple[Source, ...]]:
+    """Return tasks of neighbouring files, each of about the size; workers do not matter."""
+    tasks: list[tuple[Source, ...]] = []
+    group: list[Source] = []
+    size = 0
+    for source in sources:
+        if group and (size + source.size > size_bytes or len(group) == TASK_FILES):
+            tasks.append(tuple(group))
+            group, size = [], 0
+        group.append(source)
+        size += source.size
+    return [*tasks, tuple(group)] if group else tasks
+
+
+def read_sources(sources: Sequence[Source], counts: Counter[str]) -> Iterator[Document]:
+    """Yield the documents of sources; what cannot be read in a folder is counted."""
+    for source in sources:
+        if source.path == PYTHON:
+            yield from read_documents([PYTHON], counts)
+            continue
+        try:
+            yield from read_file(Path(source.path), source.name)
+        except DataError as err:
+            if source.named:
+                raise
+            counts["unreadable"] += 1
+            counts[f"unreadable: {err}"] += 0  # keeps the reason for the report, adds nothing
+        except OSError as err:
+            counts["unreadable"] += 1
+            counts[f"unreadable: {source.path} vanished ({err.strerror})"] += 0
