@@ -42,6 +42,7 @@ def choose_and_write(
     """Decide about every document, write those that stay; return the statistics."""
     config, work, run = build.config, build.work, build.run
     old = earlier_blocks(build, build.blocks, "earlier")
+    need_text(work, sum(split.characters_of(block) for block in pipeline.blocks_in(folders)))
     blocks = [*old, *pipeline.blocks_in(folders)]
     exact: list[Path] = []
     if config.exact_duplicates:
@@ -80,6 +81,16 @@ def choose_and_write(
         "near": {"bands": minhash.BANDS, "rows": minhash.ROWS}
         | {"threshold": config.duplicate_similarity},
     }
+
+
+def need_text(work: Path, characters: int) -> None:
+    """Raise a DataError where too little text is left to train on; the work is of no use then."""
+    if characters < LEAST_CHARACTERS:
+        shutil.rmtree(work)
+        raise DataError(
+            f"only {characters:,} characters of text are left after cleaning, and at least "
+            f"{LEAST_CHARACTERS:,} are needed to train on: give more files"
+        )
 
 
 def earlier_blocks(build: Build, settings: pipeline.Blocks, name: str) -> list[Path]:
@@ -129,13 +140,7 @@ def write_splits(
         split.UnitTask(tuple(blocks), n, dropped, tuple(clusters)) for n in range(old, len(blocks))
     ]
     kept = run_job(work, "units", split.units, tasks, run)
-    characters = split.total_characters(kept)
-    if characters < LEAST_CHARACTERS:
-        shutil.rmtree(work)
-        raise DataError(
-            f"only {characters:,} characters of text are left after cleaning, and at least "
-            f"{LEAST_CHARACTERS:,} are needed to train on: give more files"
-        )
+    need_text(work, split.total_characters(kept))
     pieces = split.few_sources(kept)  # one large file: pieces of it are what can be split
     units = kept
     if pieces:
@@ -183,5 +188,6 @@ def place_files(folders: Sequence[Path], name: str, prefix: str, out: Path) -> N
     """Move a file of every task into the corpus, numbered by task; what was moved before stays."""
     for n, folder in enumerate(folders):
         file = folder / f"{name}.parquet"
+        number = f"-{n:05d}-of-{len(folders):05d}" if len(folders) > 1 else ""
         if file.is_file():
-            file.replace(out / f"{prefix}-{n:05d}-of-{len(folders):05d}.parquet")
+            file.replace(out / f"{prefix}{number}.parquet")

@@ -2,14 +2,13 @@
 
 While a corpus is built, a block is a folder with `documents.parquet` and one array a property,
 row n of each belonging to document n; whatever a later job decides, it decides on the arrays.
-A finished corpus has Parquet files named as Hugging Face's data sets are:
-`train-00000-of-00004.parquet` with the columns id, text, source and meta.
+A finished corpus has Parquet files with the columns id, text, source and meta, named as Hugging
+Face's data sets are: `train.parquet`, or `train-00000-of-00004.parquet` and so on.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -95,14 +94,11 @@ def read_block(file: Path) -> Iterator[Document]:
 
 def corpus_files(folder: Path, split: Split) -> list[Path]:
     """Return the Parquet files of one split, in order; none is a DataError."""
-    files = sorted(Path(folder).glob(f"{split}-*-of-*.parquet"))
+    whole = Path(folder) / f"{split}.parquet"
+    files = [whole] if whole.is_file() else sorted(Path(folder).glob(f"{split}-*-of-*.parquet"))
     if not files:
-        with suppress(OSError):
-            if (Path(folder) / f"{split}.parquet").is_file():
-                return [Path(folder) / f"{split}.parquet"]
         raise DataError(
-            f"{folder} is no corpus: {split}-00000-of-....parquet is missing; "
-            "`groundup data build` makes one"
+            f"{folder} is no corpus: {whole.name} is missing; `groundup data build` makes one"
         )
     return files
 

@@ -89,9 +89,8 @@ def start_work(config: CorpusConfig, sources: list[dict[str, Any]], out: Path) -
     note = work / "key.json"
     if not note.is_file() or read_json(note) != key:
         shutil.rmtree(work, ignore_errors=True)
-        for pattern in ("*-of-*.parquet", "stats.json"):
-            for file in out.glob(pattern):
-                file.unlink()
+        for file in (*out.glob("*.parquet"), *out.glob("stats.json")):
+            file.unlink()
         write_json(note, key)
     return work
 

@@ -89,6 +89,11 @@ def few_sources(folders: Sequence[Path]) -> bool:
     return True
 
 
+def characters_of(block: Path) -> int:
+    """Return the length of a block's text."""
+    return int(np.load(block / "characters.npy").sum())
+
+
 def total_characters(folders: Sequence[Path]) -> int:
     """Return the length of everything that stays."""
     return sum(int(np.load(folder / "unit.characters.npy").sum()) for folder in folders)
