@@ -22,10 +22,14 @@ class Document:
 
 
 class Message(TypedDict):
-    """One turn of a conversation, in OpenAI's shape."""
+    """One turn of a conversation, in OpenAI's shape.
+
+    `token_ids` are what the model really wrote: rendering keeps them, for caches and training.
+    """
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    token_ids: NotRequired[list[int]]
     tool_calls: NotRequired[list[dict[str, Any]]]
     tool_call_id: NotRequired[str]
 

@@ -23,7 +23,11 @@ class TokenizerConfig:
         "none", help="none, nfc, nfkc, lowercase, bert-cased or bert-uncased (wordpiece's default)"
     )
     byte_fallback: bool = field(True, help="char and sentencepiece: unknown letters become bytes")
-    chat_template: str = field("chatml", help="chatml, qwen3, llama3, mistral, gemma or plain")
+    chat_template: str = field(
+        "chatml",
+        help="chatml, qwen2.5, qwen3, qwen3-instruct, llama3, llama3.1, llama3.2, mistral, gemma "
+        "or plain",
+    )
     special_tokens: tuple[str, ...] = field((), help="more special tokens")
     reserved_tokens: int = field(0, help="unused special tokens, kept for later")
     dropout: float | None = field(None, help="BPE-dropout that `sample` draws with (1910.13267)")

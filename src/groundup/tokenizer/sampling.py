@@ -5,9 +5,15 @@ Kudo 2018 (arXiv 1804.10959) for unigram models, Provilkov et al. 2020 (arXiv 19
 
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TypeVar
+
+from tokenizers import Tokenizer as Backend
+
+from groundup.tokenizer import spm
+from groundup.tokenizer.kinds import BYTES, byte_letters
 
 Text = TypeVar("Text", str, bytes)
 
@@ -71,3 +77,42 @@ def unigram_sample(
         pieces.append([scores[piece][0]] if piece in scores else fallback[piece])
         end = start
     return [i for piece in reversed(pieces) for i in piece]
+
+
+def sample_bytes(
+    text: str, backend: Backend, ranks: Mapping[bytes, int], dropout: float, rng: random.Random
+) -> list[int]:
+    """Sample from byte-level BPE, word by word as the backend cuts them."""
+    letters, unify = byte_letters(), backend.normalizer
+    unified = unify.normalize_str(text) if unify else text
+    words = backend.pre_tokenizer.pre_tokenize_str(unified)
+    raw = [bytes(letters[c] for c in word) for word, _ in words]
+    return [ranks[part] for word in raw for part in bpe_dropout(word, ranks, dropout, rng)]
+
+
+def sample_pieces(
+    text: str, model: spm.SentencePiece, value: float, rng: random.Random
+) -> list[int]:
+    """Sample from a SentencePiece model, characters outside it as bytes or <unk>.
+
+    `value` is alpha for unigram models, and the dropout for BPE.
+    """
+    usable = (spm.NORMAL, spm.USER_DEFINED)
+    scores = {p.text: (i, p.score) for i, p in enumerate(model.pieces) if p.type in usable}
+    table = {p.text: i for i, p in enumerate(model.pieces)}
+    unknown = model.ids_of(spm.UNKNOWN)
+    bytewise = bool(model.ids_of(spm.BYTE))
+    fallback = {
+        c: [table[BYTES[b]] for b in c.encode()] if bytewise else unknown
+        for c in set(text) - scores.keys()
+    }
+    if model.model_type == spm.UNIGRAM:
+        lowest = min(score for _, score in scores.values()) - 10  # SentencePiece's own penalty
+        return unigram_sample(text, scores, fallback, lowest, value, rng)
+    order = sorted(scores, key=lambda piece: -scores[piece][1])
+    ranks = {piece: rank for rank, piece in enumerate(order)}
+    ids: list[int] = []
+    for word in re.findall(f"{spm.SPACE}*[^{spm.SPACE}]*", text):
+        for part in bpe_dropout(word, ranks, value, rng) if word else []:
+            ids += [scores[part][0]] if part in scores else fallback[part]
+    return ids

@@ -7,7 +7,6 @@ keeps depends on the kind: `docs/tokenizer.md` has the promises.
 import hashlib
 import json
 import random
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -20,7 +19,7 @@ from groundup.core.errors import ConfigError, TokenizerError, closest
 from groundup.core.files import read_json, write_json, write_text
 from groundup.core.types import Message
 from groundup.tokenizer import formats, sampling, spm
-from groundup.tokenizer.chat import Rendered, render
+from groundup.tokenizer.chat import Rendered, Vocabulary, render
 from groundup.tokenizer.encoders import ByteLevel, NotFast, Span, text_encoder
 from groundup.tokenizer.kinds import (
     BERT_SPECIALS,
@@ -287,44 +286,13 @@ class Tokenizer:
             raise ConfigError(f"set tok.sampling = {{{wanted!r}: 0.1}} to sample from {self.kind}")
         value = self.sampling[wanted]
         if self.kind == "bpe" and self.ranks is not None:
-            letters, unify = byte_letters(), self.backend.normalizer
-            unified = unify.normalize_str(text) if unify else text
-            words = self.backend.pre_tokenizer.pre_tokenize_str(unified)
-            ids = []
-            for word, _ in words:
-                raw = bytes(letters[c] for c in word)
-                parts = sampling.bpe_dropout(raw, self.ranks, value, rng)
-                ids += [self.ranks[part] for part in parts]
-            return ids
+            return sampling.sample_bytes(text, self.backend, self.ranks, value, rng)
         if self.kind not in ("unigram", "sentencepiece-bpe") or self.sentencepiece is None:
             raise ConfigError(
                 f"a {self.kind} tokenizer has one way to cut a text: nothing to sample"
             )
-        return self.sample_pieces(self.backend.normalizer.normalize_str(text), value, rng)
-
-    def sample_pieces(self, text: str, value: float, rng: random.Random) -> list[int]:
-        """Sample from a SentencePiece model, characters outside it as bytes or <unk>."""
-        assert self.sentencepiece is not None
-        usable = (spm.NORMAL, spm.USER_DEFINED)
-        pieces = self.sentencepiece.pieces
-        scores = {p.text: (i, p.score) for i, p in enumerate(pieces) if p.type in usable}
-        table = {p.text: i for i, p in enumerate(pieces)}
-        unknown = self.sentencepiece.ids_of(spm.UNKNOWN)
-        bytewise = bool(self.sentencepiece.ids_of(spm.BYTE))
-        fallback = {
-            c: [table[BYTES[b]] for b in c.encode()] if bytewise else unknown
-            for c in set(text) - scores.keys()
-        }
-        if self.kind == "unigram":
-            lowest = min(score for _, score in scores.values()) - 10  # SentencePiece's own penalty
-            return sampling.unigram_sample(text, scores, fallback, lowest, value, rng)
-        order = sorted(scores, key=lambda piece: -scores[piece][1])
-        ranks = {piece: rank for rank, piece in enumerate(order)}
-        ids: list[int] = []
-        for word in re.findall(f"{spm.SPACE}*[^{spm.SPACE}]*", text):
-            for part in sampling.bpe_dropout(word, ranks, value, rng) if word else []:
-                ids += [scores[part][0]] if part in scores else fallback[part]
-        return ids
+        unified = self.backend.normalizer.normalize_str(text)
+        return sampling.sample_pieces(unified, self.sentencepiece, value, rng)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text; bytes that are no UTF-8 become U+FFFD."""
@@ -388,6 +356,21 @@ class Tokenizer:
             drop_first_space=self.drops_first_space,
         )
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Return what rendering needs."""
+        return Vocabulary(
+            spans=self.spans,
+            decode=self.decode,
+            specials=self.specials,
+            ends=set(self.stop_token_ids),
+            strips={
+                token["content"]: (token["lstrip"], token["rstrip"])
+                for token in self.content["added_tokens"]
+                if token["special"] and (token["lstrip"] or token["rstrip"])
+            },
+        )
+
     def render(
         self,
         messages: Sequence[Message],
@@ -407,19 +390,8 @@ class Tokenizer:
             for key, value in self.settings.items()
             if key.endswith("_token") and value
         }
-        return render(
-            self.chat_template,
-            messages,
-            spans=self.spans,
-            specials=self.specials,
-            ends=set(self.stop_token_ids),
-            variables={
-                **names,
-                "tools": tools,
-                "add_generation_prompt": add_generation_prompt,
-                **variables,
-            },
-        )
+        switches = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        return render(self.chat_template, messages, self.vocabulary, {**names, **switches})
 
     def training_rows(
         self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None
@@ -439,6 +411,11 @@ class Tokenizer:
         for n, message in enumerate(messages):
             if message["role"] == "assistant":
                 row = self.render(messages[: n + 1], tools=tools)
+                if n in row.dropped:
+                    raise TokenizerError(
+                        f"this chat template never prints the reasoning of message {n}: take one "
+                        "that does (qwen3), or leave the reasoning out"
+                    )
                 last = max(
                     (at for at, origin in enumerate(row.origin) if -1 < origin < n), default=-1
                 )
