@@ -126,10 +126,10 @@ class API:
         for index in range(len(everyone) if chat else 0):
             yield event(index, {"role": "assistant", "content": ""}, None)
         for requests, events in groups:
-            async for request, text in self.worker.events(requests, events):
+            async for request, text, reason in self.worker.events(requests, events):
                 index = everyone.index(request)
                 content = {"content": text} if chat else {"text": text}
-                yield event(index, content, request.output.finish_reason)
+                yield event(index, content, reason)
         if (body.get("stream_options") or {}).get("include_usage"):
             counts: dict[str, Any] = {
                 "choices": [],

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from groundup.core.errors import GroundupError
-from groundup.core.types import SamplingParams
+from groundup.core.types import FinishReason, SamplingParams
 from groundup.generate import Engine, Request
 
-Event = tuple[Request, str]
+# the reason travels with the text: the engine may finish a request before its text is read
+Event = tuple[Request, str, FinishReason | None]
 
 
 class Worker:
@@ -45,14 +46,14 @@ class Worker:
     async def events(
         self, requests: list[Request], events: asyncio.Queue[Event]
     ) -> AsyncIterator[Event]:
-        """Yield (request, new text) until all requests are finished; leaving early aborts them."""
+        """Yield (request, new text, reason) until each has a reason; leaving early aborts them."""
         open_requests = set(requests)
         try:
             while open_requests:
-                request, text = await events.get()
-                if request.finished:
+                request, text, reason = await events.get()
+                if reason is not None:
                     open_requests.discard(request)
-                yield request, text
+                yield request, text, reason
         finally:
             if open_requests:
                 self.inbox.put(("abort", requests))
@@ -96,6 +97,8 @@ class Worker:
         text = request.take_text()
         if events is not None and (text or request.finished):
             assert self.loop is not None
-            self.loop.call_soon_threadsafe(events.put_nowait, (request, text))
+            self.loop.call_soon_threadsafe(
+                events.put_nowait, (request, text, request.output.finish_reason)
+            )
         if request.finished:
             self.listeners.pop(request, None)
