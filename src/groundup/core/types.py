@@ -133,7 +133,8 @@ class CompletionOutput:
     """One generated answer. `logprobs[i]` maps token ids to natural log-probabilities at step i.
 
     `stop_reason` is the end token or stop string; "max_tokens", "context" or "max_time" where
-    the length ended it; what went wrong after an error.
+    the length ended it; what went wrong after an error. `score` is what beams and `best_of`
+    are ranked by.
     """
 
     index: int
@@ -143,6 +144,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     logprobs: list[dict[int, float]] | None = None
     cumulative_logprob: float | None = None
+    score: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -27,3 +27,29 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class BeamSearchParams:
+    """How a beam search goes: vLLM's names, or transformers' where it has none."""
+
+    beam_width: int = field(4, help="beams kept at each step")
+    length_penalty: float = field(1.0, help="scores are divided by length to this power")
+    early_stopping: bool | Literal["never"] = field(
+        False, help="true: stop at beam_width answers; false: by current length; never: by the last"
+    )
+    num_beam_groups: int = field(1, help="groups of beams that keep apart")
+    diversity_penalty: float = field(0.0, help="taken from tokens that earlier groups chose")
+
+    def __post_init__(self) -> None:
+        if self.beam_width < 1:
+            raise ConfigError(f"beam_width = {self.beam_width} must be at least 1")
+        if self.early_stopping not in (True, False, "never"):
+            raise ConfigError(f"early_stopping = {self.early_stopping!r}: true, false or never")
+        if self.num_beam_groups < 1 or self.beam_width % self.num_beam_groups:
+            raise ConfigError(
+                f"num_beam_groups = {self.num_beam_groups} does not divide beam_width = "
+                f"{self.beam_width}"
+            )
+        if self.diversity_penalty and self.num_beam_groups == 1:
+            raise ConfigError("diversity_penalty keeps groups apart: set num_beam_groups too")

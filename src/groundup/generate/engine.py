@@ -19,7 +19,7 @@ from groundup.generate.cache import Batch, Feed, KVCache, bytes_a_token
 from groundup.generate.config import EngineConfig
 from groundup.generate.logits import top
 from groundup.generate.params import check, check_room, tidy
-from groundup.generate.processors import make_processors
+from groundup.generate.processors import LogitsProcessors, make_processors
 from groundup.generate.request import Request
 from groundup.generate.sampling import choose
 from groundup.generate.stop import Stopping
@@ -61,28 +61,35 @@ class Engine:
 
         Of two requests, the one with the lower `priority` goes first, then the earlier one.
         """
-        check(params, self.model.config.vocab_size)
-        params = tidy(params)
-        prompt = prompt or [self.tokenizer.bos_token_id]
-        check_room(prompt, params, self.context)
-        ends = (*self.ends, *params.stop_token_ids)
-        processors = make_processors(params, prompt, ends, self.tokenizer, self.model)
+        prompt, processors, stopping = self.prepare(prompt, params)
         requests = []
         for n in range(params.best_of or params.n):
-            stopping = Stopping(
-                params,
-                prompt_length=len(prompt),
-                context=self.context,
-                ends=self.ends,
-                decoder=self.tokenizer.stream_decoder(),
-            )
-            own = processors.fork() if n else processors
-            requests.append(Request(prompt, n, own, stopping, priority=priority))
+            own = (processors.fork(), stopping.fork()) if n else (processors, stopping)
+            requests.append(Request(prompt, n, *own, priority=priority))
         for request in requests:
             self.arrivals += 1
             request.arrival = self.arrivals
             bisect.insort(self.waiting, request, key=order)
         return requests
+
+    def prepare(
+        self, prompt: Sequence[int], params: SamplingParams
+    ) -> tuple[list[int], LogitsProcessors, Stopping]:
+        """Check a request; return its prompt, and what shapes and ends its answer."""
+        check(params, self.model.config.vocab_size)
+        params = tidy(params)
+        prompt = list(prompt) or [self.tokenizer.bos_token_id]
+        check_room(prompt, params, self.context)
+        ends = (*self.ends, *params.stop_token_ids)
+        processors = make_processors(params, prompt, ends, self.tokenizer, self.model)
+        stopping = Stopping(
+            params,
+            prompt_length=len(prompt),
+            context=self.context,
+            ends=self.ends,
+            decoder=self.tokenizer.stream_decoder(),
+        )
+        return prompt, processors, stopping
 
     def abort(self, requests: Sequence[Request]) -> None:
         """End requests at once."""

@@ -11,7 +11,9 @@ from groundup.core import device as devices
 from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.run import resolve_model
 from groundup.core.types import CompletionOutput, Message, RequestOutput, SamplingParams
-from groundup.generate.config import EngineConfig
+from groundup.generate.beam import Beam, Observer, beam_search, completion
+from groundup.generate.branches import Branches
+from groundup.generate.config import BeamSearchParams, EngineConfig
 from groundup.generate.engine import Engine
 from groundup.generate.request import Request
 from groundup.model.decoder import Decoder
@@ -86,6 +88,42 @@ class LLM:
             for n, (prompt, ids, group) in enumerate(zip(many, encoded, requests, strict=True))
         ]
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        beams: BeamSearchParams,
+        params: SamplingParams | None = None,
+        *,
+        observe: Observer | None = None,
+    ) -> list[RequestOutput]:
+        """Complete each prompt by beam search; the best `params.n` beams, scores included.
+
+        All of `params` hold but those of sampling. `observe` sees every candidate.
+        """
+        params = params or SamplingParams()
+        if params.n > beams.beam_width:
+            raise ConfigError(f"n = {params.n} answers need a beam_width of as many")
+        outputs = []
+        for number, prompt in enumerate(as_list(prompts)):
+            ids, processors, stopping = self.engine.prepare(self.encode(prompt), params)
+            most = min(stopping.room, params.max_tokens or stopping.room)
+            branches = Branches(self.engine.model, beams.beam_width, len(ids) + most)
+            first = Beam(stopping, processors)
+            found = beam_search(branches, first, ids, beams, most=most, observe=observe)
+            outputs.append(
+                RequestOutput(
+                    request_id=str(number),
+                    prompt=prompt if isinstance(prompt, str) else None,
+                    prompt_token_ids=ids,
+                    outputs=[
+                        completion(beam, index, beams.length_penalty)
+                        for index, beam in enumerate(found[: params.n])
+                    ],
+                    finished=True,
+                )
+            )
+        return outputs
+
     def chat(
         self, conversations: Sequence[Message] | Sequence[Sequence[Message]], params: Params = None
     ) -> list[RequestOutput]:
@@ -127,10 +165,9 @@ def best(group: Sequence[Request]) -> list[CompletionOutput]:
     if params.best_of is None:
         return outputs
 
-    def score(output: CompletionOutput) -> float:
-        return (output.cumulative_logprob or 0.0) / max(1, len(output.token_ids))
-
-    ranked = sorted(outputs, key=score, reverse=True)[: params.n]
+    for output in outputs:
+        output.score = (output.cumulative_logprob or 0.0) / max(1, len(output.token_ids))
+    ranked = sorted(outputs, key=lambda output: -(output.score or 0.0))[: params.n]
     for index, output in enumerate(ranked):
         output.index = index
     return ranked

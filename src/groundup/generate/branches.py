@@ -1,0 +1,89 @@
+"""Sequences over one model that grow together, fork and are cut back: what strategies need.
+
+Beam search, guidance and speculation hold branches of the paged cache; full blocks are shared
+by forks, so that a fork copies one block at most. Shape suffixes: T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from groundup.generate.blocks import BlockPool, Holding
+from groundup.generate.cache import Batch, Feed, KVCache
+from groundup.model.decoder import Decoder
+
+BLOCK = 16
+
+
+class Branches:
+    """Room for `count` sequences of at most `longest` tokens, each with its own end."""
+
+    def __init__(self, model: Decoder, count: int, longest: int) -> None:
+        weight = next(model.parameters())
+        blocks = count * (-(-longest // BLOCK) + 1)
+        self.model, self.device = model, weight.device
+        self.cache = KVCache(model.config, blocks, BLOCK, weight.device, weight.dtype)
+        self.pool = BlockPool(blocks, BLOCK, sharing=False)
+
+    @torch.inference_mode()
+    def feed(
+        self, branches: Sequence[Holding], ids: Sequence[Sequence[int]], *, every: bool = False
+    ) -> list[Tensor]:
+        """Append ids to each branch; return the logits_TV behind the last id, or behind `every`."""
+        for branch, new in zip(branches, ids, strict=True):
+            room = self.pool.extend(branch, branch.computed + len(new))
+            assert room, "more branches or tokens than were planned for"
+        order = sorted(range(len(ids)), key=lambda n: len(ids[n]) > 1)  # single tokens first
+        feeds = [Feed(branches[n].blocks, branches[n].computed, ids[n]) for n in order]
+        batch = Batch(self.cache, feeds)
+        counts = [len(ids[n]) for n in order]
+        at = None
+        if not every:
+            at = torch.tensor(counts, device=self.device).cumsum(0) - 1
+            counts = [1] * len(counts)
+        with evaluating(self.model):
+            logits_NV = self.model(batch.ids_1T, positions=batch.positions_1T, cache=batch, at=at)
+        found: list[Tensor] = [logits_NV] * len(order)
+        for n, logits_TV in zip(order, logits_NV[0].split(counts), strict=True):
+            branches[n].computed += len(ids[n])
+            found[n] = logits_TV
+        return found
+
+    def fork(self, branch: Holding) -> Holding:
+        """Return a twin that shares the full blocks; the last one is copied."""
+        size = self.pool.size
+        full = branch.computed // size
+        twin = Holding(blocks=branch.blocks[:full], computed=branch.computed)
+        for block in twin.blocks:
+            self.pool.users[block] += 1
+        if branch.computed % size:
+            room = self.pool.extend(twin, branch.computed)
+            assert room, "more branches than were planned for"
+            source, target = branch.blocks[full] * size, twin.blocks[full] * size
+            for tensor in (*self.cache.keys, *self.cache.values):
+                tensor[target : target + size] = tensor[source : source + size]
+        return twin
+
+    def cut(self, branch: Holding, length: int) -> None:
+        """Forget what a branch holds behind its first `length` tokens."""
+        assert length <= branch.computed
+        branch.computed = length
+
+    def drop(self, branch: Holding) -> None:
+        """Give a branch's blocks back."""
+        self.pool.give_back(branch)
+
+
+@contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """Switch dropout off for a while, where it was on."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
