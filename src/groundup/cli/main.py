@@ -19,6 +19,7 @@ COMMANDS = {
         "groundup.cli.tokenizers:tokenizer",
     ),
     "pretrain": ("train a model on a corpus", "groundup.cli.stages:pretrain"),
+    "ladder": ("three small runs foretell a large one", "groundup.cli.stages:ladder"),
     "finetune": ("teach a model from conversations", "groundup.cli.stages:finetune"),
     "align": ("teach a model preferences (DPO)", "groundup.cli.stages:align"),
     "evaluate": ("measure bits per byte of a model on text", "groundup.cli.stages:evaluate"),

@@ -58,6 +58,11 @@ def pretrain(argv: Sequence[str]) -> None:
     stage_command("pretrain", "pretrain", argv, positional="corpus")
 
 
+def ladder(argv: Sequence[str]) -> None:
+    """Run `groundup ladder CORPUS --tokenizer DIR --budget 2h --out DIR`."""
+    stage_command("ladder", "ladder", argv, positional="corpus")
+
+
 def finetune(argv: Sequence[str]) -> None:
     """Run `groundup finetune MODEL --data FILE --out DIR`."""
     stage_command("finetune", "finetune", argv, positional="model", model=True)

@@ -12,12 +12,13 @@ INK, FAINT = "#333333", "#bbbbbb"
 
 @dataclass(frozen=True)
 class Series:
-    """A named line; `faint` draws raw values thin behind a smooth line."""
+    """A named line; `faint` draws raw values thin behind a smooth line, `marks` dots on it."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     faint: bool = False
+    marks: bool = False
 
 
 def canvas(width: float, height: float) -> tuple[Any, Any]:
@@ -65,8 +66,9 @@ def line_plot(
         axes.plot(line.x, line.y, color=COLOURS[n % len(COLOURS)], alpha=0.25, linewidth=0.8)
     named = [s for s in series if not s.faint]
     for n, line in enumerate(named):
-        style = {"color": COLOURS[n % len(COLOURS)], "marker": "o" if log_x else None}
-        axes.plot(line.x, line.y, linewidth=1.8, markersize=4, label=line.name, **style)
+        style = {"marker": "o", "markersize": 5} if line.marks else {}
+        colour = COLOURS[n % len(COLOURS)]
+        axes.plot(line.x, line.y, color=colour, linewidth=1.8, label=line.name, **style)
     for value, name in levels:
         axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}

@@ -71,7 +71,7 @@ def report(
         for method, values in predicted.items()
     }
     by_size = [
-        Series(method, [r["examples"] for r in runs], [r["accuracy"] for r in runs])
+        Series(method, [r["examples"] for r in runs], [r["accuracy"] for r in runs], marks=True)
         for method, runs in results.items()
     ]
     sections = [

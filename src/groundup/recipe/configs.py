@@ -54,10 +54,15 @@ class NGramConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Time this machine and turn a time budget into model size, batch, rate and steps."""
+    """Time this machine and turn a budget into model size, tokens, batch, rate and steps."""
 
     shards: Path = field(help="token shard folder", input=True)
-    pretrain_s: float = field(help="seconds for pretraining")
+    budget: str | None = field(None, help="10m, 2h, 3e18 flops, 5M tokens or $20")
+    pretrain_s: float | None = field(None, help="seconds for pretraining, instead of budget")
+    usd_per_hour: float | None = field(None, help="price of this machine, for a budget in dollars")
+    ladder: Path | None = field(
+        None, help="folder of `groundup ladder`: predict the loss from its runs", input=True
+    )
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
 
 
@@ -68,6 +73,10 @@ class PretrainConfig:
     corpus: Path = field(help="corpus folder or token shard folder", input=True)
     tokenizer: Path = field(help="tokenizer folder", input=True)
     plan: Path | None = field(None, help="plan.json, or a folder that holds it", input=True)
+    budget: str | None = field(
+        None, help="plan shape, batch, rates and steps: 10m, 3e18 flops, 5M tokens or $20"
+    )
+    usd_per_hour: float | None = field(None, help="price of this machine, for a budget in dollars")
     ngram: Path | None = field(
         None, help="n-gram folder: its level is drawn as the line to beat", input=True
     )
@@ -111,6 +120,18 @@ class PretrainConfig:
     report_to: tuple[str, ...] = field(
         (), help="also send metrics to: tensorboard, wandb", semantic=False
     )
+    device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderConfig:
+    """Train three small models and extrapolate the loss of the one that a budget would give."""
+
+    corpus: Path = field(help="corpus folder or token shard folder", input=True)
+    tokenizer: Path = field(help="tokenizer folder", input=True)
+    budget: str = field(help="of the large run: 2h, 3e18 flops, 5B tokens or $20")
+    usd_per_hour: float | None = field(None, help="price of this machine, for a budget in dollars")
+    seed: int = field(1, help="seed of weights and data order")
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
 
 

@@ -1,7 +1,6 @@
 """Stages `plan` and `pretrain`: from token shards to a base model."""
 
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from groundup.core import device as devices
 from groundup.core.errors import ConfigError
-from groundup.core.files import read_json, write_json
+from groundup.core.files import read_json
 from groundup.core.progress import console, say
 from groundup.core.run import FINISHED
 from groundup.core.types import SamplingParams
@@ -21,9 +20,10 @@ from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters
 from groundup.model.decoder import Decoder
 from groundup.model.hf import checkpoint_weights, save_model, write_model
-from groundup.recipe.configs import PlanConfig, PretrainConfig
+from groundup.recipe.configs import PretrainConfig
 from groundup.recipe.encoders import pretrain_encoder
 from groundup.recipe.monitoring import evaluation_hook, tokens_per_step, tracking
+from groundup.recipe.planning import outcome, planned
 from groundup.recipe.shared import fit_settings, shards_of
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
@@ -34,57 +34,17 @@ from groundup.train import (
     State,
     TokenStream,
     fit,
-    make_plan,
 )
 from groundup.train.middle import MIDDLE, PREFIX, SUFFIX
 from groundup.train.plan import mlp_width
 
 PROMPT_TOKENS = 16
 SAMPLE = SamplingParams(max_tokens=32, temperature=0.7, top_k=40, seed=1)
-PLANNED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "steps",
-    "learning_rate",
-    "adam_learning_rate",
-    "dtype",
-    "compile",
-)
-
-
-def plan(config: PlanConfig, out: Path) -> dict[str, Any]:
-    """Time this machine and write plan.json: every number with its reason."""
-    train = open_shard(config.shards, "train")
-    device = devices.pick(config.device)
-    say(f"  device: {device.line}")
-    made = make_plan(
-        pretrain_s=config.pretrain_s,
-        train_tokens=len(train.tokens),
-        vocab_size=train.vocab_size,
-        device=device,
-    )
-    write_json(out / "plan.json", asdict(made))
-    for name, reason in made.reasons.items():
-        say(f"  {name}: {reason}")
-    return asdict(made)
-
-
-def read_plan(path: Path) -> dict[str, Any]:
-    """Read plan.json, from a folder or as a file."""
-    content: dict[str, Any] = read_json(path / "plan.json" if path.is_dir() else path)
-    return content
 
 
 def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     """Train on the training split; write `model/`, checkpoints and metrics.jsonl."""
-    if config.plan:
-        found = read_plan(config.plan)
-        config = replace(config, **{name: found[name] for name in PLANNED})
-        config = replace(config, max_position_embeddings=found["context"])
+    config, made = planned(config, out)
     if config.objective.startswith("mlm"):
         if config.tasks:
             raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
@@ -128,6 +88,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
         say("  every step is done already")
     save_model(model, tok, out / "model")
     return {
+        **(outcome(made, out) if made else {}),
         "parameters": size,
         "steps": config.steps,
         "tokens": config.steps * tokens_per_step(config),

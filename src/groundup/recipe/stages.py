@@ -34,8 +34,14 @@ STAGES = {
         Stage(
             name="plan",
             config="groundup.recipe.configs:PlanConfig",
-            run="groundup.recipe.pretraining:plan",
+            run="groundup.recipe.planning:plan",
             help="time this machine; choose size, batch, rate and steps",
+        ),
+        Stage(
+            name="ladder",
+            config="groundup.recipe.configs:LadderConfig",
+            run="groundup.recipe.ladder:ladder",
+            help="train three small models and extrapolate the large one's loss",
         ),
         Stage(
             name="pretrain",

@@ -25,7 +25,7 @@ from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model
 from groundup.recipe.adapters import adapt, checkpoint_files, save_results
 from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
-from groundup.recipe.pretraining import read_plan
+from groundup.recipe.planning import read_plan
 from groundup.recipe.shared import watch
 from groundup.tokenizer import Tokenizer
 from groundup.train import (

@@ -1,47 +1,60 @@
-"""The planner: times this machine and turns seconds into size, batch, rate and steps.
+"""The planner: from a budget to model size, tokens, batch, rate and steps, each with its rule.
 
-The plan is an output of its own, written once and read by every run and resume: time becomes
-a step count here, and the loop never looks at the clock.
+It times this machine. The plan is an output of its own, written once and read by every run and
+resume: time becomes a step count here, and the loop never looks at the clock.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from groundup.core.config import Budget
 from groundup.core.device import Device
+from groundup.core.errors import ConfigError
 from groundup.core.progress import say
+from groundup.core.run import peak_memory_bytes, reset_peak_memory
 from groundup.model.config import ModelConfig
-from groundup.model.counts import num_parameters
+from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.model.decoder import Decoder
 from groundup.train.config import FitConfig
 from groundup.train.loop import DTYPES, accumulate, compiled
 from groundup.train.objectives import MicroBatch, NextToken
 from groundup.train.optim import make_optimizers
+from groundup.train.scaling import Law, step_law_rate, step_law_tokens
 
-# (width, layers, heads): from a laptop's minutes to a GPU's hours.
+# (width, layers, heads, context): from a laptop's minutes to a GPU's weeks.
 SIZES = (
-    (128, 3, 2),
-    (192, 4, 3),
-    (256, 4, 4),
-    (320, 5, 5),
-    (384, 6, 6),
-    (512, 8, 8),
-    (768, 12, 12),
+    (128, 3, 2, 512),
+    (192, 4, 3, 512),
+    (256, 4, 4, 512),
+    (320, 5, 5, 512),
+    (384, 6, 6, 512),
+    (512, 8, 8, 1024),
+    (768, 12, 12, 1024),
+    (1024, 16, 16, 2048),
+    (1536, 24, 24, 2048),
+    (2048, 24, 32, 2048),
 )
-CONTEXT = 512
-MICRO_BATCH = 8
+MICRO_TOKENS = 4096  # of a micro-batch; on a GPU it grows while that pays
 TIMED_STEPS = 2
-# Tokens worth seeing for each weight of the layers before a larger model pays; see docs/BENCH.md.
-TOKENS_PER_WEIGHT = 1.0
-STEPS_WORTH_HAVING = 2000  # small batches learn faster than large ones until there are so many
+LEAST_STEPS = 20
+MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
 COMPILE_S = 30.0  # what compiling costs; weighed against what it saves
+# Hoffmann et al. fitted runs of 6e18 FLOPs and more; their law misjudges far smaller ones (it
+# expects 12 nats a token of the quickstart's model). Below, docs/decisions/0004 has measurements.
+LAW_FLOPS = 1e18
+MEMORY_SHARE = 0.8  # of what is free; activations come on top of memory_needed
+TOKENS_PER_WEIGHT = 1.0
+SMALL_BOUND = 5e6  # parameters that are never too many: Hoffmann's optimum is off down here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that pretraining takes from the clock, with the reason for each number."""
+    """Everything that pretraining takes from a budget, with the reason for each number."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -59,9 +72,27 @@ class Plan:
     eager_tokens_per_s: float
     device: str
     reasons: dict[str, str]
+    parameters: int = 0
+    tokens: int = 0
+    unique_tokens: int = 0
+    predicted: dict[str, Any] = field(default_factory=dict)
 
 
-def shape(width: int, layers: int, heads: int, vocab_size: int) -> ModelConfig:
+@dataclass(frozen=True)
+class Timing:
+    """A size on this machine: its shape, tokens a second, and memory at the peak."""
+
+    config: ModelConfig
+    tokens_per_s: float
+    memory_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Return all weights, embedding included."""
+        return num_parameters(self.config)
+
+
+def shape(width: int, layers: int, heads: int, context: int, vocab_size: int) -> ModelConfig:
     """Return a Qwen3 shape: heads of 64, MLP of 8/3 the width, tied embeddings."""
     return ModelConfig(
         model_type="qwen3",
@@ -72,7 +103,7 @@ def shape(width: int, layers: int, heads: int, vocab_size: int) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=64,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
     )
 
 
@@ -81,19 +112,28 @@ def mlp_width(width: int) -> int:
     return -(-width * 8 // 3 // 32) * 32
 
 
-def seconds_per_step(config: ModelConfig, device: Device, dtype: str, *, compile: bool) -> float:
-    """Return the median time of one micro-batch, forward, backward and optimizer."""
+def timed(
+    config: ModelConfig, rows: int, device: Device, dtype: str, *, compile: bool = False
+) -> Timing:
+    """Run a micro-batch a few times, forward, backward and optimizer; return the best rate.
+
+    A model that cannot be compiled has the rate 0.
+    """
     torch.manual_seed(0)
+    reset_peak_memory()
+    if device.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     model = Decoder(config).to(device.device)
     objective = NextToken()
     optimizers = make_optimizers(model, FitConfig(steps=1), DTYPES[dtype])
-    ids = torch.randint(config.vocab_size, (MICRO_BATCH, CONTEXT), device=device.device)
+    context = config.max_position_embeddings
+    ids = torch.randint(config.vocab_size, (rows, context), device=device.device)
     batch: list[MicroBatch] = [{"ids": ids, "targets": ids}]
     forward: Any = model
     if compile:
         forward = compiled(model, objective, batch[0], device.device, DTYPES[dtype])
         if forward is model:
-            return float("inf")
+            return Timing(config, 0.0, 0)
     times = []
     for _ in range(TIMED_STEPS + 1):  # the first one warms up
         start = time.perf_counter()
@@ -104,47 +144,144 @@ def seconds_per_step(config: ModelConfig, device: Device, dtype: str, *, compile
         if device.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    on_gpu = device.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()
+    return Timing(config, rows * context / min(times[1:]), memory)
 
 
-def make_plan(*, pretrain_s: float, train_tokens: int, vocab_size: int, device: Device) -> Plan:
-    """Time the sizes from small to large and take the largest that gets tokens enough."""
-    dtype = "bf16" if device.dtype == torch.bfloat16 else "fp32"
-    per_micro = MICRO_BATCH * CONTEXT
-    chosen, chosen_s = SIZES[0], float("nan")
+def memory_needed(config: ModelConfig) -> float:
+    """Return a lower bound of the bytes that training a size takes.
+
+    Weights, gradients and two optimizer moments in fp32, and a micro-batch's logits.
+    """
+    return 16.0 * num_parameters(config) + 12.0 * MICRO_TOKENS * config.vocab_size
+
+
+def memory_free(device: Device) -> float:
+    """Return the free bytes of the device; infinite where the system does not say."""
+    if device.device.type == "cuda":
+        return float(torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    [line] = [line for line in lines if line.startswith("MemAvailable:")]
+    return float(line.split()[1]) * 1024
+
+
+def tokens_within(budget: Budget, config: ModelConfig, tokens_per_s: float) -> float:
+    """Return how many tokens a size can see within the budget."""
+    if budget.tokens is not None:
+        return budget.tokens
+    if budget.flops is not None:
+        return budget.flops / train_flops_per_token(config, config.max_position_embeddings)
+    assert budget.seconds is not None, "dollars are turned into seconds first"
+    return budget.seconds * tokens_per_s
+
+
+def choose(
+    budget: Budget,
+    vocab_size: int,
+    unique_tokens: float,
+    free_bytes: float,
+    time_size: Callable[[ModelConfig], Timing],
+) -> tuple[Timing, Timing, str]:
+    """Return the smallest size and the one to train, as timed, and the rule in words.
+
+    Sizes are tried from small to large. Small budgets take the largest with a token for each
+    weight of its layers; from LAW_FLOPS on, sizes grow while the loss expected by Hoffmann's law
+    falls. With the tokens given, the compute-optimal size for them bounds it as well.
+    """
+    law = Law()
+    bound = law.best_parameters(budget.tokens) if budget.tokens else float("inf")
+    smallest: Timing | None = None
+    chosen: Timing | None = None
+    lowest, rule = float("inf"), ""
     for size in SIZES:
         config = shape(*size, vocab_size)
-        step_s = seconds_per_step(config, device, dtype, compile=False)
-        tokens = pretrain_s / step_s * per_micro
-        weights = num_parameters(config, embeddings=False)
-        say(
-            f"  {size[0]} x {size[1]}: {num_parameters(config) / 1e6:5.2f}M parameters, "
-            f"{per_micro / step_s:>9,.0f} tokens/s, {tokens / 1e6:6.2f}M tokens in the time"
-        )
-        if size is not SIZES[0] and tokens < TOKENS_PER_WEIGHT * weights:
+        if chosen is not None and num_parameters(config) > max(bound, SMALL_BOUND):
             break
-        chosen, chosen_s = size, step_s
-    config = shape(*chosen, vocab_size)
+        if memory_needed(config) > MEMORY_SHARE * free_bytes:
+            needed, free = memory_needed(config) / 1e9, free_bytes / 1e9
+            say(f"  {size[0]} x {size[1]}: needs {needed:.1f} GB or more, and {free:.1f} are free")
+            if chosen is None:
+                raise ConfigError(f"not enough memory for the smallest size: {needed:.1f} GB")
+            rule += f"; the next size needs {needed:.1f} GB or more"
+            break
+        timing = time_size(config)
+        smallest = smallest or timing
+        tokens = tokens_within(budget, config, timing.tokens_per_s)
+        say(
+            f"  {size[0]} x {size[1]}: {timing.parameters / 1e6:5.2f}M parameters, "
+            f"{timing.tokens_per_s:>9,.0f} tokens/s, {tokens / 1e6:6.2f}M tokens in the budget"
+        )
+        flops = tokens * train_flops_per_token(config, config.max_position_embeddings)
+        weights = num_parameters(config, embeddings=False)
+        if flops < LAW_FLOPS:
+            worse = tokens < TOKENS_PER_WEIGHT * weights
+            reason = f"the largest with {TOKENS_PER_WEIGHT} tokens for each weight of its layers"
+        else:
+            loss = law.loss(timing.parameters, tokens, unique_tokens)
+            worse, lowest = loss >= lowest, min(loss, lowest)
+            reason = (
+                "the lowest loss by Hoffmann et al. 2022, eq. 10, with the constants of "
+                "arXiv 2404.10102 and repeated tokens counted by arXiv 2305.16264"
+            )
+        if chosen is not None and worse:
+            break
+        chosen, rule = timing, reason
+    assert chosen is not None
+    assert smallest is not None
+    return smallest, chosen, rule
+
+
+def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Device) -> Plan:
+    """Time sizes, choose one, and derive batch, steps and rates by published rules."""
+    dtype = "bf16" if device.dtype == torch.bfloat16 else "fp32"
+
+    def time_size(config: ModelConfig) -> Timing:
+        return timed(config, MICRO_TOKENS // config.max_position_embeddings, device, dtype)
+
+    free = memory_free(device)
+    smallest, chosen, rule = choose(budget, vocab_size, train_tokens, free, time_size)
+    config, eager = chosen.config, chosen.tokens_per_s
+    context = config.max_position_embeddings
+    rows = MICRO_TOKENS // context
+    if device.device.type == "cuda":
+        rows, chosen = widest(chosen, device, dtype)
+    seconds = tokens_within(budget, config, chosen.tokens_per_s) / chosen.tokens_per_s
     use_compile = False
-    eager_s = chosen_s
-    if pretrain_s > 4 * COMPILE_S:
-        fast_s = seconds_per_step(config, device, dtype, compile=True)
-        use_compile = (chosen_s - fast_s) * (pretrain_s / chosen_s) > COMPILE_S
-        say(f"  compiled: {per_micro / fast_s:,.0f} tokens/s, {'used' if use_compile else 'left'}")
-        chosen_s = fast_s if use_compile else chosen_s
-    budget_tokens = pretrain_s / chosen_s * per_micro
-    accumulation = max(1, min(8, int(budget_tokens / STEPS_WORTH_HAVING / per_micro)))
-    steps = max(20, int(pretrain_s / (chosen_s * accumulation)))
+    if seconds > 4 * COMPILE_S:
+        fast = timed(config, rows, device, dtype, compile=True)
+        saved_s = seconds * (1 - chosen.tokens_per_s / max(fast.tokens_per_s, 1e-9))
+        use_compile = saved_s > COMPILE_S
+        say(f"  compiled: {fast.tokens_per_s:,.0f} tokens/s, {'used' if use_compile else 'left'}")
+        chosen = fast if use_compile else chosen
+    tokens = tokens_within(budget, config, chosen.tokens_per_s)
+    wanted = step_law_tokens(tokens)
+    accumulation = max(1, round(wanted / (rows * context)))
+    per_step = rows * context * accumulation
+    steps = int(tokens / per_step)
+    if steps < LEAST_STEPS:
+        raise ConfigError(
+            f"the budget {budget.text} is worth {tokens:,.0f} tokens with the smallest fitting "
+            f"model here, {steps} steps of {per_step:,}: at least {LEAST_STEPS} steps are needed"
+        )
     weights = num_parameters(config, embeddings=False)
-    epochs = steps * accumulation * per_micro / max(1, train_tokens)
+    law_rate = step_law_rate(weights, tokens)
+    adam_rate = min(MOST_ADAM_RATE, max(LEAST_ADAM_RATE, law_rate))
+    epochs = steps * per_step / max(1, train_tokens)
     reasons = {
-        "size": f"the largest with at least {TOKENS_PER_WEIGHT} tokens for each of its "
-        f"{weights / 1e6:.2f}M weights outside the embedding",
-        "steps": f"{pretrain_s:.0f} s at {chosen_s * accumulation:.3f} s a step; "
-        f"{epochs:.2f} passes over {train_tokens / 1e6:.2f}M training tokens",
-        "batch": f"{accumulation * MICRO_BATCH} rows of {CONTEXT}: small, until there are "
-        f"{STEPS_WORTH_HAVING:,} steps",
-        "learning_rate": "Muon's published 0.02 for matrices, 0.003 for the rest",
+        "size": f"{config.hidden_size} x {config.num_hidden_layers}, "
+        f"{chosen.parameters / 1e6:.2f}M parameters: {rule}",
+        "tokens": f"{steps * per_step / 1e6:.2f}M in {budget.text} at "
+        f"{chosen.tokens_per_s:,.0f} tokens/s, measured; {epochs:.2f} passes over "
+        f"{train_tokens / 1e6:.2f}M training tokens",
+        "batch": f"{per_step:,} tokens a step: the Step Law (arXiv 2503.04715) says {wanted:,.0f} "
+        f"for so many tokens, in whole micro-batches of {rows} x {context}",
+        "learning_rate": f"{MUON_RATE} for matrices, as Muon was published with; "
+        f"{adam_rate:.4f} for the rest: the Step Law says {law_rate:.4f} for AdamW, kept between "
+        f"{LEAST_ADAM_RATE} and {MOST_ADAM_RATE}",
         "dtype": f"{dtype}: timed on a 512 x 512 product",
         "compile": f"{'saves' if use_compile else 'does not save'} more than its {COMPILE_S:.0f} s",
     }
@@ -153,16 +290,38 @@ def make_plan(*, pretrain_s: float, train_tokens: int, vocab_size: int, device: 
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size,
-        context=CONTEXT,
-        batch_size=MICRO_BATCH,
+        context=context,
+        batch_size=rows,
         gradient_accumulation_steps=accumulation,
         steps=steps,
-        learning_rate=0.02,
-        adam_learning_rate=0.003,
+        learning_rate=MUON_RATE,
+        adam_learning_rate=adam_rate,
         dtype=dtype,
         compile=use_compile,
-        tokens_per_s=per_micro / chosen_s,
-        eager_tokens_per_s=per_micro / eager_s,
+        tokens_per_s=chosen.tokens_per_s,
+        eager_tokens_per_s=eager,
         device=device.line,
         reasons=reasons,
+        parameters=chosen.parameters,
+        tokens=steps * per_step,
+        unique_tokens=train_tokens,
+        predicted={
+            "seconds": steps * per_step / chosen.tokens_per_s,
+            "memory_bytes": chosen.memory_bytes,
+            "smallest_tokens_per_s": smallest.tokens_per_s,
+            "flops": steps * per_step * train_flops_per_token(config, context),
+        },
     )
+
+
+def widest(timing: Timing, device: Device, dtype: str) -> tuple[int, Timing]:
+    """Return the rows of a micro-batch, doubled while that is faster and fits on the GPU."""
+    rows = MICRO_TOKENS // timing.config.max_position_embeddings
+    while True:
+        try:
+            wider = timed(timing.config, 2 * rows, device, dtype)
+        except torch.OutOfMemoryError:
+            return rows, timing
+        if wider.tokens_per_s < 1.05 * timing.tokens_per_s:
+            return rows, timing
+        rows, timing = 2 * rows, wider

@@ -1,0 +1,236 @@
+"""Stage `plan`, and what a plan foresaw beside what came."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from groundup.core import device as devices
+from groundup.core.config import Budget, parse_budget
+from groundup.core.errors import ConfigError
+from groundup.core.files import read_json, write_json
+from groundup.core.metrics import MetricsLog
+from groundup.core.progress import say, show_table
+from groundup.core.run import peak_memory_bytes
+from groundup.data import Shard, open_shard
+from groundup.model.config import ModelConfig
+from groundup.model.counts import num_parameters
+from groundup.model.decoder import Decoder
+from groundup.model.lm import NeuralLM
+from groundup.recipe.configs import PlanConfig, PretrainConfig
+from groundup.recipe.curves import read_evaluations
+from groundup.recipe.monitoring import spread
+from groundup.recipe.shared import shards_of
+from groundup.tokenizer import Tokenizer
+from groundup.train import FitConfig, NextToken, Plan, TokenStream, fit, make_plan
+from groundup.train.loop import DTYPES
+from groundup.train.plan import MUON_RATE, SIZES, shape
+from groundup.train.scaling import Prediction, Trial, predict, step_law_tokens
+
+PLANNED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "steps",
+    "learning_rate",
+    "adam_learning_rate",
+    "dtype",
+    "compile",
+)
+TRIAL_SHARE, MOST_TRIAL_S = 0.04, 120.0  # of the budget, for two small runs to predict from
+LEAST_TRIAL_TOKENS = 60_000
+TRIAL_EVAL_TOKENS = 32_768
+
+
+def plan(config: PlanConfig, out: Path) -> dict[str, Any]:
+    """Time this machine and write plan.json: every number with its reason, and a prediction."""
+    if (config.budget is None) == (config.pretrain_s is None):
+        raise ConfigError("plan needs either budget or pretrain_s, and not both")
+    if config.budget is None:
+        budget = Budget(f"{config.pretrain_s:.0f} s", seconds=config.pretrain_s)
+    else:
+        budget = parse_budget(config.budget, usd_per_hour=config.usd_per_hour)
+    made = plan_for(budget, config.shards, devices.pick(config.device), ladder=config.ladder)
+    write_json(out / "plan.json", made)
+    return made
+
+
+def plan_for(
+    budget: Budget, shards: Path, device: devices.Device, *, ladder: Path | None = None
+) -> dict[str, Any]:
+    """Return a plan as plain values, with the predicted bits per byte of validation text."""
+    train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
+    say(f"  device: {device.line}")
+    made = make_plan(
+        budget, train_tokens=len(train.tokens), vocab_size=train.vocab_size, device=device
+    )
+    if ladder is not None:
+        trials = [Trial(**row) for row in read_json(ladder / "ladder.json")["trials"]]
+    else:
+        trials = small_trials(made, train, validation, device)
+    values = asdict(made)
+    if trials:
+        found = predict(trials, made.parameters, made.tokens, made.unique_tokens)
+        values["predicted"] |= in_bits_per_byte(found, validation)
+        values["trials"] = [asdict(trial) for trial in trials]
+    for name, reason in made.reasons.items():
+        say(f"  {name}: {reason}")
+    show_prediction(values["predicted"])
+    return values
+
+
+def in_bits_per_byte(found: Prediction, validation: Shard) -> dict[str, float]:
+    """Return a predicted loss in bits per byte, with its interval."""
+    scale = len(validation.tokens) / max(1, validation.num_bytes) / math.log(2)
+    return {
+        "bits_per_byte": found.loss * scale,
+        "low": found.low * scale,
+        "high": found.high * scale,
+    }
+
+
+def show_prediction(predicted: dict[str, float]) -> None:
+    """Print what is expected before the first step."""
+    parts = [
+        f"{predicted['seconds']:,.0f} s",
+        f"{predicted['memory_bytes'] / 1e9:.2f} GB",
+        f"{predicted['flops']:.2g} FLOPs",
+    ]
+    if "bits_per_byte" in predicted:
+        parts.append(
+            f"{predicted['bits_per_byte']:.3f} bits per byte on validation text "
+            f"({predicted['low']:.3f} to {predicted['high']:.3f})"
+        )
+    say(f"  expected: {', '.join(parts)}")
+
+
+def small_trials(
+    made: Plan, train: Shard, validation: Shard, device: devices.Device
+) -> list[Trial]:
+    """Train the smallest size on two small token counts; none where the budget is too short."""
+    rate = made.predicted["smallest_tokens_per_s"]
+    tokens = min(MOST_TRIAL_S, TRIAL_SHARE * made.predicted["seconds"]) * rate
+    if tokens / 3 < LEAST_TRIAL_TOKENS or not len(validation.tokens):
+        return []
+    config = shape(*SIZES[0], train.vocab_size)
+    return [
+        run_trial(config, share * tokens, train, validation, device, made.dtype)
+        for share in (1 / 3, 2 / 3)
+    ]
+
+
+def run_trial(
+    config: ModelConfig,
+    tokens: float,
+    train: Shard,
+    validation: Shard,
+    device: devices.Device,
+    dtype: str,
+    *,
+    seed: int = 1,
+) -> Trial:
+    """Train a size from random weights on so many tokens; return its held-out loss in nats."""
+    context = config.max_position_embeddings
+    rows = max(1, round(step_law_tokens(tokens) / context))
+    steps = max(1, round(tokens / (rows * context)))
+    torch.manual_seed(seed)
+    model = Decoder(config)
+    source = TokenStream(
+        train.tokens,
+        train.offsets,
+        eos_token_id=train.eos_token_id,
+        context=context,
+        batch_size=rows,
+        gradient_accumulation_steps=1,
+        seed=seed,
+    )
+    settings = FitConfig(
+        steps=steps,
+        learning_rate=MUON_RATE,
+        dtype=dtype,  # type: ignore[arg-type]
+        seed=seed,
+        checkpoint_every=steps,
+    )
+    with TemporaryDirectory() as folder:
+        fit(model, NextToken(), source, settings, Path(folder), device=device.device)
+    lm = NeuralLM(model, train.eos_token_id, dtype=DTYPES[dtype])
+    values = np.concatenate(lm.token_logprobs(spread(validation, TRIAL_EVAL_TOKENS)))
+    seen = steps * rows * context
+    say(
+        f"  trial: {num_parameters(config) / 1e6:.2f}M parameters, {seen / 1e6:.2f}M tokens, "
+        f"{-values.mean():.3f} nats a token"
+    )
+    return Trial(num_parameters(config), seen, len(train.tokens), float(-values.mean()))
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Read plan.json, from a folder or as a file."""
+    content: dict[str, Any] = read_json(path / "plan.json" if path.is_dir() else path)
+    return content
+
+
+def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str, Any] | None]:
+    """Return a config with a plan's numbers in it, and the plan.
+
+    A budget is planned once, into `out/plan.json`; a resumed run reads it there.
+    """
+    if config.budget is not None and config.plan is not None:
+        raise ConfigError("a plan has its own budget: give --plan or --budget")
+    if config.budget is None and config.plan is None:
+        return config, None
+    if config.plan is not None:
+        made = read_plan(config.plan)
+    elif (out / "plan.json").is_file():
+        made = read_plan(out)
+    else:
+        budget = parse_budget(config.budget or "", usd_per_hour=config.usd_per_hour)
+        shards = shards_of(config, Tokenizer.load(config.tokenizer), out)
+        made = plan_for(budget, shards, devices.pick(config.device))
+        write_json(out / "plan.json", made)
+    values = {name: made[name] for name in PLANNED}
+    return replace(config, **values, max_position_embeddings=made["context"]), made
+
+
+def outcome(made: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Print what the plan expected beside what came; return both."""
+    expected = made.get("predicted") or {}
+    if not expected:
+        return {}
+    rows = MetricsLog.read(out / "metrics.jsonl")
+    came: dict[str, float] = {
+        "seconds": sum(row["seconds"] for row in rows),
+        "memory_bytes": float(peak_memory_bytes()),
+    }
+    scored = [row["bits_per_byte"] for row in read_evaluations(out) if "bits_per_byte" in row]
+    if scored:
+        came["bits_per_byte"] = scored[-1]
+    show_table("The plan and the outcome", ("", "expected", "came"), outcome_rows(expected, came))
+    return {"expected": {key: expected[key] for key in came if key in expected}, "came": came}
+
+
+def outcome_rows(
+    expected: dict[str, float], came: dict[str, float]
+) -> Sequence[tuple[str, str, str]]:
+    """Return rows of (what, expected, came)."""
+    rows = [
+        ("seconds of training", f"{expected['seconds']:,.0f}", f"{came['seconds']:,.0f}"),
+        (
+            "memory at the peak, GB",
+            f"{expected['memory_bytes'] / 1e9:.2f}",
+            f"{came['memory_bytes'] / 1e9:.2f}",
+        ),
+    ]
+    if "bits_per_byte" in came:
+        wish = f"{expected['bits_per_byte']:.3f}" if "bits_per_byte" in expected else "-"
+        if "low" in expected:
+            wish += f" ({expected['low']:.3f} to {expected['high']:.3f})"
+        rows.append(("bits per byte, validation", wish, f"{came['bits_per_byte']:.3f}"))
+    return rows

@@ -1,0 +1,94 @@
+"""Budgets from the command line: planned once, kept, compared with what came; and ladders."""
+
+import json
+
+import pytest
+
+from groundup.cli.main import main
+from groundup.core.files import read_json
+from groundup.recipe import ladder as ladders
+from groundup.recipe import planning
+from groundup.train import plan
+
+TINY = ((64, 1, 1, 64), (64, 2, 1, 64), (128, 1, 2, 64), (128, 2, 2, 64))
+
+
+@pytest.fixture(autouse=True)
+def small_sizes(monkeypatch):
+    """Plan among sizes that train in a moment, and try small runs at any budget."""
+    monkeypatch.setattr(plan, "SIZES", TINY)
+    monkeypatch.setattr(planning, "SIZES", TINY)
+    monkeypatch.setattr(ladders, "SIZES", TINY)
+    monkeypatch.setattr(ladders, "SMALL", ())
+    monkeypatch.setattr(ladders, "STEP", 1.05)
+    monkeypatch.setattr(plan, "MICRO_TOKENS", 256)
+    monkeypatch.setattr(plan, "SMALL_BOUND", 1e9)
+    monkeypatch.setattr(planning, "LEAST_TRIAL_TOKENS", 100)
+    monkeypatch.setattr(planning, "TRIAL_SHARE", 0.2)
+
+
+@pytest.fixture
+def place(corpus, tok, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tok.save(tmp_path / "tok")
+    return str(corpus)
+
+
+def test_a_budget_is_planned_once(place, tmp_path, capsys):
+    command = ["pretrain", place, "--tokenizer", "tok", "--budget", "8k tokens", "--out", "run"]
+    assert main(command) == 0
+    made = read_json(tmp_path / "run" / "plan.json")
+    assert made["tokens"] <= 8000 < made["tokens"] + 256 * made["gradient_accumulation_steps"]
+    assert made["predicted"]["low"] <= made["predicted"]["bits_per_byte"]
+    assert set(made["reasons"]) == {"size", "tokens", "batch", "learning_rate", "dtype", "compile"}
+    summary = read_json(tmp_path / "run" / "stage.json")["summary"]
+    assert set(summary["came"]) == {"seconds", "memory_bytes", "bits_per_byte"}
+    assert summary["tokens"] == made["tokens"]
+    assert "The plan and the outcome" in capsys.readouterr().err
+
+
+def test_a_killed_run_keeps_its_plan(place, tmp_path, monkeypatch):
+    command = ["pretrain", place, "--tokenizer", "tok", "--budget", "8k tokens", "--out", "run"]
+    fixed = [*command, "--checkpoint-every", "5"]
+    monkeypatch.setattr("groundup.recipe.pretraining.save_model", None)  # dies at its end
+    assert main(fixed) == 1
+    before = (tmp_path / "run" / "plan.json").read_bytes()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "plan_for", None)  # would fail if it planned again
+    assert main(fixed) == 0
+    assert (tmp_path / "run" / "plan.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--budget", "300 tokens"], "at least 20 steps"),
+        (["--budget", "soon"], "none of a time"),
+        (["--budget", "$3"], "usd_per_hour"),
+        (["--budget", "1m", "--plan", "plan.json"], "--plan or --budget"),
+    ],
+)
+def test_bad_budgets(flags, said, place, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text(json.dumps({}))
+    assert main(["pretrain", place, "--tokenizer", "tok", *flags, "--out", "run"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_ladder_foretells_and_continues(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "TOKENS_PER_WEIGHT", 0.01)
+    command = ["ladder", place, "--tokenizer", "tok", "--budget", "20k tokens", "--out", "lad"]
+    with monkeypatch.context() as broken:
+        broken.setattr(ladders, "picture", None)  # dies behind the last run
+        assert main(command) == 1
+    with monkeypatch.context() as idle:
+        idle.setattr(ladders, "run_trial", None)  # would fail if a run were repeated
+        assert main(command) == 0
+    found = read_json(tmp_path / "lad" / "ladder.json")
+    sizes = [trial["parameters"] for trial in found["trials"]]
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) == 3
+    assert sizes[-1] < found["target"]["parameters"]
+    assert found["predicted"]["low"] < found["predicted"]["high"]
+    assert "<svg" in (tmp_path / "lad" / "ladder.html").read_text()

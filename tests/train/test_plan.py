@@ -1,0 +1,145 @@
+"""The planner's rules: closed forms, choices with made-up speeds, predictions."""
+
+import numpy as np
+import pytest
+
+from groundup.core.config import parse_budget
+from groundup.core.errors import ConfigError
+from groundup.model.counts import num_parameters
+from groundup.train.plan import SIZES, Timing, choose, shape
+from groundup.train.scaling import (
+    REPEATED_TOKENS,
+    Law,
+    Trial,
+    effective_tokens,
+    fit_law,
+    predict,
+    step_law_rate,
+    step_law_tokens,
+)
+
+VOCAB = 4096
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("90s", "seconds", 90),
+        ("1.5h", "seconds", 5400),
+        ("3e18 flops", "flops", 3e18),
+        ("5M tokens", "tokens", 5e6),
+        ("2e9 tokens", "tokens", 2e9),
+        ("1,000 tokens", "tokens", 1000),
+        ("$20", "seconds", 36_000),
+        ("20 usd", "seconds", 36_000),
+    ],
+)
+def test_budgets_are_read(text, field, value):
+    assert getattr(parse_budget(text, usd_per_hour=2.0), field) == value
+
+
+@pytest.mark.parametrize("text", ["ten minutes", "3e18", "10x", "0 tokens", "-5m", "", "0m"])
+def test_other_budgets_are_refused(text):
+    with pytest.raises(ConfigError, match="budget"):
+        parse_budget(text)
+
+
+def test_dollars_need_a_price():
+    with pytest.raises(ConfigError, match="usd_per_hour"):
+        parse_budget("$20")
+
+
+def test_the_compute_optimum_is_where_the_law_is_lowest():
+    law = Law()
+    tokens = 1e11
+    best = law.best_parameters(tokens)
+    budget = 6 * best * tokens
+    sizes = best * np.exp(np.linspace(-1, 1, 2001))
+    losses = [law.loss(size, budget / (6 * size)) for size in sizes]
+    assert sizes[int(np.argmin(losses))] == pytest.approx(best, rel=2e-3)
+
+
+def test_chinchilla_is_about_twenty_tokens_a_parameter():
+    # the published example: 70B parameters on 1.4T tokens
+    assert 1.4e12 / Law().best_parameters(1.4e12) == pytest.approx(20, rel=0.25)
+
+
+def test_repeated_tokens_saturate():
+    assert effective_tokens(500, 1000) == 500
+    assert effective_tokens(1e9, 1000) == pytest.approx(1000 * (1 + REPEATED_TOKENS))
+    # up to four passes repeated tokens are worth nearly as much as new ones (2305.16264, sec. 6)
+    assert effective_tokens(4000, 1000) > 0.9 * 4000
+
+
+def test_the_step_law_by_hand():
+    # 1B parameters, 100B tokens: 0.58 x 1e11^0.571, and 1.79 x 1e9^-0.713 x 1e11^0.307
+    assert step_law_tokens(1e11) == pytest.approx(1.1e6, rel=0.1)
+    assert step_law_rate(1e9, 1e11) == pytest.approx(1.6e-3, rel=0.2)
+
+
+def test_a_law_is_found_again():
+    law = Law(floor=0.9, scale=0.3)
+    sizes = [(1e6, 1e7), (2e6, 3e7), (5e6, 8e7)]
+    trials = [Trial(N, D, 1e12, law.loss(N, D, 1e12)) for N, D in sizes]
+    found = fit_law(trials)
+    assert (found.floor, found.scale) == (pytest.approx(0.9), pytest.approx(0.3))
+    expected = predict(trials, 5e7, 1e9, 1e12)
+    assert expected.loss == pytest.approx(law.loss(5e7, 1e9, 1e12))
+    assert expected.low < expected.loss < expected.high
+
+
+def test_intervals_cover_laws_with_other_exponents():
+    rng = np.random.default_rng(1)
+    sizes = [(1e6, 2e7), (2e6, 4e7), (4e6, 8e7)]
+    hits = 0
+    for _ in range(40):
+        law = Law(1.0, 0.3, alpha=0.3478 + 0.02 * rng.normal(), beta=0.3658 + 0.02 * rng.normal())
+        trials = [Trial(N, D, 1e12, law.loss(N, D) * (1 + 0.01 * rng.normal())) for N, D in sizes]
+        expected = predict(trials, 1.6e7, 3.2e8, 1e12)
+        hits += expected.low <= law.loss(1.6e7, 3.2e8) <= expected.high
+    assert hits >= 30  # 36 are expected of 40
+
+
+def test_one_trial_still_predicts():
+    expected = predict([Trial(1e6, 1e7, 1e12, 4.0)], 1e7, 1e8, 1e12)
+    assert 0 < expected.low <= expected.loss <= expected.high < 4.0
+
+
+def speed(config):
+    """Return a machine of 1e11 FLOP/s."""
+    return Timing(config, 1e11 / (6 * num_parameters(config)), 10**9)
+
+
+def test_more_time_gives_a_larger_model():
+    chosen = []
+    for text in ("5m", "1h", "24h"):
+        budget = parse_budget(text)
+        smallest, timing, rule = choose(budget, VOCAB, 1e12, 1e12, speed)
+        assert smallest.parameters == num_parameters(shape(*SIZES[0], VOCAB))
+        assert "tokens for each weight" in rule
+        chosen.append(timing.parameters)
+    assert chosen == sorted(set(chosen))
+
+
+def test_large_budgets_follow_hoffmanns_law():
+    _, timing, rule = choose(parse_budget("1e20 flops"), VOCAB, 1e12, 1e12, speed)
+    assert "Hoffmann" in rule
+    tokens = 1e20 / (6 * timing.parameters)
+    assert 5 < tokens / timing.parameters < 60
+
+
+def test_memory_bounds_the_size():
+    budget = parse_budget("1e20 flops")
+    _, free, _ = choose(budget, VOCAB, 1e12, 1e12, speed)
+    _, timing, rule = choose(budget, VOCAB, 1e12, 2e9, speed)
+    assert timing.parameters < free.parameters
+    assert "GB" in rule
+    with pytest.raises(ConfigError, match="not enough memory"):
+        choose(budget, VOCAB, 1e12, 1e6, speed)
+
+
+def test_repeating_little_text_makes_for_a_smaller_model():
+    budget = parse_budget("1e20 flops")
+    _, much, _ = choose(budget, VOCAB, 1e12, 1e12, speed)
+    _, little, _ = choose(budget, VOCAB, 2e7, 1e12, speed)
+    assert little.parameters <= much.parameters
