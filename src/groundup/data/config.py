@@ -1,6 +1,7 @@
 """The config of a corpus, and the steps that it names."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,10 +9,13 @@ import yaml
 
 from groundup.core.config import field
 from groundup.core.errors import ConfigError
+from groundup.core.progress import say
 from groundup.data.blocks import corpus_files
+from groundup.data.decontaminate import Decontaminate, decontaminate, describe
 from groundup.data.steps import FINEWEB, STEPS, Step, make_step
 from groundup.data.tasks import executor_of
 
+DECONTAMINATE = "decontaminate"
 PRESETS = {"plain": ("tidy",), "web": ("tidy", *FINEWEB)}
 
 
@@ -27,6 +31,9 @@ class CorpusConfig:
     )
     settings: tuple[str, ...] = field(
         (), help="a step's settings, such as language.threshold=0.5 c4.min_sentences=3"
+    )
+    benchmarks: tuple[str, ...] = field(
+        (), help="files of benchmarks: documents that hold their text are left out", input=True
     )
     exact_duplicates: bool = field(True, help="drop documents with the text of another")
     repeated: Literal["keep", "paragraph", "line"] = field(
@@ -91,4 +98,9 @@ def steps_of(config: CorpusConfig) -> tuple[tuple[str, Step], ...]:
             wrong = "is not among the steps" if step in STEPS else "names no step"
             raise ConfigError(f"setting {setting!r} {wrong}: {', '.join(names)}")
         options.setdefault(step, {})[key] = yaml.safe_load(text)
-    return tuple((name, make_step(name, options.get(name))) for name in names)
+    steps = [(name, make_step(name, options.get(name))) for name in names]
+    if config.benchmarks:
+        wanted = Decontaminate(benchmarks=config.benchmarks)
+        say(describe(wanted))
+        steps.append((DECONTAMINATE, partial(decontaminate, wanted)))
+    return tuple(steps)

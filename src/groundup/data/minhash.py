@@ -60,9 +60,13 @@ def mixed(hashes: Hashes) -> Hashes:
 
 def word_hashes(text: str) -> Hashes:
     """Return the hash of every word, the same in every process: sum of code point * BASE^place."""
-    content = text.lower().encode("utf-32-le", "surrogatepass")
-    points_n = np.frombuffer(content, np.uint32)
-    parts = []
+    return words_of(text.lower())[0]
+
+
+def words_of(lowered: str) -> tuple[Hashes, NDArray[np.int64], NDArray[np.int64]]:
+    """Return the hash of every word of a lower-case text, where it starts and where it ends."""
+    points_n = np.frombuffer(lowered.encode("utf-32-le", "surrogatepass"), np.uint32)
+    parts, offset = [], 0
     while len(points_n):
         piece, points_n = points_n[:PIECE], points_n[PIECE:]
         kind_n = kinds()[np.minimum(piece, PLANE - 1)]
@@ -71,12 +75,21 @@ def word_hashes(text: str) -> Hashes:
             cut = int(gaps[-1]) + 1 if len(gaps) else PIECE
             points_n = np.concatenate([piece[cut:], points_n]) if cut < PIECE else points_n
             piece, kind_n = piece[:cut], kind_n[:cut]
-        parts.append(piece_hashes(piece, kind_n))
-    return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+        hashes, starts, ends = piece_words(piece, kind_n)
+        parts.append((hashes, starts + offset, ends + offset))
+        offset += len(piece)
+    if not parts:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+    if len(parts) == 1:
+        return parts[0]
+    hashes, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return hashes, starts, ends
 
 
-def piece_hashes(points_n: NDArray[np.uint32], kind_n: NDArray[np.uint8]) -> Hashes:
-    """Return the hashes of the words of one piece, by differences of one running sum."""
+def piece_words(
+    points_n: NDArray[np.uint32], kind_n: NDArray[np.uint8]
+) -> tuple[Hashes, NDArray[np.int64], NDArray[np.int64]]:
+    """Return hashes, starts and ends of one piece's words, by differences of one running sum."""
     padded = np.zeros(len(kind_n) + 2, np.uint8)
     padded[1:-1] = kind_n
     before, after = padded[:-1], padded[1:]
@@ -85,7 +98,7 @@ def piece_hashes(points_n: NDArray[np.uint32], kind_n: NDArray[np.uint8]) -> Has
     up, down = powers()
     sums = np.zeros(len(points_n) + 1, np.uint64)
     np.cumsum(points_n * up[: len(points_n)], out=sums[1:])
-    return mixed((sums[ends] - sums[starts]) * down[starts])
+    return mixed((sums[ends] - sums[starts]) * down[starts]), starts, ends
 
 
 def ngram_hashes(words_w: Hashes, n: int) -> Hashes:

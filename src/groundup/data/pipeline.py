@@ -18,6 +18,7 @@ from groundup.data.blocks import (
     read_block,
     source_key,
 )
+from groundup.data.decontaminate import CONTAMINATED
 from groundup.data.dedup import dropped_in, repeated_in
 from groundup.data.keyed import Documents
 from groundup.data.ledger import Ledger
@@ -113,7 +114,7 @@ def read(task: ReadTask, rank: int, out: Path) -> None:
             result = attempt(step, document, ledger.step(name).notes)
             if isinstance(result, str):
                 ledger.drop(name, result, document, size, tokens)
-                if task.excluded:
+                if task.excluded or result.startswith(CONTAMINATED):
                     excluded.add(document, name, result)
                 break
             if result.text is not document.text:

@@ -1,16 +1,33 @@
-"""Token shards: all ids of a split in one memory-mapped file, with document boundaries."""
+"""Token shards: all ids of a split in one memory-mapped file, with document boundaries.
 
+Each file of a corpus is encoded into a part, named by the hash of its bytes and of the tokenizer:
+ids are appended to `KEY.bin`, then the tokens and bytes of each document to `KEY.documents`. What
+is in the second file is complete in the first, so that a killed run goes on behind the last
+document. Parts joined in order are a split; in a cache folder they are found again by content.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from groundup.core.errors import DataError
-from groundup.core.files import read_json, write_json
+from groundup.core.files import atomic_file, hash_file, read_json, write_json
+from groundup.core.progress import track
+from groundup.core.run import exclusive
 from groundup.core.types import SPLITS, Encoder, Split
-from groundup.data.blocks import read_corpus
+from groundup.data.blocks import corpus_files
+
+BATCH_BYTES = 2_000_000  # text encoded at a time
+RECORD = np.dtype([("tokens", np.uint64), ("bytes", np.uint64)])
 
 
 @dataclass(frozen=True)
@@ -29,33 +46,137 @@ class Shard:
         return [self.tokens[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
 
 
-def write_shards(corpus: Path, encoder: Encoder, out: Path) -> dict[str, Any]:
-    """Encode each split of a corpus; uint16 where the vocabulary allows, else uint32."""
-    dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
-    splits: dict[str, dict[str, int]] = {}
+def write_shards(
+    corpus: Path, encoder: Encoder, out: Path, cache: Path | None = None
+) -> dict[str, Any]:
+    """Encode each split of a corpus; uint16 where the vocabulary allows, else uint32.
+
+    Called again after it was killed, it goes on where it stopped. Parts stay in `cache`.
+    """
+    dtype = np.dtype(np.uint16 if encoder.vocab_size <= 2**16 else np.uint32)
+    files = {split: corpus_files(corpus, split) for split in SPLITS}
+    parts = cache or out / "checkpoints"
+    parts.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        texts = [document.text for document in read_corpus(corpus, split)]
-        encoded = [[*ids, encoder.eos_token_id] for ids in encoder.encode_batch(texts)]
-        offsets = np.cumsum([0, *(len(ids) for ids in encoded)], dtype=np.int64)
-        flat = [np.array(ids, dtype=dtype) for ids in encoded]
-        tokens = np.concatenate(flat) if flat else np.zeros(0, dtype)
-        tokens.tofile(out / f"{split}.bin")
-        np.save(out / f"{split}.offsets.npy", offsets)
-        splits[split] = {
-            "documents": len(texts),
-            "tokens": len(tokens),
-            "bytes": sum(len(text.encode()) for text in texts),
-        }
+    total = sum(pq.read_metadata(file).num_rows for split in SPLITS for file in files[split])
+    made = {
+        split: [parts / part_key(file, encoder, dtype) for file in files[split]] for split in SPLITS
+    }
+    work = (
+        encoded
+        for split in SPLITS
+        for file, part in zip(files[split], made[split], strict=True)
+        for encoded in encode_file(file, encoder, dtype, part)
+    )
+    with exclusive(cache) if cache else nullcontext():
+        for _ in track(work, "encoding", total=total):
+            pass
+    splits = {split: join_parts(made[split], dtype, split, out) for split in SPLITS}
     index = {
-        "dtype": np.dtype(dtype).name,
+        "dtype": dtype.name,
         "tokenizer": encoder.fingerprint,
         "eos_token_id": encoder.eos_token_id,
         "vocab_size": encoder.vocab_size,
         "splits": splits,
     }
     write_json(out / "index.json", index)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return index
+
+
+def part_key(file: Path, encoder: Encoder, dtype: np.dtype[Any]) -> str:
+    """Return the name of the part that this file and this tokenizer give."""
+    words = f"{hash_file(file)} {encoder.fingerprint} {encoder.eos_token_id} {dtype.name}"
+    return hashlib.sha256(words.encode()).hexdigest()[:32]
+
+
+def encode_file(file: Path, encoder: Encoder, dtype: np.dtype[Any], part: Path) -> Iterator[None]:
+    """Append the documents of a Parquet file that the part does not hold yet; yield for each."""
+    done = recover(part, dtype)
+    for _ in range(done):
+        yield
+    with (
+        open(part.with_suffix(".bin"), "ab") as tokens,
+        open(part.with_suffix(".documents"), "ab") as records,
+    ):
+        for texts in batches(file, done):
+            encoded = encoder.encode_batch(texts)
+            for ids in encoded:
+                ids.append(encoder.eos_token_id)
+                tokens.write(np.array(ids, dtype).tobytes())
+            sizes = [(len(ids), len(t.encode())) for ids, t in zip(encoded, texts, strict=True)]
+            flush(tokens)
+            records.write(np.array(sizes, RECORD).tobytes())
+            flush(records)
+            for _ in texts:
+                yield
+
+
+def flush(handle: Any) -> None:
+    """Make what was written outlast a power cut."""
+    handle.flush()
+    os.fsync(handle.fileno())
+
+
+def recover(part: Path, dtype: np.dtype[Any]) -> int:
+    """Cut a part behind its last complete document; return how many it holds."""
+    tokens, records = part.with_suffix(".bin"), part.with_suffix(".documents")
+    tokens.touch()
+    records.touch()
+    whole = records.stat().st_size // RECORD.itemsize
+    ends = np.cumsum(np.fromfile(records, RECORD, whole)["tokens"], dtype=np.int64)
+    held = tokens.stat().st_size // dtype.itemsize
+    count = int(np.searchsorted(ends, held, side="right"))
+    os.truncate(records, count * RECORD.itemsize)
+    os.truncate(tokens, int(ends[count - 1]) * dtype.itemsize if count else 0)
+    return count
+
+
+def batches(file: Path, skip: int) -> Iterator[list[str]]:
+    """Yield the texts of a Parquet file behind the first `skip`, about two megabytes at a time."""
+    with pq.ParquetFile(file) as table:
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if skip >= rows:
+                skip -= rows
+                continue
+            batch, size = [], 0
+            for text in table.read_row_group(group, columns=["text"])["text"][skip:].to_pylist():
+                batch.append(text)
+                size += len(text)
+                if size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+            skip = 0
+            if batch:
+                yield batch
+
+
+def join_parts(
+    parts: list[Path], dtype: np.dtype[Any], split: Split, out: Path
+) -> dict[str, int | float]:
+    """Write the files of one split; return its numbers of documents, tokens and bytes."""
+    records = np.concatenate(
+        [np.fromfile(part.with_suffix(".documents"), RECORD) for part in parts]
+    )
+    with atomic_file(out / f"{split}.bin") as aside, open(aside, "wb") as whole:
+        for part in parts:
+            with open(part.with_suffix(".bin"), "rb") as content:
+                shutil.copyfileobj(content, whole, 1 << 24)
+    offsets = np.zeros(len(records) + 1, np.int64)
+    np.cumsum(records["tokens"], out=offsets[1:], dtype=np.int64)
+    with (
+        atomic_file(out / f"{split}.offsets.npy") as aside,
+        open(aside, "wb") as handle,
+    ):
+        np.save(handle, offsets)
+    tokens, num_bytes = int(offsets[-1]), int(records["bytes"].sum())
+    return {
+        "documents": len(records),
+        "tokens": tokens,
+        "bytes": num_bytes,
+        "bytes_per_token": num_bytes / max(1, tokens),
+    }
 
 
 def open_shard(folder: Path, split: Split) -> Shard:

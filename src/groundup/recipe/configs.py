@@ -42,6 +42,9 @@ class ShardsConfig:
 
     corpus: Path = field(help="corpus folder", input=True)
     tokenizer: Path = field(help="tokenizer folder", input=True)
+    cache: Path | None = field(
+        None, help="folder where encoded files are kept, to be found by content", semantic=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,8 @@ def read_texts(paths: Sequence[str], split: Split) -> Iterator[str]:
 
 def tokenize(config: ShardsConfig, out: Path) -> dict[str, Any]:
     """Write memory-mapped ids of every split."""
-    summary = write_shards(config.corpus, Tokenizer.load(config.tokenizer), out)
+    tok = Tokenizer.load(config.tokenizer)
+    summary = write_shards(config.corpus, tok, out, cache=config.cache)
     for split in ("train", "validation", "test"):
         shard = open_shard(out, split)
         say(f"  {split}: {len(shard.offsets) - 1:,} documents, {len(shard.tokens):,} tokens")
