@@ -19,9 +19,9 @@ from groundup.model import (
     load_network,
     save_model,
 )
-from groundup.model.decoder import IGNORE
 from groundup.model.encoder_config import TASKS
 from groundup.model.hf import model_tensors
+from groundup.model.loss import IGNORE
 
 SIZES = {
     "vocab_size": 97,

@@ -9,8 +9,8 @@ from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM
 from groundup.model import Decoder, ModelConfig, load_model, num_parameters, save_model
-from groundup.model.decoder import load_balancing_loss
 from groundup.model.hf import model_tensors
+from groundup.train import NextToken
 
 SIZES = {
     "vocab_size": 97,
@@ -189,8 +189,7 @@ def test_load_balancing_equals_transformers(case, tmp_path):
     ours = load_model(tmp_path / "m")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     ids = torch.randint(0, 97, (2, 20))
-    routing = []
-    ours(ids, routing=routing)
+    objective = NextToken(load_balance=1, experts_per_token=ours.config.num_experts_per_tok)
+    terms, _ = objective(ours, {"ids": ids, "targets": ids})
     wanted = theirs(ids, output_router_logits=True, labels=ids).aux_loss
-    found = load_balancing_loss(routing, ours.config.num_experts_per_tok)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms["load_balance"] / ids.numel(), wanted, rtol=1e-5, atol=1e-6)

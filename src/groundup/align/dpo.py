@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundup.train import Row, collate_rows
-from groundup.train.objectives import Metrics, MicroBatch, Sums
+from groundup.train.objectives import NONE, Metrics, MicroBatch, Stats, Sums
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class DPO:
             counts["sft"] = float((batch["targets"][:pairs] >= 0).sum())
         return counts
 
-    def __call__(self, model: nn.Module, batch: MicroBatch) -> tuple[Sums, Metrics]:
+    def __call__(
+        self, model: nn.Module, batch: MicroBatch, stats: Stats = NONE
+    ) -> tuple[Sums, Metrics]:
         """Return the summed loss and TRL's metrics as (sum, weight)."""
         logps_BT = model(batch["ids"], want="logprobs", targets=batch["targets"])
         logps_B = logps_BT.sum(-1)
@@ -118,9 +120,7 @@ class DPO:
             "logps/chosen": logps_B[:pairs],
             "logps/rejected": logps_B[pairs:],
         }
-        return terms, {
-            name: (float(value.detach().sum()), float(pairs)) for name, value in values.items()
-        }
+        return terms, {name: (value.detach().sum(), float(pairs)) for name, value in values.items()}
 
     def losses(self, margin_P: Tensor) -> Tensor:
         """Return -log sigmoid(margin), smoothed (Mitchell 2023, conservative DPO)."""

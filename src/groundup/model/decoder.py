@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from groundup.model.config import ModelConfig
+from groundup.model.loss import IGNORE, linear_cross_entropy
 from groundup.model.rope import rotary_table, rotate
 
-IGNORE = -100  # a target that counts for nothing, as in torch's cross-entropy
 LOGITS_IN_ONE_PIECE = 2**26  # more logits than this (256 MB in fp32) are computed in pieces
 
 
@@ -222,24 +222,21 @@ class Experts(nn.Module):
         return out_NE.view_as(x_BTE)
 
 
-def load_balancing_loss(
-    routing: Sequence[Tensor], chosen: int, mask: Tensor | None = None
-) -> Tensor:
-    """Return X times the sum over experts of token share times probability.
+def expert_counts(routing: Sequence[Tensor], chosen: int) -> Tensor:
+    """Return how often each of X experts is among a token's `chosen`, over all logits_NX."""
+    picked = torch.cat([logits_NX.topk(chosen).indices.flatten() for logits_NX in routing])
+    experts = routing[0].shape[-1]
+    return F.one_hot(picked, experts).sum(0).to(torch.promote_types(routing[0].dtype, torch.float))
 
-    Switch Transformer, arXiv 2101.03961, eq. 4 to 6, over all layers' logits_NX and with
-    `chosen` experts a token, as transformers computes it; `mask` [N] leaves padding out.
+
+def expert_probabilities(routing: Sequence[Tensor]) -> Tensor:
+    """Return the router's probability of each expert, added up over all logits_NX.
+
+    X times the share of tokens times the share of probability, added up over experts, is the
+    loss of the Switch Transformer (arXiv 2101.03961, eq. 4 to 6), as transformers computes it.
     """
-    logits_LNX = torch.stack(list(routing))
-    probs_LNX = logits_LNX.softmax(-1, dtype=torch.float32)
-    experts = probs_LNX.shape[-1]
-    picked_LNCX = F.one_hot(probs_LNX.topk(chosen).indices, experts).float()
-    keep_N = torch.ones(logits_LNX.shape[1]) if mask is None else mask.flatten().float()
-    keep_1N1 = keep_N.to(probs_LNX.device)[None, :, None]
-    tokens = keep_1N1.sum() * len(routing)
-    share_CX = (picked_LNCX * keep_1N1[..., None]).sum((0, 1)) / tokens
-    prob_X = (probs_LNX * keep_1N1).sum((0, 1)) / tokens
-    return experts * (share_CX * prob_X).sum()
+    wide = torch.promote_types(routing[0].dtype, torch.float)
+    return torch.stack([x_NX.softmax(-1, dtype=wide).sum(0) for x_NX in routing]).sum(0)
 
 
 class Layer(nn.Module):
@@ -358,12 +355,14 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: Cache | None = None,
-        want: Literal["logits", "hidden", "logprobs"] = "logits",
+        want: Literal["logits", "hidden", "logprobs", "losses"] = "logits",
         targets: Tensor | None = None,
         routing: list[Tensor] | None = None,
         at: Tensor | None = None,
+        z_loss: float = 0.0,
     ) -> Tensor:
-        """Return logits_BTV, hidden_BTE, or the log-probabilities of targets_BT (0 at IGNORE).
+        """Return logits_BTV, hidden_BTE, the log-probabilities of targets_BT (0 at IGNORE), or
+        their summed losses with and without `z_loss` (`linear_cross_entropy`).
 
         `routing` collects the router's logits of every layer with experts; `at` picks positions
         of T, so that no other is projected to the vocabulary.
@@ -375,8 +374,19 @@ class Decoder(nn.Module):
             return hidden_BTE
         if want == "logits":
             return self.head(hidden_BTE)
-        assert targets is not None, "want='logprobs' needs targets"
-        return self.target_logprobs(hidden_BTE, targets)
+        assert targets is not None, f"want={want!r} needs targets"
+        if want == "logprobs":
+            return self.target_logprobs(hidden_BTE, targets)
+        if type(self.lm_head) is not nn.Linear:  # adapted: not one matrix
+            assert z_loss == 0
+            return -self.target_logprobs(hidden_BTE, targets).sum().expand(2)
+        return linear_cross_entropy(
+            hidden_BTE.flatten(0, 1),
+            self.lm_head.weight,
+            targets.flatten(),
+            z_loss=z_loss,
+            softcap=self.config.final_logit_softcapping,
+        )
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits, squeezed where the model was trained so."""

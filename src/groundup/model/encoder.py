@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groundup.model.decoder import IGNORE
 from groundup.model.encoder_config import EncoderConfig
+from groundup.model.loss import IGNORE
 from groundup.model.rope import rotate
 
-Want = Literal["auto", "hidden", "logits", "nsp", "logprobs", "embedding"]
+Want = Literal["auto", "hidden", "logits", "nsp", "logprobs", "pairs", "embedding"]
 
 
 def attend(
@@ -239,9 +239,14 @@ class Encoder(nn.Module):
         types: Tensor | None = None,
         want: Want = "auto",
         targets: Tensor | None = None,
-    ) -> Tensor:
-        """Return the task's logits; or hidden_BTE, nsp_B2, embedding_BE, log p(targets_BT)."""
+    ) -> Any:
+        """Return the task's logits; or hidden_BTE, nsp_B2, embedding_BE, log p(targets_BT).
+
+        `pairs` gives both of BERT's pretraining: log p(targets_BT) and nsp_B2.
+        """
         hidden_BTE = self.body(ids_BT, mask, types)
+        if want == "pairs":
+            return tuple(self.outputs(hidden_BTE, mask, w, targets) for w in ("logprobs", "nsp"))
         if want == "hidden":
             return hidden_BTE
         if want == "embedding":

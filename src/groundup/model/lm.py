@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from groundup.model.decoder import IGNORE, LOGITS_IN_ONE_PIECE, Decoder
+from groundup.model.decoder import LOGITS_IN_ONE_PIECE, Decoder
+from groundup.model.loss import IGNORE
 
 Window = tuple[int, int, int]  # document, first input position, first scored position
 

@@ -15,7 +15,7 @@ from groundup.model.lora import LoraConfig, apply_lora, trained_share
 from groundup.recipe.configs import AlignConfig, FinetuneConfig
 from groundup.tokenizer import Tokenizer
 
-Files = tuple[Callable[[Path], None], Callable[[Path], dict[str, Tensor]]]
+Files = tuple[Callable[[Any, Path], None], Callable[[Path], dict[str, Tensor]]]
 
 
 def lora_of(config: FinetuneConfig | AlignConfig) -> LoraConfig | None:
@@ -53,11 +53,11 @@ def checkpoint_files(model: Decoder, tok: Tokenizer, config: FinetuneConfig | Al
     lora = lora_of(config)
     if lora is None:
         return (
-            lambda folder: write_model(model, tok, folder),
+            lambda copied, folder: write_model(copied, tok, folder),
             lambda folder: checkpoint_weights(model, folder),
         )
     return (
-        lambda folder: write_adapter(model, lora, str(config.model), folder),
+        lambda copied, folder: write_adapter(copied, lora, str(config.model), folder),
         lambda folder: adapter_weights(model, folder),
     )
 

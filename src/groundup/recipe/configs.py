@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from groundup.core.config import field
+from groundup.train.config import LoopOptions
 
 DEVICE_HELP = "cpu, cuda or mps; unset: the best there is"
 
@@ -70,7 +71,7 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(LoopOptions):
     """Train a causal language model; a plan, where given, sets shape, batch, rate and steps."""
 
     corpus: Path = field(help="corpus folder or token shard folder", input=True)
@@ -86,6 +87,10 @@ class PretrainConfig:
     objective: Literal["causal", "fim", "mlm", "mlm+nsp", "mlm+sop"] = field(
         "causal", help="next tokens, fill-in-the-middle, or masked words with pairs of segments"
     )
+    packing_strategy: Literal["wrapped", "bfd"] = field(
+        "wrapped", help="rows cut from one stream, or whole documents packed by best fit"
+    )
+    z_loss: float = field(0.0, help="weight of log(Z)^2, which keeps logits small (PaLM: 1e-4)")
     fim_rate: float = field(0.5, help="share of the text that fim rearranges")
     fim_level: Literal["document", "context"] = field("document", help="what fim cuts")
     whole_word: bool = field(False, help="mlm masks whole words")
@@ -107,7 +112,7 @@ class PretrainConfig:
     steps: int = field(500, help="optimizer steps")
     learning_rate: float = field(0.02, help="peak rate of Muon (matrices)")
     adam_learning_rate: float = field(0.003, help="peak rate of AdamW (embeddings, norms)")
-    dtype: Literal["fp32", "bf16"] = field("fp32", help="dtype of matrix products")
+    dtype: Literal["fp32", "bf16", "fp16"] = field("fp32", help="dtype of matrix products")
     compile: bool = field(False, help="use torch.compile")
     seed: int = field(1, help="seed of weights and data order")
     checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
@@ -153,7 +158,7 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(AdapterOptions):
+class FinetuneConfig(AdapterOptions, LoopOptions):
     """Fine-tune on conversations; the loss counts the assistant's tokens only."""
 
     model: Path = field(help="model folder", input=True)
@@ -162,7 +167,8 @@ class FinetuneConfig(AdapterOptions):
     seconds: float | None = field(None, help="time for training, with --plan")
     steps: int = field(300, help="optimizer steps, without --plan")
     max_epochs: float = field(4, help="never more passes over the data than this")
-    batch_size: int = field(16, help="conversations in an optimizer step")
+    batch_size: int = field(16, help="conversations in an optimizer step, or rows with packing")
+    packing: bool = field(False, help="pack conversations into full rows; they stay apart")
     max_length: int | None = field(None, help="tokens a row; unset: the model's context")
     learning_rate: float = field(0.01, help="peak rate of Muon (matrices)")
     adam_learning_rate: float = field(0.002, help="peak rate of AdamW (embeddings, norms)")
@@ -184,7 +190,7 @@ class PreferencesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignConfig(AdapterOptions):
+class AlignConfig(AdapterOptions, LoopOptions):
     """Align to preferences with DPO against the starting model as reference."""
 
     model: Path = field(help="fine-tuned model folder", input=True)

@@ -19,6 +19,7 @@ from groundup.recipe.shared import fit_settings, shards_of, watch
 from groundup.tokenizer import Tokenizer
 from groundup.train import Hook, MaskedLM, MaskedPairs, fit
 from groundup.train.masked import Pairs
+from groundup.train.step import to_device
 
 VALIDATION_STEPS = 20
 PAIRS: dict[str, Pairs] = {"mlm": "none", "mlm+nsp": "nsp", "mlm+sop": "sop"}
@@ -49,7 +50,7 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
             out,
             device=device.device,
             hooks=[Hook(1, watch(live))],
-            write_model=lambda folder: write_model(model, tok, folder),
+            write_model=lambda copied, folder: write_model(copied, tok, folder),
             read_weights=lambda folder: checkpoint_weights(model, folder),
         )
     save_model(model, tok, out / "model")
@@ -122,9 +123,8 @@ def validate(
     counts: dict[str, float] = {}
     for _ in range(VALIDATION_STEPS):
         for batch in source.next_step():
-            moved = {name: tensor.to(device) for name, tensor in batch.items()}
-            _, metrics = objective(model, moved)
+            _, metrics = objective(model, to_device(batch, device))
             for name, (value, weight) in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
+                sums[name] = sums.get(name, 0.0) + float(value)
                 counts[name] = counts.get(name, 0.0) + weight
     return {name: sums[name] / counts[name] for name in sums}

@@ -19,7 +19,7 @@ from groundup.model.lm import NeuralLM
 from groundup.recipe.configs import PretrainConfig
 from groundup.tokenizer import Tokenizer
 from groundup.train import Hook, State
-from groundup.train.loop import DTYPES
+from groundup.train.step import DTYPES
 
 EVALUATIONS = 10  # a run, where eval_steps is unset
 SCORES = ("acc", "acc_norm", "perplexity")

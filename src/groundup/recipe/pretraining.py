@@ -31,6 +31,7 @@ from groundup.train import (
     MiddleStream,
     MiddleTokens,
     NextToken,
+    PackedStream,
     State,
     TokenStream,
     fit,
@@ -75,13 +76,13 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
         speaking = Hook(1, watch(live, model, tok, validation, bits_per_nat, config))
         metrics = fit(
             model,
-            next_token(model.config),
+            next_token(model.config, config.z_loss),
             source,
             fit_config,
             out,
             device=device.device,
             hooks=[speaking, *([scoring] if scoring else []), *trackers],
-            write_model=lambda folder: write_model(model, tok, folder),
+            write_model=lambda copied, folder: write_model(copied, tok, folder),
             read_weights=lambda folder: checkpoint_weights(model, folder),
         )
     if not metrics:  # every step was done before: only the last folder is missing
@@ -98,17 +99,21 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     }
 
 
-def next_token(config: ModelConfig) -> NextToken:
+def next_token(config: ModelConfig, z_loss: float) -> NextToken:
     """Return the objective, with the router's loss where there are experts."""
     if not config.family.experts:
-        return NextToken()
+        return NextToken(z_loss=z_loss)
     return NextToken(
-        load_balance=config.router_aux_loss_coef, experts_per_token=config.num_experts_per_tok
+        z_loss=z_loss,
+        load_balance=config.router_aux_loss_coef,
+        experts_per_token=config.num_experts_per_tok,
     )
 
 
-def token_source(config: PretrainConfig, tok: Tokenizer, train: Shard) -> TokenStream:
-    """Return rows of next tokens, rearranged for fill-in-the-middle where asked for."""
+def token_source(
+    config: PretrainConfig, tok: Tokenizer, train: Shard
+) -> TokenStream | PackedStream:
+    """Return rows of next tokens, packed or rearranged for fill-in-the-middle where asked for."""
     options: dict[str, Any] = {
         "eos_token_id": tok.eos_token_id,
         "context": config.max_position_embeddings,
@@ -117,7 +122,10 @@ def token_source(config: PretrainConfig, tok: Tokenizer, train: Shard) -> TokenS
         "seed": config.seed,
     }
     if config.objective == "causal":
-        return TokenStream(train.tokens, train.offsets, **options)
+        kind = PackedStream if config.packing_strategy == "bfd" else TokenStream
+        return kind(train.tokens, train.offsets, **options)
+    if config.packing_strategy == "bfd":
+        raise ConfigError("packing_strategy bfd is for --objective causal: leave one of them out")
     missing = [name for name in (PREFIX, MIDDLE, SUFFIX) if name not in tok.specials]
     if missing:
         raise ConfigError(

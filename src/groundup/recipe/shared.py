@@ -1,5 +1,6 @@
 """What stages that train have in common."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,13 @@ from groundup.data import write_shards
 from groundup.figure import LiveTraining
 from groundup.recipe.configs import LadderConfig, PretrainConfig
 from groundup.tokenizer import Tokenizer
-from groundup.train import FitConfig, State
+from groundup.train import FitConfig, LoopOptions, State
 
 
-def fit_settings(config: PretrainConfig) -> FitConfig:
-    """Return the loop's settings."""
-    return FitConfig(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        adam_learning_rate=config.adam_learning_rate,
-        dtype=config.dtype,
-        compile=config.compile,
-        seed=config.seed,
-        checkpoint_every=config.checkpoint_every,
-    )
+def fit_settings(config: LoopOptions, **others: Any) -> FitConfig:
+    """Return the loop's settings: those that the stage's config has, and `others`."""
+    names = [f.name for f in dataclasses.fields(FitConfig) if hasattr(config, f.name)]
+    return FitConfig(**{name: getattr(config, name) for name in names} | others)
 
 
 def shards_of(config: PretrainConfig | LadderConfig, tok: Tokenizer, out: Path) -> Path:

@@ -48,6 +48,7 @@ STAGES = {
             config="groundup.recipe.configs:PretrainConfig",
             run="groundup.recipe.pretraining:pretrain",
             help="train the network on next tokens",
+            version=2,
         ),
         Stage(
             name="chats",
@@ -60,6 +61,7 @@ STAGES = {
             config="groundup.recipe.configs:FinetuneConfig",
             run="groundup.recipe.tuning:finetune",
             help="fine-tune on conversations, loss on the answers only",
+            version=2,
         ),
         Stage(
             name="preferences",
@@ -72,6 +74,7 @@ STAGES = {
             config="groundup.recipe.configs:AlignConfig",
             run="groundup.recipe.tuning:align",
             help="align to the preferences (DPO)",
+            version=2,
         ),
         Stage(
             name="evaluate",

@@ -26,18 +26,19 @@ from groundup.model.hf import load_model
 from groundup.recipe.adapters import adapt, checkpoint_files, save_results
 from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
 from groundup.recipe.planning import read_plan
-from groundup.recipe.shared import watch
+from groundup.recipe.shared import fit_settings, watch
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
     Examples,
-    FitConfig,
     Hook,
     NextToken,
     Objective,
     Row,
     audit,
+    collate_packed,
     collate_rows,
     fit,
+    pack_rows,
 )
 
 EFFICIENCY = 0.7  # of pretraining's tokens/s without compiling: short rows, padding, reference
@@ -60,18 +61,38 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     show_audit(counts)
     if not rows:
         raise DataError(f"no row of {config.data} has anything to learn from (see the audit)")
-    steps = planned_steps(config, counts["tokens"] / len(rows), len(rows))
-    source = Examples(
-        rows,
-        collate=lambda chosen: collate_rows(chosen, tok.pad_token_id),
-        length=lambda row: len(row[0]),
-        batch_size=config.batch_size,
-        micro_batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    source = conversations(rows, config, tok, longest)
+    drawn = len(source.examples)
+    steps = planned_steps(config, counts["tokens"] / drawn, drawn)
     train(model, NextToken(), source, config, steps, tok, out, device)
     summary = {"audit": counts, "steps": steps, "epochs": steps / source.steps_per_epoch}
     return summary | adapter
+
+
+def conversations(
+    rows: Sequence[Row], config: FinetuneConfig, tok: Tokenizer, longest: int
+) -> Examples:
+    """Return the batch source: a conversation a row, or several packed into one."""
+    options: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "micro_batch_size": config.batch_size,
+        "seed": config.seed,
+    }
+    if not config.packing:
+        return Examples(
+            rows,
+            collate=lambda chosen: collate_rows(chosen, tok.pad_token_id),
+            length=lambda row: len(row[0]),
+            **options,
+        )
+    groups = pack_rows(rows, longest)
+    say(f"  packed into {len(groups):,} rows of {longest} tokens")
+    return Examples(
+        [[rows[n] for n in group] for group in groups],
+        collate=lambda chosen: collate_packed(chosen, longest, tok.pad_token_id),
+        length=len,
+        **options,
+    )
 
 
 def make_preferences(config: PreferencesConfig, out: Path) -> dict[str, Any]:
@@ -215,14 +236,7 @@ def train(
     device: devices.Device,
 ) -> dict[str, float]:
     """Run the one loop with a live curve; write `model/`, and `adapter/` where one is trained."""
-    fit_config = FitConfig(
-        steps=steps,
-        learning_rate=config.learning_rate,
-        adam_learning_rate=config.adam_learning_rate,
-        dtype=planned_dtype(config.plan),  # type: ignore[arg-type]
-        seed=config.seed,
-        checkpoint_every=config.checkpoint_every,
-    )
+    fit_config = fit_settings(config, steps=steps, dtype=planned_dtype(config.plan))
     say(f"  device: {device.line}; {steps:,} steps, {steps / source.steps_per_epoch:.2f} epochs")
     write, read = checkpoint_files(model, tok, config)
     with LiveTraining(console, steps=steps, unit="loss") as live:

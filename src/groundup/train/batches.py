@@ -1,7 +1,8 @@
 """Batch sources: where the steps of a training run come from, exactly resumable.
 
 A source answers `next_step()` with the micro-batches of one optimizer step; its state is a
-few integers, because every order follows from the seed and the epoch.
+few integers, because every order follows from the seed and the epoch. A micro-batch names its
+`documents` (their numbers), so that a bad one can be found.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from groundup.core.errors import DataError
-from groundup.model.decoder import IGNORE
+from groundup.core.errors import CheckpointError, DataError
+from groundup.model.loss import IGNORE
 from groundup.train.objectives import MicroBatch
 
 StepBatch = list[MicroBatch]
@@ -35,6 +36,16 @@ class BatchSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position."""
         ...
+
+
+def same_data(state: dict[str, Any], own: dict[str, Any]) -> None:
+    """Refuse a position in other data."""
+    for name, value in own.items():
+        if state["data"].get(name) != value:
+            raise CheckpointError(
+                f"the checkpoint was made with other data: {name} {state['data'].get(name)}, here "
+                f"{value}. Choose another --out, or give the data of that run"
+            )
 
 
 class TokenStream:
@@ -61,7 +72,9 @@ class TokenStream:
         self.context, self.batch_size = context, batch_size
         self.accumulation, self.seed = gradient_accumulation_steps, seed
         self.rows_per_epoch = -(-len(tokens) // context)
+        self.data = {"tokens": len(tokens), "documents": len(offsets) - 1, "seed": seed}
         self.epoch, self.row = 0, 0
+        self.drawn: set[int] = set()
         self.arrange()
 
     def arrange(self) -> None:
@@ -80,7 +93,8 @@ class TokenStream:
             start = 0
         at = int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
-            document = self.documents[at]
+            document = int(self.documents[at])
+            self.drawn.add(document)
             end = int(self.ends[at])
             take = min(stop, end) - start
             first = int(self.offsets[document + 1]) - (end - start)
@@ -106,17 +120,19 @@ class TokenStream:
         """Return `gradient_accumulation_steps` micro-batches of `batch_size` rows."""
         step = []
         for _ in range(self.accumulation):
+            self.drawn = set()
             rows = [self.next_row() for _ in range(self.batch_size)]
             ids, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-            step.append({"ids": ids, "targets": targets})
+            step.append({"ids": ids, "targets": targets, "documents": sorted(self.drawn)})
         return step
 
     def state_dict(self) -> dict[str, Any]:
         """Return epoch and row."""
-        return {"epoch": self.epoch, "row": self.row}
+        return {"epoch": self.epoch, "row": self.row, "data": self.data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to an epoch and row."""
+        same_data(state, self.data)
         self.epoch, self.row = state["epoch"], state["row"]
         self.arrange()
 
@@ -170,17 +186,23 @@ class Examples:
         if self.at == len(self.steps):
             self.epoch, self.at = self.epoch + 1, 0
             self.arrange()
-        chosen = [self.examples[n] for n in self.steps[self.at]]
+        chosen = self.steps[self.at]
         self.at += 1
         size = self.micro_batch_size
-        return [self.collate(chosen[n : n + size]) for n in range(0, len(chosen), size)]
+        pieces = [chosen[n : n + size] for n in range(0, len(chosen), size)]
+        return [
+            self.collate([self.examples[n] for n in piece]) | {"documents": piece}
+            for piece in pieces
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return epoch and step within it."""
-        return {"epoch": self.epoch, "at": self.at}
+        data = {"examples": len(self.examples), "seed": self.seed}
+        return {"epoch": self.epoch, "at": self.at, "data": data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to an epoch and step."""
+        same_data(state, {"examples": len(self.examples), "seed": self.seed})
         self.epoch, self.at = state["epoch"], state["at"]
         self.arrange()
 

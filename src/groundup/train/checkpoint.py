@@ -1,14 +1,21 @@
 """Checkpoints: `checkpoints/step-N/`, complete or absent, a Hugging Face folder plus the rest.
 
-Beside the model's files stand `optimizer.safetensors` (optimizer and RNG state) and
-`training.json` (step, data position), so that a resumed run goes on as if never stopped.
+Beside the model's files stand `optimizer.safetensors` (optimizers, averaged weights, generators)
+and `training.json` (step, data position, guard, loss scale, metrics), so that a resumed run goes
+on as if never stopped. The copy is taken at once; a thread writes it while training goes on.
 """
 
+import copy
+import hashlib
+import random
 import shutil
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,37 +24,147 @@ from torch import Tensor, nn
 from groundup.core.errors import CheckpointError, GroundupError
 from groundup.core.files import atomic_folder, read_json, write_json
 from groundup.core.progress import say
+from groundup.train.average import Average, copy_into
+from groundup.train.batches import BatchSource
+from groundup.train.config import FitConfig
+from groundup.train.guard import Guard, LossScale
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "training.json"
-Optimizers = Sequence[torch.optim.Optimizer]
+WriteModel = Callable[[Any, Path], None]  # a copy of the model, a folder
+ReadWeights = Callable[[Path], dict[str, Tensor]]
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizers: Optimizers,
-    source_state: dict[str, Any],
-    *,
-    keep: int,
-    write_model: Callable[[Path], None] | None,
-) -> None:
-    """Write step-N aside, rename it into place, then delete all but the newest `keep`."""
-    with atomic_folder(folder / f"step-{step}") as aside:
-        if write_model:
-            write_model(aside)
-        else:
-            weights = {name: w.detach().contiguous() for name, w in trained(model).items()}
-            save_file(weights, str(aside / WEIGHTS))
-        save_file(optimizer_tensors(model, optimizers) | rng_tensors(), str(aside / OPTIMIZER))
-        write_json(aside / STATE, {"step": step, "source": source_state})
-    for old in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
+@dataclass
+class Training:
+    """Everything that the rest of a run depends on."""
+
+    model: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    source: BatchSource
+    guard: Guard
+    scale: LossScale
+    average: Average | None = None
+
+
+@dataclass
+class Snapshot:
+    """A training at one step, copied to the CPU."""
+
+    model: nn.Module
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that training changes, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def identity(training: Training) -> dict[str, Any]:
+    """Return what a checkpoint must share with the run that continues it."""
+    shapes = [(name, tuple(weight.shape)) for name, weight in trained(training.model).items()]
+    return {
+        "parameters": sum(weight.numel() for weight in trained(training.model).values()),
+        "tensors": hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest(),
+        "optimizers": [type(optimizer).__name__ for optimizer in training.optimizers],
+    }
+
+
+def take(training: Training, step: int, metrics: dict[str, float]) -> Snapshot:
+    """Copy a training; frozen weights are shared, as they never change."""
+    memo: dict[int, Any] = {}
+    for weight in training.model.parameters():
+        copied = weight.detach().to("cpu", copy=True) if weight.requires_grad else weight
+        memo[id(weight)] = nn.Parameter(copied, requires_grad=weight.requires_grad)
+    generators, generator_state = read_generators()
+    tensors = optimizer_tensors(training) | generators
+    average = training.average
+    if average:
+        tensors |= {f"average/{name}": weight for name, weight in average.weights.items()}
+    state = {
+        "step": step,
+        "source": training.source.state_dict(),
+        "guard": training.guard.state_dict(),
+        "scale": training.scale.state_dict(),
+        "average_steps": average.steps if average else 0,
+        "generators": generator_state,
+        "metrics": metrics,
+        "identity": identity(training),
+    }
+    return Snapshot(
+        model=copy.deepcopy(training.model, memo),
+        tensors={name: t.detach().to("cpu", copy=True) for name, t in tensors.items()},
+        state=copy.deepcopy(state),
+    )
+
+
+def write(snapshot: Snapshot, folder: Path, write_model: WriteModel | None) -> None:
+    """Write step-N aside and rename it into place."""
+    with atomic_folder(folder / f"step-{snapshot.state['step']}") as aside:
+        if write_model:
+            write_model(snapshot.model, aside)
+        else:
+            weights = trained(snapshot.model)
+            save_file({name: w.data.contiguous() for name, w in weights.items()}, aside / WEIGHTS)
+        save_file({name: t.contiguous() for name, t in snapshot.tensors.items()}, aside / OPTIMIZER)
+        write_json(aside / STATE, snapshot.state)
+
+
+class Saver:
+    """Writes one snapshot at a time in a thread; what went wrong there is raised here."""
+
+    def __init__(self, folder: Path, config: FitConfig, write_model: WriteModel | None) -> None:
+        self.folder, self.config, self.write_model = folder, config, write_model
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def save(self, training: Training, step: int, metrics: dict[str, float]) -> None:
+        """Copy now; write in the background, once the save before is done."""
+        self.wait()
+        snapshot = take(training, step, metrics)
+        self.thread = threading.Thread(target=self.work, args=(snapshot,))
+        self.thread.start()
+
+    def work(self, snapshot: Snapshot) -> None:
+        """Write, then drop what is no longer kept."""
+        try:
+            write(snapshot, self.folder, self.write_model)
+            self.prune()
+        except BaseException as err:  # raised again by `check`
+            self.error = err
+
+    def check(self) -> None:
+        """Raise what went wrong in the background."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def wait(self) -> None:
+        """Wait for the save under way."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def prune(self) -> None:
+        """Delete all but the newest checkpoints and the best one."""
+        best = self.best()
+        for old in list_checkpoints(self.folder)[self.config.keep_checkpoints :]:
+            if old != best:
+                shutil.rmtree(old)
+
+    def best(self) -> Path | None:
+        """Return the best checkpoint by the chosen metric, the newest of equal ones."""
+        name = self.config.metric_for_best_model
+        if name is None:
+            return None
+        sign = -1 if self.config.greater_is_better else 1
+        scored = [
+            (sign * value, n, path)
+            for n, path in enumerate(list_checkpoints(self.folder))
+            if (value := read_json(path / STATE)["metrics"].get(name)) is not None
+        ]
+        return min(scored)[-1] if scored else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -57,83 +174,114 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizers: Optimizers,
-    *,
-    read_weights: Callable[[Path], dict[str, Tensor]] | None = None,
-) -> tuple[int, dict[str, Any]] | None:
-    """Restore the newest sound checkpoint; return its step and data position, or None.
+    folder: Path, training: Training, read_weights: ReadWeights | None = None
+) -> int:
+    """Restore the newest sound checkpoint; return its step, 0 where there is none.
 
-    A damaged one is named and passed over for the one before it. `read_weights` reads what the
-    `write_model` of saving wrote, under the names of the model's parameters.
+    A damaged one is named and passed over for the one before it. `read_weights` reads what
+    `write_model` wrote, under the names of the model's parameters.
     """
     checkpoints = list_checkpoints(folder)
     for path in checkpoints:
         try:
-            weights = read_weights(path) if read_weights else load_file(str(path / WEIGHTS))
-            tensors = load_file(str(path / OPTIMIZER))
             state = read_json(path / STATE)
-            restore(model, optimizers, weights, tensors)
+            another_run = difference(state["identity"], identity(training))
+            if not another_run:
+                weights = read_weights(path) if read_weights else load_file(path / WEIGHTS)
+                tensors = load_file(path / OPTIMIZER)
         except (SafetensorError, OSError, GroundupError, KeyError, RuntimeError) as err:
             say(f"{path} is damaged ({str(err).splitlines()[0]}): trying the one before it")
             continue
-        return state["step"], state["source"]
+        if another_run:
+            raise CheckpointError(
+                f"{path} belongs to another run: {another_run}. Choose another --out, or delete "
+                "that folder"
+            )
+        restore(training, weights, tensors, state)
+        return int(state["step"])
     if checkpoints:
         raise CheckpointError(
             f"no checkpoint in {folder} can be read: delete that folder to start from step 0"
         )
-    return None
+    return 0
+
+
+def difference(saved: dict[str, Any], own: dict[str, Any]) -> str:
+    """Say what differs between a checkpoint's identity and this run's; empty if nothing does."""
+    names = [name for name in own if saved.get(name) != own[name]]
+    told = [f"{name} {saved.get(name)}, here {own[name]}" for name in names if name != "tensors"]
+    return ", ".join(told) or ("its tensors have other shapes" if names else "")
 
 
 def restore(
-    model: nn.Module,
-    optimizers: Optimizers,
+    training: Training,
     weights: dict[str, Tensor],
     tensors: dict[str, Tensor],
+    state: dict[str, Any],
 ) -> None:
-    """Put trained weights, optimizer state and RNG state back in place."""
-    parameters = trained(model)
-    if missing := parameters.keys() ^ weights.keys():
-        raise KeyError(f"the tensor {min(missing)} does not fit the model")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter] = {}
-    owner = {id(p): optimizer for optimizer in optimizers for p in optimizer_parameters(optimizer)}
+    """Put weights, optimizers, average, position and generators back in place."""
+    training.source.load_state_dict(state["source"])
+    parameters = trained(training.model)
+    copy_into(training.model, {name: weights[name] for name in parameters})
+    owner = {}
+    for optimizer in training.optimizers:
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            owner[id(parameter)] = (optimizer, fused)
+            optimizer.state[parameter] = {}
     for key, value in tensors.items():
         name, _, field = key.rpartition("/")
         if name in parameters:
             parameter = parameters[name]
-            where = "cpu" if field == "step" else parameter.device
-            owner[id(parameter)].state[parameter][field] = value.to(where)
-    torch.set_rng_state(tensors["rng/cpu"])
-    if torch.cuda.is_available() and "rng/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
+            optimizer, fused = owner[id(parameter)]
+            on_cpu = field == "step" and not fused
+            optimizer.state[parameter][field] = value.to("cpu" if on_cpu else parameter.device)
+    if training.average:
+        training.average.steps = state["average_steps"]
+        for name, weight in training.average.weights.items():
+            weight.copy_(tensors[f"average/{name}"])
+    training.guard.load_state_dict(state["guard"])
+    training.scale.load_state_dict(state["scale"])
+    write_generators(tensors, state["generators"])
 
 
-def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return all parameters of an optimizer."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Return the optimizer state as tensors named `parameter/field`."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+def optimizer_tensors(training: Training) -> dict[str, Tensor]:
+    """Return the optimizers' state as tensors named `parameter/field`."""
+    names = {id(parameter): name for name, parameter in training.model.named_parameters()}
     return {
-        f"{names[id(parameter)]}/{field}": value.contiguous()
-        for optimizer in optimizers
+        f"{names[id(parameter)]}/{field}": value
+        for optimizer in training.optimizers
         for parameter, state in optimizer.state.items()
         for field, value in state.items()
     }
 
 
-def rng_tensors() -> dict[str, Tensor]:
-    """Return the state of torch's random number generators."""
-    tensors = {"rng/cpu": torch.get_rng_state()}
+def read_generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the states of torch's, NumPy's and Python's random number generators."""
+    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, numbers, next_gauss = random.getstate()
+    tensors = {
+        "rng/cpu": torch.get_rng_state(),
+        "rng/numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "rng/python": torch.tensor(numbers, dtype=torch.int64),
+    }
     if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    return tensors
+        for n, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"rng/cuda/{n}"] = state
+    return tensors, {
+        "numpy": [kind, place, has_gauss, gauss],
+        "python": [version, next_gauss],
+    }
+
+
+def write_generators(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Set the states of all random number generators."""
+    torch.set_rng_state(tensors["rng/cpu"])
+    kind, *rest = state["numpy"]
+    np.random.set_state((kind, tensors["rng/numpy"].numpy().astype(np.uint32), *rest))
+    version, next_gauss = state["python"]
+    random.setstate((version, tuple(tensors["rng/python"].tolist()), next_gauss))
+    if torch.cuda.is_available():
+        for n in range(torch.cuda.device_count()):
+            if f"rng/cuda/{n}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"rng/cuda/{n}"], n)

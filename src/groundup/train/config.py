@@ -7,19 +7,56 @@ from groundup.core.config import field
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
+class LoopOptions:
+    """What a user may set of the loop, the same for pretraining, fine-tuning and alignment."""
+
+    optim: Literal["muon", "normuon", "adamw"] = field(
+        "muon", help="optimizer of the layers' matrices; AdamW has all the rest"
+    )
+    newton_schulz: Literal["jordan", "polar-express"] = field(
+        "jordan", help="coefficients that Muon orthogonalises with"
+    )
+    weight_decay: float = field(0.0, help="decoupled weight decay")
+    cautious_weight_decay: bool = field(
+        False, help="decay only where the update agrees with the weight's sign (2510.12402)"
+    )
+    adam_beta1: float = field(0.9, help="AdamW's momentum")
+    adam_beta2: float = field(0.95, help="AdamW's memory of squared gradients")
+    adam_epsilon: float = field(1e-10, help="AdamW's epsilon")
+    layer_lr_decay: float = field(1.0, help="each layer learns this much slower than the next")
+    lr_scheduler_type: Literal["wsd", "cosine", "linear", "constant"] = field(
+        "linear", help="learning-rate schedule"
+    )
+    warmup_fraction: float = field(0.02, help="share of the steps to warm up in")
+    decay_fraction: float = field(0.4, help="share of the steps that `wsd` decays in")
+    max_grad_norm: float = field(1.0, help="clip the gradient to this norm")
+    ema_decay: float = field(0.0, help="average the weights with this decay; 0: do not")
+    save_ema: bool = field(True, help="with ema_decay: the finished model is the average")
+    gradient_checkpointing: bool = field(
+        False, help="compute activations again instead of keeping them", semantic=False
+    )
+    on_bad_step: Literal["stop", "skip"] = field(
+        "stop", help="what to do at a loss that is not finite, or a spike"
+    )
+    spike_threshold: float | None = field(
+        None, help="a loss so many deviations above the running median is a spike; unset: none is"
+    )
+    keep_checkpoints: int = field(2, help="newest checkpoints kept", semantic=False)
+    metric_for_best_model: str | None = field(
+        None, help="a metric of metrics.jsonl: the best checkpoint by it is kept too"
+    )
+    greater_is_better: bool = field(False, help="that metric is better the greater it is")
+    load_best_model_at_end: bool = field(False, help="the finished model is the best checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(LoopOptions):
     """Settings of the training loop, the same for every objective."""
 
     steps: int = field(help="optimizer steps")
     learning_rate: float = field(0.02, help="peak rate of Muon (matrices of the layers)")
     adam_learning_rate: float = field(0.003, help="peak rate of AdamW (embeddings, norms, heads)")
-    weight_decay: float = field(0.0, help="decoupled weight decay")
-    schedule: Literal["wsd", "cosine", "linear"] = field("linear", help="learning-rate schedule")
-    warmup_fraction: float = field(0.02, help="share of the steps to warm up in")
-    decay_fraction: float = field(0.4, help="share of the steps that `wsd` decays in")
-    max_grad_norm: float = field(1.0, help="clip the gradient to this norm")
-    dtype: Literal["fp32", "bf16"] = field("fp32", help="dtype of matrix products")
+    dtype: Literal["fp32", "bf16", "fp16"] = field("fp32", help="dtype of matrix products")
     compile: bool = field(False, help="use torch.compile; eager where it fails")
     seed: int = field(1, help="seed of dropout and the like")
     checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
-    keep_checkpoints: int = field(2, help="newest checkpoints kept", semantic=False)

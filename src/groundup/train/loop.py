@@ -6,32 +6,47 @@ the same, to rounding, however the step is cut up.
 """
 
 import math
+import signal
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
-from groundup.core.errors import GroundupError
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say
+from groundup.train.average import Average, copy_into
 from groundup.train.batches import BatchSource, StepBatch
-from groundup.train.checkpoint import load_checkpoint, save_checkpoint
+from groundup.train.blocks import checkpointed_activations
+from groundup.train.checkpoint import (
+    WEIGHTS,
+    ReadWeights,
+    Saver,
+    Training,
+    WriteModel,
+    load_checkpoint,
+    trained,
+)
 from groundup.train.config import FitConfig
-from groundup.train.objectives import MicroBatch, Objective
+from groundup.train.guard import Guard, LossScale
+from groundup.train.objectives import Objective
 from groundup.train.optim import make_optimizers
 from groundup.train.schedule import multiplier
+from groundup.train.step import DTYPES, accumulate, compiled, to_device
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FIRST_SCALE = 2.0**16  # of fp16's loss
 
 
 @dataclass
 class State:
-    """What a hook sees: the step just finished, its metrics, and the model."""
+    """What a hook sees: the step just finished, its metrics (it may add some), the model."""
 
     step: int
     steps: int
@@ -56,102 +71,139 @@ def fit(
     *,
     device: torch.device,
     hooks: Sequence[Hook] = (),
-    write_model: Callable[[Path], None] | None = None,
-    read_weights: Callable[[Path], dict[str, Tensor]] | None = None,
+    write_model: WriteModel | None = None,
+    read_weights: ReadWeights | None = None,
 ) -> dict[str, float]:
     """Train for `config.steps` steps, or for what is left of them; return the last metrics.
 
     Checkpoints go to `out/checkpoints`, one row a step to `out/metrics.jsonl`. The newest
-    checkpoint is continued bit for bit. A loss that is not finite stops with an error.
-    `write_model` fills a checkpoint's folder; `read_weights` reads the weights back from it.
+    checkpoint is continued bit for bit. `write_model(model, folder)` fills a checkpoint's
+    folder; `read_weights(folder)` reads the weights back from it. A bad step (`Guard`) stops
+    with an error or is skipped; Ctrl-C saves first.
     """
     dtype = DTYPES[config.dtype]
     torch.manual_seed(config.seed)
     model.to(device).train()
-    optimizers = make_optimizers(model, config, dtype)
-    log, checkpoints = MetricsLog(out / "metrics.jsonl"), out / "checkpoints"
-    first_step = 0
-    if restored := load_checkpoint(checkpoints, model, optimizers, read_weights=read_weights):
-        first_step, position = restored
-        source.load_state_dict(position)
+    training = Training(
+        model=model,
+        optimizers=make_optimizers(model, config, dtype),
+        source=source,
+        guard=Guard(config, out),
+        scale=LossScale(FIRST_SCALE if config.dtype == "fp16" else 1.0),
+        average=Average(model, config.ema_decay) if config.ema_decay else None,
+    )
+    log, saver = MetricsLog(out / "metrics.jsonl"), Saver(out / "checkpoints", config, write_model)
+    run_step = partial(accumulate, objective=objective, device=device, dtype=dtype)
+    first_step = load_checkpoint(saver.folder, training, read_weights)
+    if first_step:
         say(f"  continuing from step {first_step:,} of {config.steps:,}")
     log.truncate_after(first_step)
     state = State(first_step, config.steps, model)
-
-    def save() -> None:
-        position = source.state_dict()
-        keep = config.keep_checkpoints
-        save_checkpoint(
-            checkpoints, state.step, model, optimizers, position, keep=keep, write_model=write_model
-        )
-
     forward = model
-    try:
-        for step in range(first_step, config.steps):
-            started = time.perf_counter()
-            batch = [to_device(micro, device) for micro in source.next_step()]
-            if config.compile and forward is model:
-                forward = compiled(model, objective, batch[0], device, dtype)
-            rate = set_rates(optimizers, step, config)
-            metrics = accumulate(forward, objective, batch, device, dtype)
-            norm = float(nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
-                raise GroundupError(
-                    f"step {step + 1}: the loss is {metrics['loss']} and the gradient {norm}: "
-                    f"try half the learning rate (now {config.learning_rate:g}); the checkpoints "
-                    f"in {checkpoints} are untouched"
-                )
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            seconds = time.perf_counter() - started
-            metrics |= {"lr": rate, "grad_norm": norm, "seconds": seconds}
-            state.step, state.metrics = step + 1, metrics
-            log.write(step=state.step, **metrics)
-            last = state.step == config.steps
-            if state.step % config.checkpoint_every == 0 or last:
-                save()
-            for hook in hooks:
-                if state.step % hook.every == 0 or last:
-                    hook.run(state)
-    except KeyboardInterrupt:
-        if state.step > first_step:
-            save()
-            say(f"  stopped; step {state.step:,} is saved")
-        raise
+    with checkpointed_activations(model, config.gradient_checkpointing), interrupts() as stop:
+        try:
+            for step in range(first_step, config.steps):
+                started = time.perf_counter()
+                batch = source.next_step()
+                if config.compile and forward is model:
+                    micro = to_device(batch[0], device)
+                    forward = compiled(model, objective, micro, device, dtype)
+                rate = set_rates(training.optimizers, step, config)
+                metrics = optimizer_step(training, partial(run_step, forward), batch, step, config)
+                state.step = step + 1
+                seconds = time.perf_counter() - started
+                state.metrics = metrics | {"lr": rate, "seconds": seconds}
+                last = state.step == config.steps
+                if math.isfinite(metrics["loss"]):
+                    run_hooks(hooks, state, last, stop)
+                state.metrics = {k: v for k, v in state.metrics.items() if math.isfinite(v)}
+                log.write(step=state.step, **state.metrics)
+                saver.check()
+                if state.step % config.checkpoint_every == 0 or last or stop.asked:
+                    saver.save(training, state.step, state.metrics)
+                if stop.asked:
+                    saver.wait()
+                    say(f"  stopped; step {state.step:,} is saved")
+                    raise KeyboardInterrupt
+        finally:
+            saver.wait()
+    choose_weights(training, config, saver, read_weights)
     return state.metrics
 
 
-def accumulate(
-    forward: nn.Module,
-    objective: Objective,
+def optimizer_step(
+    training: Training,
+    backward: Callable[..., dict[str, float]],
     batch: StepBatch,
-    device: torch.device,
-    dtype: torch.dtype,
+    step: int,
+    config: FitConfig,
 ) -> dict[str, float]:
-    """Run forward and backward over a whole step; return its loss and metrics."""
-    totals: dict[str, float] = defaultdict(float)
-    for micro in batch:
-        for term, weight in objective.weights(micro).items():
-            totals[term] += weight
-    loss = 0.0
-    sums: dict[str, float] = defaultdict(float)
-    counts: dict[str, float] = defaultdict(float)
-    for micro in batch:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            terms, metrics = objective(forward, micro)
-        # A term without any weight in this step is zero, but stays in the graph.
-        scaled = torch.stack(
-            [objective.coefficients[t] * s / (totals[t] or 1.0) for t, s in terms.items()]
-        ).sum()
-        scaled.backward()
-        loss += float(scaled.detach())
-        for name, (value, weight) in metrics.items():
-            sums[name] += value
-            counts[name] += weight
-    found = {name: sums[name] / counts[name] for name in sums if counts[name]}
-    tokens = float(sum(micro["ids"].numel() for micro in batch))
-    return {"loss": loss, "tokens": tokens, **found}
+    """Forward and backward, then judge, clip and update; return the step's metrics."""
+    losses: list[float] = []
+    scale = training.scale.value
+    metrics = backward(batch=batch, scale=scale, each=losses)
+    weights = [weight for weight in training.model.parameters() if weight.grad is not None]
+    grads = [weight.grad for weight in weights if weight.grad is not None]
+    norm = nn.utils.get_total_norm(grads) / scale
+    metrics["grad_norm"] = float(norm)
+    if training.scale.overflowed(metrics["grad_norm"]):
+        metrics["loss_scale"] = training.scale.value
+    elif fault := training.guard.fault(metrics["loss"], metrics["grad_norm"]):
+        training.guard.handle(fault, step + 1, batch, losses)
+        metrics["skipped"] = 1.0
+    else:
+        torch._foreach_mul_(grads, (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / scale)
+        for optimizer in training.optimizers:
+            optimizer.step()
+    for weight in weights:
+        weight.grad = None
+    if training.average:
+        training.average.update(training.model)
+    return metrics
+
+
+def run_hooks(hooks: Sequence[Hook], state: State, last: bool, stop: "Stop") -> None:
+    """Run what is due; a hook's random numbers and mode do not touch the training's."""
+    for hook in hooks:
+        if state.step % hook.every == 0 or last:
+            with torch.random.fork_rng():
+                try:
+                    hook.run(state)
+                except KeyboardInterrupt:
+                    stop.asked = True
+            state.model.train()
+
+
+@dataclass
+class Stop:
+    """Whether somebody asked the run to stop."""
+
+    asked: bool = False
+
+
+@contextmanager
+def interrupts() -> Iterator[Stop]:
+    """Turn Ctrl-C and SIGTERM into a wish that is granted behind a step, so that it can be saved.
+
+    The second Ctrl-C stops at once.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        say("  stopping behind this step, to save it (once more: at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def set_rates(optimizers: Sequence[torch.optim.Optimizer], step: int, config: FitConfig) -> float:
@@ -159,7 +211,7 @@ def set_rates(optimizers: Sequence[torch.optim.Optimizer], step: int, config: Fi
     factor = multiplier(
         step,
         config.steps,
-        schedule=config.schedule,
+        schedule=config.lr_scheduler_type,
         warmup_fraction=config.warmup_fraction,
         decay_fraction=config.decay_fraction,
     )
@@ -169,29 +221,13 @@ def set_rates(optimizers: Sequence[torch.optim.Optimizer], step: int, config: Fi
     return float(optimizers[0].param_groups[0]["lr"])
 
 
-def compiled(
-    model: nn.Module,
-    objective: Objective,
-    micro: MicroBatch,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> nn.Module:
-    """Return the compiled model, or the model itself and one line where compiling fails."""
-    candidate: Any = torch.compile(model)
-    try:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            terms, _ = objective(candidate, micro)
-        torch.stack(list(terms.values())).sum().backward()
-    except Exception as err:  # any compiler fault: eager does the same, slower
-        say(f"  torch.compile failed ({type(err).__name__}): going on without it")
-        candidate = model
-    model.zero_grad(set_to_none=True)
-    return candidate  # type: ignore[no-any-return]
-
-
-def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """Move a micro-batch's tensors."""
-    return {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
-        for key, value in micro.items()
-    }
+def choose_weights(
+    training: Training, config: FitConfig, saver: Saver, read_weights: ReadWeights | None
+) -> None:
+    """Leave the model with the weights that were asked for: best, averaged or last."""
+    if config.load_best_model_at_end and (best := saver.best()):
+        say(f"  the best by {config.metric_for_best_model} is {best.name}")
+        weights = read_weights(best) if read_weights else load_file(best / WEIGHTS)
+        copy_into(training.model, {name: weights[name] for name in trained(training.model)})
+    elif training.average and config.save_ema:
+        copy_into(training.model, training.average.weights)

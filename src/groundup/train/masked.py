@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from groundup.core.errors import DataError
-from groundup.model.decoder import IGNORE
-from groundup.train.batches import StepBatch
-from groundup.train.objectives import Metrics, MicroBatch, Sums
+from groundup.model.loss import IGNORE
+from groundup.train.batches import StepBatch, same_data
+from groundup.train.objectives import NONE, Metrics, MicroBatch, Stats, Sums
 
 Pairs = Literal["none", "nsp", "sop"]
 FOLLOWS, DOES_NOT_FOLLOW = 0, 1  # transformers' labels
@@ -70,6 +70,7 @@ class MaskedPairs:
         rows = -(-lengths[self.documents] // self.capacity)
         self.row_document = np.repeat(self.documents, rows)
         self.row_start = np.concatenate([np.arange(n) * self.capacity for n in rows])
+        self.data = {"tokens": len(tokens), "documents": len(lengths), "seed": seed}
         self.epoch, self.row = 0, 0
         self.arrange()
 
@@ -109,7 +110,7 @@ class MaskedPairs:
                 else:
                     second = self.elsewhere(document, len(second), rng)
             parts = [first, second]
-        return {"label": label, **self.masked(parts, rng)}
+        return {"label": label, "document": document, **self.masked(parts, rng)}
 
     def elsewhere(self, document: int, size: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """Return a piece of another document."""
@@ -157,7 +158,7 @@ class MaskedPairs:
 
     def collate(self, rows: list[dict[str, Any]]) -> MicroBatch:
         """Pad rows to the context."""
-        filled = {}
+        filled: MicroBatch = {"documents": sorted({row["document"] for row in rows})}
         for name, empty in (("ids", self.pad), ("targets", IGNORE), ("types", 0)):
             block_BT = np.full((len(rows), self.context), empty)
             for n, row in enumerate(rows):
@@ -170,10 +171,11 @@ class MaskedPairs:
 
     def state_dict(self) -> dict[str, Any]:
         """Return epoch and row."""
-        return {"epoch": self.epoch, "row": self.row}
+        return {"epoch": self.epoch, "row": self.row, "data": self.data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to an epoch and row."""
+        same_data(state, self.data)
         self.epoch, self.row = state["epoch"], state["row"]
         self.arrange()
 
@@ -192,18 +194,21 @@ class MaskedLM:
         counts = {"mlm": float((batch["targets"] != IGNORE).sum())}
         return counts | ({"nsp": float(len(batch["ids"]))} if "nsp" in self.coefficients else {})
 
-    def __call__(self, model: nn.Module, batch: MicroBatch) -> tuple[Sums, Metrics]:
+    def __call__(
+        self, model: nn.Module, batch: MicroBatch, stats: Stats = NONE
+    ) -> tuple[Sums, Metrics]:
         """Return the summed losses in nats, and the accuracy of the second."""
-        head: Any = model
-        mask = batch["mask"]
-        hidden_BTE: Tensor = model(batch["ids"], mask, batch["types"], want="hidden")
-        logps_BT = head.outputs(hidden_BTE, mask, "logprobs", batch["targets"])
-        terms = {"mlm": -logps_BT.sum()}
-        metrics = {"mlm_loss": (float(terms["mlm"].detach()), self.weights(batch)["mlm"])}
+        inputs = (batch["ids"], batch["mask"], batch["types"])
+        logits_B2: Tensor | None = None
         if "nsp" in self.coefficients:
-            logits_B2 = head.outputs(hidden_BTE, mask, "nsp", None).float()
-            label_B = batch["label"]
-            terms["nsp"] = nn.functional.cross_entropy(logits_B2, label_B, reduction="sum")
-            right = float((logits_B2.argmax(-1) == label_B).sum())
+            logps_BT, logits_B2 = model(*inputs, want="pairs", targets=batch["targets"])
+        else:
+            logps_BT = model(*inputs, want="logprobs", targets=batch["targets"])
+        terms = {"mlm": -logps_BT.sum()}
+        metrics: Metrics = {"mlm_loss": (terms["mlm"].detach(), self.weights(batch)["mlm"])}
+        if logits_B2 is not None:
+            wide_B2, label_B = logits_B2.float(), batch["label"]
+            terms["nsp"] = nn.functional.cross_entropy(wide_B2, label_B, reduction="sum")
+            right = (wide_B2.argmax(-1) == label_B).sum()
             metrics["nsp_accuracy"] = (right, float(len(label_B)))
         return terms, metrics

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.model.decoder import IGNORE
+from groundup.model.loss import IGNORE
 from groundup.train.batches import TokenStream
 
 PREFIX, MIDDLE, SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"

@@ -1,4 +1,7 @@
-"""Optimizers: Muon for the matrices of the layers, AdamW for everything else."""
+"""Optimizers: Muon for the matrices of the layers, AdamW for everything else.
+
+Shape suffixes: N matrices of one shape, R rows, C columns, S the shorter of the two, L the longer.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -7,62 +10,84 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from groundup.train.blocks import blocks, matrices
 from groundup.train.config import FitConfig
 
-# Quintic Newton-Schulz coefficients of Jordan et al. 2024 (kellerjordan.github.io/posts/muon).
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
+# Quintic Newton-Schulz coefficients, one triple a step. Jordan et al. 2024
+# (kellerjordan.github.io/posts/muon); Polar Express, Amsel et al. 2025 (arXiv 2505.16932,
+# alg. 1): the best polynomial of every step for singular values from 1e-3 on, each but the last
+# scaled down by 1.01 (their safety factor).
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+SAFETY = 1.01
+COEFFICIENTS = {
+    "jordan": JORDAN,
+    "polar-express": tuple((a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS),
+}
 MOMENTUM = 0.95
+ROW_MEMORY = 0.95  # NorMuon's beta2
 
 
-def orthogonalise(stack_NRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return matrices [N, rows, columns] with all singular values moved close to one.
+def orthogonalise(stack_NRC: Tensor, dtype: torch.dtype, kind: str = "jordan") -> Tensor:
+    """Return matrices [N, R, C] with all singular values moved close to one.
 
-    Five Newton-Schulz steps in `dtype`: the dtype that is fast for matrix products here (bf16
-    products are emulated, and crawl, on CPUs without AVX-512).
+    Newton-Schulz steps X <- (a + b G + c G^2) X with G = X X^T, in `dtype`: the one that is fast
+    for matrix products here (bf16 products are emulated, and crawl, on CPUs without AVX-512).
     """
-    a, b, c = COEFFICIENTS
     tall = stack_NRC.shape[-2] > stack_NRC.shape[-1]
-    x = (stack_NRC.mT if tall else stack_NRC).to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(stack_NRC.dtype)
+    x_NSL = (stack_NRC.mT if tall else stack_NRC).to(dtype)
+    slack = SAFETY if kind == "polar-express" else 1.0
+    x_NSL = x_NSL / (x_NSL.norm(dim=(-2, -1), keepdim=True) * slack + 1e-7)
+    for a, b, c in COEFFICIENTS[kind]:
+        gram_NSS = x_NSL @ x_NSL.mT
+        powers_NSS = torch.baddbmm(gram_NSS, gram_NSS, gram_NSS, beta=b, alpha=c)
+        x_NSL = torch.baddbmm(x_NSL, powers_NSS, x_NSL, beta=a)
+    return (x_NSL.mT if tall else x_NSL).to(stack_NRC.dtype)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024); update scaled by max(1, rows/columns)^0.5.
 
-    Matrices of one shape are orthogonalised together, in one batched product.
+    Matrices of one shape are orthogonalised together, in one batched product. With `by_row`, the
+    update's rows are evened out by their mean square, and its length kept (NorMuon, Li et al.
+    2025, arXiv 2510.05491, alg. 1). With `cautious`, weights decay only where the update has
+    their sign (Chen et al. 2025, arXiv 2510.12402, alg. 1).
     """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | list[dict[str, Any]],
         lr: float,
         *,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        coefficients: str = "jordan",
+        by_row: bool = False,
+        cautious: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.coefficients = dtype, coefficients
+        self.by_row, self.cautious = by_row, cautious
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient."""
+        by_shape: dict[torch.Size, list[tuple[nn.Parameter, dict[str, Any]]]] = defaultdict(list)
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
             for weight in group["params"]:
                 if weight.grad is not None:
-                    by_shape[weight.shape].append(weight)
-            for shape, weights in by_shape.items():
-                directions = torch.stack([self.nesterov(weight) for weight in weights])
-                scale = max(1.0, shape[0] / shape[1]) ** 0.5
-                updates = orthogonalise(directions, self.dtype)
-                for weight, update in zip(weights, updates, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update, alpha=-group["lr"] * scale)
+                    by_shape[weight.shape].append((weight, group))
+        for members in by_shape.values():
+            momenta_NRC = torch.stack([self.nesterov(weight) for weight, _ in members])
+            updates_NRC = orthogonalise(momenta_NRC, self.dtype, self.coefficients)
+            for (weight, group), update_RC in zip(members, updates_NRC, strict=True):
+                self.apply(weight, update_RC, group["lr"], group["weight_decay"])
 
     def nesterov(self, weight: nn.Parameter) -> Tensor:
         """Return the look-ahead momentum of one matrix."""
@@ -74,37 +99,112 @@ class Muon(torch.optim.Optimizer):
         buffer.lerp_(weight.grad, 1 - MOMENTUM)
         return weight.grad.lerp(buffer, MOMENTUM)
 
+    def apply(self, weight: Tensor, update_RC: Tensor, lr: float, decay: float) -> None:
+        """Decay the weight and take the step."""
+        rows, columns = weight.shape
+        if self.by_row:
+            update_RC = self.evened(weight, update_RC)
+        if decay:
+            shrunk = weight * (lr * decay)
+            weight.sub_(shrunk.mul_(update_RC * weight >= 0) if self.cautious else shrunk)
+        weight.add_(update_RC, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+    def evened(self, weight: Tensor, update_RC: Tensor) -> Tensor:
+        """Return the update with rows divided by the root of their remembered mean square."""
+        state: dict[str, Any] = self.state[weight]
+        square_R = update_RC.square().mean(1)
+        if "row_square" not in state:
+            state["row_square"] = torch.zeros_like(square_R)
+        state["row_square"].lerp_(square_R, 1 - ROW_MEMORY)
+        even_RC = update_RC / (state["row_square"].sqrt() + 1e-8)[:, None]
+        return even_RC * (update_RC.norm() / (even_RC.norm() + 1e-8))
+
+
+class CautiousAdamW(torch.optim.AdamW):
+    """AdamW whose weights decay only where the update has their sign (arXiv 2510.12402)."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Decay by the sign that the next momentum will have, then step without decay."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None or not group["cautious_decay"]:
+                    continue
+                beta = group["betas"][0]
+                momentum = weight.grad * (1 - beta)
+                if state := self.state[weight]:
+                    momentum.add_(state["exp_avg"], alpha=beta)
+                shrunk = weight * (group["lr"] * group["cautious_decay"])
+                weight.sub_(shrunk.mul_(momentum * weight >= 0))
+        super().step()
+
 
 def make_optimizers(
     model: nn.Module, config: FitConfig, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
-    """Return [Muon, AdamW]: matrices inside layers to the first, all else to the second.
-
-    Adapters' narrow matrices go to AdamW too.
-    """
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, weight in model.named_parameters():
-        if not weight.requires_grad:
-            continue
-        inside = weight.dim() == 2 and (".layers." in f".{name}" or ".layer." in name)
-        adapter = ".lora_" in name
-        (matrices if inside and not adapter else others).append(weight)
+    """Return [Muon, AdamW]: the matrices of the blocks to the first, all else to the second."""
+    inside = matrices(model) if config.optim != "adamw" else set()
+    shares = rate_shares(model, config.layer_lr_decay)
+    chosen: tuple[dict[float, list[nn.Parameter]], ...] = (defaultdict(list), defaultdict(list))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            chosen[weight not in inside][shares.get(weight, 1.0)].append(weight)
     optimizers: list[torch.optim.Optimizer] = []
-    if matrices:
-        muon = Muon(matrices, config.learning_rate, weight_decay=config.weight_decay, dtype=dtype)
-        optimizers.append(muon)
-    if others:
-        adam = torch.optim.AdamW(
-            others,
-            lr=config.adam_learning_rate,
-            betas=(0.9, 0.95),
-            eps=1e-10,
-            weight_decay=config.weight_decay,
-            foreach=True,
-        )
-        optimizers.append(adam)
+    for by_share, rate in zip(
+        chosen, (config.learning_rate, config.adam_learning_rate), strict=True
+    ):
+        groups = [{"params": params, "lr": rate * share} for share, params in by_share.items()]
+        if groups and by_share is chosen[0]:
+            optimizers.append(make_muon(groups, config, dtype))
+        elif groups:
+            optimizers.append(make_adamw(groups, config))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def make_muon(groups: list[dict[str, Any]], config: FitConfig, dtype: torch.dtype) -> Muon:
+    """Return Muon or NorMuon; fp16's range is too small for the iteration, so that is in fp32."""
+    return Muon(
+        groups,
+        config.learning_rate,
+        weight_decay=config.weight_decay,
+        dtype=torch.float32 if dtype == torch.float16 else dtype,
+        coefficients=config.newton_schulz,
+        by_row=config.optim == "normuon",
+        cautious=config.cautious_weight_decay,
+    )
+
+
+def make_adamw(groups: list[dict[str, Any]], config: FitConfig) -> torch.optim.AdamW:
+    """Return fused AdamW."""
+    cautious = config.cautious_weight_decay
+    made = (CautiousAdamW if cautious else torch.optim.AdamW)(
+        groups,
+        lr=config.adam_learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=0.0 if cautious else config.weight_decay,
+        fused=True,
+    )
+    for group in made.param_groups:
+        group["cautious_decay"] = config.weight_decay
+    return made
+
+
+def rate_shares(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Return each weight's share of the rate: `decay` to the number of layers above it.
+
+    ELECTRA, Clark et al. 2020, arXiv 2003.10555, app. B; embeddings count as the lowest layer.
+    """
+    layers = blocks(model)
+    shares: dict[nn.Parameter, float] = {}
+    for n, layer in enumerate(layers):
+        for weight in layer.parameters():
+            shares[weight] = decay ** (len(layers) - n)
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            for weight in module.parameters():
+                shares[weight] = decay ** (len(layers) + 1)
+    return shares

@@ -21,10 +21,10 @@ from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.model.decoder import Decoder
 from groundup.train.config import FitConfig
-from groundup.train.loop import DTYPES, accumulate, compiled
 from groundup.train.objectives import MicroBatch, NextToken
 from groundup.train.optim import make_optimizers
 from groundup.train.scaling import Law, step_law_rate, step_law_tokens
+from groundup.train.step import DTYPES, accumulate, compiled
 
 # (width, layers, heads, context): from a laptop's minutes to a GPU's weeks.
 SIZES = (

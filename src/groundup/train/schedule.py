@@ -4,6 +4,11 @@ import math
 from collections.abc import Callable
 
 
+def constant(progress: float, decay_fraction: float) -> float:
+    """Stay."""
+    return 1.0
+
+
 def linear(progress: float, decay_fraction: float) -> float:
     """Fall in a straight line to zero (Bergsma et al. 2025, arXiv 2502.15938)."""
     return 1.0 - progress
@@ -20,6 +25,7 @@ def wsd(progress: float, decay_fraction: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "constant": constant,
     "linear": linear,
     "cosine": cosine,
     "wsd": wsd,

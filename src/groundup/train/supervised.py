@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from groundup.model.decoder import IGNORE
-from groundup.train.objectives import Metrics, MicroBatch, Sums
+from groundup.model.loss import IGNORE
+from groundup.train.objectives import NONE, Metrics, MicroBatch, Stats, Sums
 
 PAD_TO = 16
 
@@ -64,12 +64,14 @@ class Classify:
         """Return the number of targets."""
         return {"nll": float((batch["targets"] != IGNORE).sum())}
 
-    def __call__(self, model: nn.Module, batch: MicroBatch) -> tuple[Sums, Metrics]:
+    def __call__(
+        self, model: nn.Module, batch: MicroBatch, stats: Stats = NONE
+    ) -> tuple[Sums, Metrics]:
         """Return the summed loss in nats, and the accuracy."""
         targets = batch["targets"].flatten()
         logits = head_logits(model, batch).flatten(0, -2)
         loss = cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-        right = float((logits.argmax(-1) == targets).sum())
+        right = (logits.argmax(-1) == targets).sum()
         return {"nll": loss}, {"accuracy": (right, self.weights(batch)["nll"])}
 
 
@@ -82,13 +84,15 @@ class Spans:
         """Return the number of rows."""
         return {"span": float(len(batch["ids"]))}
 
-    def __call__(self, model: nn.Module, batch: MicroBatch) -> tuple[Sums, Metrics]:
+    def __call__(
+        self, model: nn.Module, batch: MicroBatch, stats: Stats = NONE
+    ) -> tuple[Sums, Metrics]:
         """Return the summed loss in nats, and how often both ends are right."""
         logits_BT2 = head_logits(model, batch).masked_fill(~batch["mask"].bool()[..., None], -1e4)
         target_B2 = batch["targets"]
         loss = sum(
             cross_entropy(logits_BT2[..., n], target_B2[:, n], reduction="sum") for n in (0, 1)
         )
-        right = float((logits_BT2.argmax(1) == target_B2).all(-1).sum())
+        right = (logits_BT2.argmax(1) == target_B2).all(-1).sum()
         assert isinstance(loss, Tensor)
         return {"span": loss}, {"exact": (right, float(len(target_B2)))}

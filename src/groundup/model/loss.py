@@ -1,0 +1,121 @@
+"""Cross-entropy that never holds all logits: head, softmax and gradient, a few rows at a time.
+
+The sum of losses has one upstream gradient, so the gradients of hidden states and of the head
+are finished in the forward pass and only scaled in the backward one: nothing is computed twice,
+and of the logits only one piece is alive (after Hsu et al. 2024, arXiv 2410.10989, sec. 3.2).
+
+Shape suffixes: N positions, n those of one piece, E hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target that counts for nothing, as in torch's cross-entropy
+PIECE_LOGITS = {"cpu": 2**21, "cuda": 2**27}  # logits alive at a time: what stays in a cache
+
+
+def linear_cross_entropy(
+    hidden_NE: Tensor,
+    head_VE: Tensor,
+    targets_N: Tensor,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Return [2]: the sum of -log p(target) + z_loss * log(Z)^2, and that of -log p alone.
+
+    The second carries no gradient. Z is the softmax's denominator (PaLM, arXiv 2204.02311,
+    sec. 5); `softcap` squeezes logits first, as Gemma does.
+    """
+    device = hidden_NE.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = dtype or hidden_NE.dtype
+    wanted = torch.is_grad_enabled() and (hidden_NE.requires_grad or head_VE.requires_grad)
+    sums, _, _ = losses_and_gradients(
+        hidden_NE.to(dtype), head_VE.to(dtype), targets_N, z_loss, softcap or 0.0, wanted
+    )
+    return sums
+
+
+@torch.library.custom_op("groundup::linear_cross_entropy", mutates_args=())
+def losses_and_gradients(
+    hidden_NE: Tensor,
+    head_VE: Tensor,
+    targets_N: Tensor,
+    z_loss: float,
+    softcap: float,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the two sums, and the gradients of the first by hidden states and head.
+
+    One operator of its own, so that torch.compile takes it as it is.
+    """
+    with torch.autocast(hidden_NE.device.type, enabled=False):
+        wide = torch.promote_types(hidden_NE.dtype, torch.float32)
+        sums = hidden_NE.new_zeros(2, dtype=wide)
+        d_hidden_NE = torch.zeros_like(hidden_NE) if wanted else hidden_NE.new_empty(0)
+        d_head_VE = torch.zeros_like(head_VE, dtype=wide) if wanted else hidden_NE.new_empty(0)
+        kept_N = (targets_N != IGNORE).nonzero().squeeze(-1)
+        rows = max(1, PIECE_LOGITS.get(hidden_NE.device.type, 2**24) // len(head_VE))
+        for kept_n in kept_N.split(rows):
+            hidden_nE, targets_n1 = hidden_NE[kept_n], targets_N[kept_n, None]
+            logits_nV = (hidden_nE @ head_VE.mT).to(wide)
+            if softcap:
+                logits_nV = logits_nV.div_(softcap).tanh_().mul_(softcap)
+            log_z_n1 = logits_nV.logsumexp(-1, keepdim=True)
+            nll = (log_z_n1 - logits_nV.gather(1, targets_n1)).sum()
+            sums += torch.stack((nll + z_loss * log_z_n1.square().sum(), nll))
+            if not wanted:
+                continue
+            slope_nV = (1 - (logits_nV / softcap).square()) if softcap else None
+            d_nV = logits_nV.sub_(log_z_n1).exp_()
+            if z_loss:
+                d_nV *= 1 + 2 * z_loss * log_z_n1
+            d_nV.scatter_add_(1, targets_n1, d_nV.new_full((1, 1), -1.0).expand_as(targets_n1))
+            if slope_nV is not None:
+                d_nV *= slope_nV
+            d_nV = d_nV.to(head_VE.dtype)
+            d_hidden_NE[kept_n] = d_nV @ head_VE
+            if d_head_VE.dtype == d_nV.dtype:
+                d_head_VE.addmm_(d_nV.mT, hidden_nE)
+            else:
+                d_head_VE += d_nV.mT @ hidden_nE
+        return sums, d_hidden_NE, d_head_VE
+
+
+@losses_and_gradients.register_fake
+def _(
+    hidden_NE: Tensor,
+    head_VE: Tensor,
+    targets_N: Tensor,
+    z_loss: float,
+    softcap: float,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(hidden_NE.dtype, torch.float32)
+    sums = hidden_NE.new_empty(2, dtype=wide)
+    if not wanted:
+        return sums, hidden_NE.new_empty(0), hidden_NE.new_empty(0)
+    return sums, torch.empty_like(hidden_NE), torch.empty_like(head_VE, dtype=wide)
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the finished gradients for the backward pass."""
+    _, d_hidden_NE, d_head_VE = output
+    ctx.head_dtype, ctx.scaled = inputs[1].dtype, False
+    ctx.save_for_backward(d_hidden_NE, d_head_VE)
+    ctx.mark_non_differentiable(d_hidden_NE, d_head_VE)
+
+
+def scale(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """Scale the finished gradients by the upstream one, in place: the head's is large."""
+    assert not ctx.scaled, "this loss can go backward once only"
+    ctx.scaled = True
+    d_hidden_NE, d_head_VE = ctx.saved_tensors
+    up = upstream[0][0]
+    return d_hidden_NE.mul_(up), d_head_VE.mul_(up).to(ctx.head_dtype), None, None, None, None
+
+
+losses_and_gradients.register_autograd(scale, setup_context=remember)

@@ -1,0 +1,146 @@
+"""One optimizer step's forward and backward passes, exact however the step is cut up."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groundup.core.progress import say
+from groundup.train.batches import StepBatch
+from groundup.train.objectives import Metrics, MicroBatch, Objective, Stats
+from groundup.train.ranks import ALONE, Ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def accumulate(
+    forward: nn.Module,
+    objective: Objective,
+    batch: StepBatch,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    ranks: Ranks = ALONE,
+    scale: float = 1.0,
+    each: list[float] | None = None,
+) -> dict[str, float]:
+    """Run forward and backward over a whole step; return its loss and metrics.
+
+    Every rank is given the whole step and runs its share of the micro-batches, equally many on
+    each: what is missing is run without weight. Gradients come out times `scale`; `each`
+    collects the loss of this rank's micro-batches.
+    """
+    mine = [
+        (to_device(batch[n % len(batch)], device), n < len(batch)) for n in share(len(batch), ranks)
+    ]
+    totals: dict[str, float] = defaultdict(float)
+    for micro in batch:
+        for term, weight in objective.weights(micro).items():
+            totals[term] += weight
+    narrow = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with narrow:
+        stats = prepared(forward, objective, mine, len(batch), ranks)
+    losses: list[Tensor] = []
+    found = Tally()
+    for n, (micro, counts) in enumerate(mine):
+        gather_gradients(forward, ranks, now=n == len(mine) - 1)
+        with narrow:
+            terms, metrics = objective(forward, micro, stats)
+        # A term without any weight in this step is zero, but stays in the graph.
+        loss = torch.stack(
+            [objective.coefficients[t] * s / (totals[t] or 1.0) for t, s in terms.items()]
+        ).sum()
+        # gradients are averaged over ranks: the number of ranks undoes that
+        (loss * (ranks.size * scale if counts else 0.0)).backward()
+        losses.append(loss.detach() * counts)
+        found.add(metrics, counts)
+    values = torch.stack(losses).tolist()
+    if each is not None:
+        each += values
+    loss_sum = ranks.add_up({"loss": sum(values)})["loss"]
+    tokens = float(sum(micro["ids"].numel() for micro in batch))
+    means = {name: float(value) for name, value in found.means(ranks).items()}
+    return {"loss": loss_sum, "tokens": tokens, **means}
+
+
+class Tally:
+    """Sums and weights of metrics, by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor | float] = defaultdict(float)
+        self.counts: dict[str, float] = defaultdict(float)
+
+    def add(self, metrics: Metrics, counts: bool) -> None:
+        """Take in a micro-batch's; one that only fills up brings names and zeros."""
+        for name, (value, weight) in metrics.items():
+            self.sums[name] = self.sums[name] + value * counts
+            self.counts[name] += weight * counts
+
+    def means(self, ranks: Ranks) -> Stats:
+        """Return the means over the step and over all ranks."""
+        counts = ranks.add_up(self.counts)
+        return {
+            name: ranks.add_up_tensor(torch.as_tensor(value)) / counts[name]
+            for name, value in self.sums.items()
+            if counts[name]
+        }
+
+
+def share(micro_batches: int, ranks: Ranks) -> range:
+    """Return the numbers of this rank's micro-batches; past the last one they are only filling."""
+    return range(ranks.rank, -(-micro_batches // ranks.size) * ranks.size, ranks.size)
+
+
+@torch.no_grad()
+def prepared(
+    forward: nn.Module,
+    objective: Objective,
+    mine: Sequence[tuple[MicroBatch, bool]],
+    micro_batches: int,
+    ranks: Ranks,
+) -> Stats:
+    """Return the statistics of the whole step that the objective asks for."""
+    prepare = getattr(objective, "prepare", None)
+    if prepare is None:
+        return {}
+    found = Tally()
+    for micro, counts in mine:
+        found.add(prepare(forward, micro, micro_batches), counts)
+    return found.means(ranks)
+
+
+def gather_gradients(forward: nn.Module, ranks: Ranks, *, now: bool) -> None:
+    """Let ranks exchange gradients behind the last micro-batch only."""
+    if ranks.size > 1:
+        sharded: Any = forward
+        sharded.set_requires_gradient_sync(now)
+
+
+def compiled(
+    model: nn.Module,
+    objective: Objective,
+    micro: MicroBatch,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """Return the compiled model, or the model itself and one line where compiling fails."""
+    candidate: Any = torch.compile(model)
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            terms, _ = objective(candidate, micro)
+        torch.stack(list(terms.values())).sum().backward()
+    except Exception as err:  # any compiler fault: eager does the same, slower
+        say(f"  torch.compile failed ({type(err).__name__}): going on without it")
+        candidate = model
+    model.zero_grad(set_to_none=True)
+    return candidate  # type: ignore[no-any-return]
+
+
+def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    """Move a micro-batch's tensors."""
+    return {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in micro.items()
+    }
