@@ -68,10 +68,10 @@ def test_resumed_is_bit_for_bit_uninterrupted(
     assert summary["trained_parameters"] < 0.2 * summary["parameters"]
     real, calls = loop.accumulate, iter(range(100))
 
-    def power_cut(*args):
+    def power_cut(*args, **options):
         if next(calls) == 5:
             raise RuntimeError("power cut")
-        return real(*args)
+        return real(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "accumulate", power_cut)

@@ -91,7 +91,7 @@ def test_checkpoints_under_another_familys_names_are_resumed(tiny, tmp_path):
 
     def files(model):
         return {
-            "write_model": lambda folder: write_model(model, None, folder),
+            "write_model": lambda copied, folder: write_model(copied, None, folder),
             "read_weights": lambda folder: checkpoint_weights(model, folder),
         }
 
