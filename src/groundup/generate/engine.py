@@ -16,12 +16,13 @@ from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams
 from groundup.generate.blocks import BlockPool
 from groundup.generate.cache import Batch, Feed, KVCache, bytes_a_token
-from groundup.generate.config import EngineConfig
+from groundup.generate.config import EngineConfig, SpeculativeConfig
 from groundup.generate.logits import top
 from groundup.generate.params import check, check_room, tidy
 from groundup.generate.processors import LogitsProcessors, make_processors
 from groundup.generate.request import Request
 from groundup.generate.sampling import choose
+from groundup.generate.speculative import Speculator, make_speculator
 from groundup.generate.stop import Stopping
 from groundup.model.decoder import Decoder
 from groundup.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         ends: Sequence[int] | None = None,
+        speculative: SpeculativeConfig | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.config = config = config or EngineConfig()
@@ -53,6 +55,10 @@ class Engine:
         self.running: list[Request] = []
         self.arrivals = self.preemptions = 0
         self.weights_version: list[float] = []
+        self.speculator: Speculator | None = None
+        if speculative is not None:
+            rows = config.max_num_seqs
+            self.speculator = make_speculator(speculative, model, tokenizer, rows, self.context)
 
     def add(
         self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0
@@ -130,11 +136,16 @@ class Engine:
     def schedule(self) -> list[tuple[Request, int]]:
         """Return who feeds how many tokens: single tokens first, then chunks."""
         self.make_way()
+        if self.speculator:
+            self.speculator.draft(self.running)
         plan: dict[Request, int] = {}
         budget = max(self.config.max_num_batched_tokens, self.config.max_num_seqs)
-        for request in sorted(self.running, key=lambda r: r.length - r.holding.computed > 1):
-            count = min(request.length - request.holding.computed, budget - sum(plan.values()))
+        for request in sorted(self.running, key=lambda r: r.ahead > 1):
+            count = min(request.ahead, budget - sum(plan.values()))
             while count and request in self.running and not self.reserve(request, count):
+                if request.draft:
+                    request.draft, count = [], 1
+                    continue
                 plan.pop(least := self.running[-1], None)
                 self.preempt(least)
             if count and request in self.running:
@@ -174,6 +185,7 @@ class Engine:
     def preempt(self, request: Request) -> None:
         """Take a request's blocks and let it wait; its tokens so far are computed again later."""
         self.pool.give_back(request.holding)
+        request.draft = []
         self.running.remove(request)
         bisect.insort(self.waiting, request, key=order)
         self.preemptions += 1
@@ -199,9 +211,11 @@ class Engine:
         start = 0
         for request, count in plan:
             computed = request.holding.computed
-            feeds.append(Feed(request.holding.blocks, computed, request.tokens(computed, count)))
+            del request.draft[count - 1 :]  # what the budget leaves
+            ids = [*request.tokens(computed, count), *request.draft]
+            feeds.append(Feed(request.holding.blocks, computed, ids))
             first = start
-            if not self.scores(request):
+            if not self.scores(request) and not request.draft:
                 first = start + count - (computed + count == request.length)
             spans.append((len(at), len(at) + start + count - first))
             at += range(first, start + count)
@@ -211,8 +225,12 @@ class Engine:
         logits_NV = self.model(batch.ids_1T, positions=batch.positions_1T, cache=batch, at=chosen)[
             0
         ]
-        ready, rows = [], []
+        ready, rows, guessed = [], [], []
         for (request, count), (first, last) in zip(plan, spans, strict=True):
+            if request.draft and self.speculator:
+                self.advance(request, self.speculator.verify(request, logits_NV[first:last]))
+                guessed.append(request)
+                continue
             if self.scores(request):
                 self.score_prompt(request, logits_NV[first:last])
             self.advance(request, count)
@@ -221,7 +239,7 @@ class Engine:
                 rows.append(last - 1)
         if ready:
             self.sample(ready, logits_NV if len(rows) == len(logits_NV) else logits_NV[rows])
-        return ready
+        return [*ready, *guessed]
 
     def advance(self, request: Request, count: int) -> None:
         """Note that so many more tokens of a request are cached."""

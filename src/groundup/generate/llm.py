@@ -13,7 +13,7 @@ from groundup.core.run import resolve_model
 from groundup.core.types import CompletionOutput, Message, RequestOutput, SamplingParams
 from groundup.generate.beam import Beam, Observer, beam_search, completion
 from groundup.generate.branches import Branches
-from groundup.generate.config import BeamSearchParams, EngineConfig
+from groundup.generate.config import BeamSearchParams, EngineConfig, SpeculativeConfig
 from groundup.generate.engine import Engine
 from groundup.generate.request import Request
 from groundup.model.decoder import Decoder
@@ -28,7 +28,8 @@ class LLM:
     """Generate with a model folder, a run folder, or a model in memory.
 
     A model in memory is used as it is, so that a training run can sample from it: its mode is
-    restored and the global random state is never touched. `settings` are EngineConfig's fields.
+    restored and the global random state is never touched. `settings` are EngineConfig's fields;
+    `speculative` says who guesses ahead.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         *,
         device: str | None = None,
+        speculative: SpeculativeConfig | None = None,
         **settings: Any,
     ) -> None:
         config = configs.load(EngineConfig, settings, where="LLM")
@@ -53,7 +55,7 @@ class LLM:
             tokenizer = tokenizer or Tokenizer.load(folder)
             ends = read_generation_ends(folder) or None
         self.tokenizer = tokenizer
-        self.engine = Engine(decoder, tokenizer, config, ends=ends)
+        self.engine = Engine(decoder, tokenizer, config, ends=ends, speculative=speculative)
 
     @property
     def context(self) -> int:
