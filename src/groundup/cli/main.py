@@ -28,7 +28,10 @@ COMMANDS = {
         "train and compare classifiers on labelled texts",
         "groundup.cli.stages:classify",
     ),
-    "export": ("write a model as GGUF, for llama.cpp", "groundup.cli.stages:export"),
+    "export": (
+        "write a model as a Hugging Face folder or GGUF file; push it to the hub",
+        "groundup.cli.models:export",
+    ),
     "generate": ("continue a prompt", "groundup.cli.talk:generate"),
     "chat": ("talk to a model in the terminal", "groundup.cli.talk:chat"),
     "serve": ("serve a model: OpenAI's API and a chat page", "groundup.cli.talk:serve"),

@@ -108,15 +108,3 @@ def evaluate(argv: Sequence[str]) -> None:
 def classify(argv: Sequence[str]) -> None:
     """Run `groundup classify FILE --out DIR`."""
     stage_command("classify", "classify", argv, positional="data")
-
-
-def export(argv: Sequence[str]) -> None:
-    """Run `groundup export MODEL --out FILE.gguf`."""
-    flags = parser("export", "Write a model with its tokenizer as one GGUF file, for llama.cpp.")
-    flags.add_argument("model", metavar="MODEL", help="model folder or run folder")
-    flags.add_argument("--dtype", default="f16", metavar="{f32,f16,q8_0}", help="matrices (f16)")
-    flags.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file")
-    args = parse(flags, argv)
-    from groundup.recipe.gguf import export_gguf
-
-    export_gguf(resolve_model(args.model), args.out, dtype=args.dtype)
