@@ -18,6 +18,7 @@ from groundup.generate.engine import Engine
 from groundup.generate.request import Request
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model, read_generation_ends
+from groundup.model.view import lay_out
 from groundup.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -52,6 +53,7 @@ class LLM:
             chosen = devices.pick(device)
             dtype = chosen.dtype if chosen.device.type == "cuda" else torch.float32
             decoder = load_model(folder, device=chosen.device, dtype=dtype)
+            lay_out(decoder)
             tokenizer = tokenizer or Tokenizer.load(folder)
             ends = read_generation_ends(folder) or None
         self.tokenizer = tokenizer
