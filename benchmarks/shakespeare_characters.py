@@ -86,17 +86,15 @@ def main() -> None:
     per_token = train_flops_per_token(shape(len(letters)), CONTEXT)
     steps = round(args.share * PEER_STEPS * PEER_ROWS / args.rows)
     flops = steps * args.rows * CONTEXT * per_token
-    print(
-        f"{steps} steps of {args.rows} x {CONTEXT}: {flops:.2e} FLOPs, {args.share:.2f} of nanoGPT's"
-    )
+    share = f"{args.share:.2f} of nanoGPT's"
+    print(f"{steps} steps of {args.rows} x {CONTEXT}: {flops:.2e} FLOPs, {share}")
     losses = []
     for seed in args.seeds:
         started = time.perf_counter()
         model = train(ids[:cut], len(letters), steps, args.rows, seed)
         losses.append(block_loss(model, ids[cut:]))
-        print(
-            f"  seed {seed}: validation loss {losses[-1]:.4f}, {time.perf_counter() - started:.0f} s"
-        )
+        seconds = time.perf_counter() - started
+        print(f"  seed {seed}: validation loss {losses[-1]:.4f}, {seconds:.0f} s")
     print(f"mean {np.mean(losses):.4f} against {PEER_LOSS} published by nanoGPT")
 
 
