@@ -36,9 +36,9 @@ from groundup.train import (
     TokenStream,
     fit,
 )
-from groundup.train.loop import DTYPES
 from groundup.train.middle import MIDDLE, PREFIX, SUFFIX
 from groundup.train.plan import mlp_width
+from groundup.train.step import DTYPES
 
 PROMPT_TOKENS = 16
 SAMPLE = SamplingParams(max_tokens=32, temperature=0.7, top_k=40, seed=1)
