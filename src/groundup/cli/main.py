@@ -13,7 +13,7 @@ COMMANDS = {
         "groundup.cli.runs:quickstart",
     ),
     "run": ("run a recipe (YAML); finished stages are skipped", "groundup.cli.runs:run"),
-    "data": ("build a corpus: read, clean, deduplicate, split", "groundup.cli.stages:data"),
+    "data": ("build a corpus, report on it, encode it, plan mixtures", "groundup.cli.data:data"),
     "tokenizer": (
         "train, show, compare, convert, extend and trim tokenizers",
         "groundup.cli.tokenizers:tokenizer",

@@ -47,12 +47,6 @@ def subcommand(prog: str, argv: Sequence[str], choices: dict[str, str]) -> Seque
     return argv[1:]
 
 
-def data(argv: Sequence[str]) -> None:
-    """Run `groundup data build PATH... --out DIR`."""
-    rest = subcommand("data", argv, {"build": "files and folders to a corpus"})
-    stage_command("data build", "corpus", rest, positional="paths")
-
-
 def pretrain(argv: Sequence[str]) -> None:
     """Run `groundup pretrain CORPUS --tokenizer DIR --out DIR`."""
     stage_command("pretrain", "pretrain", argv, positional="corpus")
