@@ -178,6 +178,27 @@ class FinetuneConfig(AdapterOptions, LoopOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadingConfig:
+    """Fine-tune an encoder to point at the answers in a context, on files in SQuAD's form."""
+
+    model: Path = field(help="encoder folder: bert or modernbert, any head", input=True)
+    data: Path = field(help="questions in SQuAD's JSON", input=True)
+    test: Path | None = field(None, help="questions to test on; unset: a share", input=True)
+    test_share: float = field(0.1, help="share of the articles held out, where --test is unset")
+    max_length: int = field(384, help="tokens a window: question, piece of the context, specials")
+    doc_stride: int = field(128, help="tokens from one window's start to the next one's")
+    epochs: float = field(2, help="passes over the windows")
+    steps: int | None = field(None, help="optimizer steps; unset: from --epochs")
+    batch_size: int = field(16, help="windows in an optimizer step")
+    learning_rate: float = field(0.005, help="peak rate of Muon (matrices)")
+    adam_learning_rate: float = field(0.0005, help="peak rate of AdamW (embeddings, norms, head)")
+    dtype: Literal["fp32", "bf16"] = field("fp32", help="dtype of matrix products")
+    seed: int = field(1, help="seed of the new head, the split and the order")
+    checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
+    device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferencesConfig:
     """Make preference pairs: other functions' answers, and the model's own worse samples."""
 
