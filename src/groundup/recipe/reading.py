@@ -15,7 +15,7 @@ from groundup.data.squad import Question, read_squad, split_by_article
 from groundup.evaluate.reading import SpanReader, closest_sentence, score_reading
 from groundup.figure import LiveTraining
 from groundup.model.encoder import Encoder
-from groundup.model.hf import load_network, save_model, write_model
+from groundup.model.hf import checkpoint_weights, load_network, save_model, write_model
 from groundup.recipe.configs import ReadingConfig
 from groundup.recipe.shared import watch
 from groundup.tokenizer import Tokenizer
@@ -59,7 +59,8 @@ def read_spans(config: ReadingConfig, out: Path) -> dict[str, Any]:
             out,
             device=device.device,
             hooks=[Hook(1, watch(live))],
-            write_model=lambda folder: write_model(model, tok, folder),
+            write_model=lambda copied, folder: write_model(copied, tok, folder),
+            read_weights=lambda folder: checkpoint_weights(model, folder),
         )
     save_model(model, tok, out / "model")
     reader = SpanReader(model, tok, max_length=longest, doc_stride=config.doc_stride)
