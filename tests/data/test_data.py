@@ -35,7 +35,7 @@ def test_every_format_is_read(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"text": "row one"}\n\n{"text": "row two"}\n')
     pq.write_table(pa.table({"text": ["cell"]}), tmp_path / "e.parquet")
     (tmp_path / "f.bin").write_bytes(b"\0\1")
-    (tmp_path / "g.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "g.txt").write_bytes(b"\0" * 99)
     (tmp_path / ".hidden.txt").write_text("no")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "h.py").write_text("x = 1\n")
@@ -50,22 +50,24 @@ def test_every_format_is_read(tmp_path):
         "e.parquet:1": "cell",
         "sub/h.py": "x = 1\n",
     }
-    assert counts["hidden"] == counts["unknown format"] == counts["unreadable"] == 1
+    assert counts["hidden"] == counts["unknown format"] == 1
+    assert counts["unreadable: a binary file"] == 1
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("binary.txt", b"\0\1\2", "is a binary file"),
-        ("latin.txt", b"one\ncaf\xe9", "line 2 is not UTF-8"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
-        ("field.jsonl", b'{"body": "a"}\n', 'line 1 has no string field "text"'),
-        ("list.jsonl", b"[1]\n", "line 1 holds a list"),
-        ("bad.parquet", b"nothing", "is not readable Parquet"),
-        ("image.png", b"\x89PNG\r\n\x1a\n\0\0", "is a binary file"),
+        ("binary.txt", b"\0\1\2", "a binary file"),
+        ("latin.txt", b"one\ncaf\xe9", "line 2: not UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ("field.jsonl", b'{"body": "a"}\n', 'line 1: no string field "text"'),
+        ("list.jsonl", b"[1]\n", r"line 1: no JSON object \(it holds a list\)"),
+        ("bad.parquet", b"nothing", "not readable Parquet"),
+        ("image.png", b"\x89PNG\r\n\x1a\n\0\0", "a binary file"),
     ],
 )
-def test_a_named_file_that_cannot_be_read_says_why(tmp_path, name, content, message):
+def test_a_named_file_that_cannot_be_read_says_why(tmp_path, name, content, message, monkeypatch):
+    monkeypatch.setattr("groundup.data.encodings.detect", lambda content: None)  # without the extra
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         list(read_documents([tmp_path / name]))

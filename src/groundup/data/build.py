@@ -25,11 +25,11 @@ from groundup.data import pipeline
 from groundup.data.assemble import Build, choose_and_write
 from groundup.data.config import CorpusConfig, check, steps_of
 from groundup.data.ledger import EXAMPLES, Ledger, show_steps
+from groundup.data.notes import LOGGED, UNREADABLE
 from groundup.data.sources import group_sources, list_sources, no_text
 from groundup.data.tasks import executor_of, run_job
 
 JUDGED_FROM = 100  # records, from which on the share of bad ones can stop a run
-UNREADABLE = "unreadable"
 WORK = "checkpoints"
 SMALL_BYTES = 64_000_000  # below, starting processes costs more than it saves
 
@@ -58,17 +58,17 @@ def build_corpus(
     with executor_of(config.executor)(workers) as run:
         build = Build(config, work, run, blocks)
         tasks = [
-            pipeline.ReadTask(group, steps, blocks, config.excluded)
+            pipeline.ReadTask(group, steps, blocks, config.excluded, config.extraction)
             for group in group_sources(sources, blocks.size_bytes)
         ]
         stopper = Stopper(config.max_bad_share)
         folders = run_job(work, "read", pipeline.read, tasks, run, watch=stopper)
         stopper.judge(at_the_end=True)
-        ledger = read_ledger(folders, counts)
+        ledger, log = read_ledger(folders, counts)
         if not ledger.step("read").documents_out:
             raise no_text(", ".join(config.paths), counts)
         stats = choose_and_write(build, folders, ledger, out)
-    stats["unreadable"] = [why for why in counts if why.startswith("unreadable: ")]
+    stats["unreadable"] = log
     write_json(out / "stats.json", stats)
     shutil.rmtree(work)
     show_steps(stats["steps"])
@@ -109,30 +109,32 @@ class Stopper:
         steps = found["steps"].values()
         self.bad += unread + sum(step["reasons"].get(pipeline.BROKEN, 0) for step in steps)
         self.records += unread + found["steps"].get("read", {}).get("documents_in", 0)
-        details = [why for why in found["skipped"] if why.startswith("unreadable: ")]
-        self.first = self.first or (details[0] if details else "")
+        self.first = self.first or next(iter(found.get("log", ())), "")
         self.judge()
 
     def judge(self, *, at_the_end: bool = False) -> None:
         """Raise a DataError if the share is too large."""
         share = self.bad / max(1, self.records)
         if share > self.allowed and (self.records >= JUDGED_FROM or (at_the_end and self.bad > 1)):
-            first = f", the first: {self.first.removeprefix('unreadable: ')}" if self.first else ""
+            first = f", the first: {self.first}" if self.first else ""
             raise DataError(
                 f"{self.bad:,} of {self.records:,} records cannot be used ({share:.0%}, "
                 f"--max-bad-share allows {self.allowed:.0%}){first}"
             )
 
 
-def read_ledger(folders: Sequence[Path], counts: Counter[str]) -> Ledger:
-    """Return the sum of what the reading tasks counted; what was skipped joins the first row."""
+def read_ledger(folders: Sequence[Path], counts: Counter[str]) -> tuple[Ledger, list[str]]:
+    """Return the sum of what the reading tasks counted, and the log of what was unreadable.
+
+    What was skipped joins the first row.
+    """
     ledger = Ledger()
     ledger.step("read")
+    log: list[str] = []
     for folder in folders:
         found = read_json(folder / "ledger.json")
         ledger.add(found)
         counts.update(found["skipped"])
-        for why in found["skipped"]:
-            counts[why] += 0  # keeps the words of what is counted elsewhere
+        log += found.get("log", [])
     ledger.step("read").reasons.update(counts)
-    return ledger
+    return ledger, log[:LOGGED]

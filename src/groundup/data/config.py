@@ -12,6 +12,7 @@ from groundup.core.errors import ConfigError
 from groundup.core.progress import say
 from groundup.data.blocks import corpus_files
 from groundup.data.decontaminate import Decontaminate, decontaminate, describe
+from groundup.data.extract import Mode
 from groundup.data.steps import FINEWEB, STEPS, Step, make_step
 from groundup.data.tasks import executor_of
 
@@ -25,6 +26,9 @@ class CorpusConfig:
 
     paths: tuple[str, ...] = field(
         ("python",), help="files and folders, or python: the installed library", input=True
+    )
+    extraction: Mode | None = field(
+        None, help="how text is taken out of HTML; unset: plain for files, fast for crawls"
     )
     steps: tuple[str, ...] = field(
         ("plain",), help="steps in order; plain stands for tidy, web for FineWeb's"

@@ -20,6 +20,7 @@ from groundup.data.blocks import (
 )
 from groundup.data.decontaminate import CONTAMINATED
 from groundup.data.dedup import dropped_in, repeated_in
+from groundup.data.extract import Mode
 from groundup.data.keyed import Documents
 from groundup.data.ledger import Ledger
 from groundup.data.sources import Source, read_sources
@@ -97,14 +98,15 @@ class ReadTask:
     steps: tuple[tuple[str, Step], ...]
     blocks: Blocks
     excluded: bool
+    extraction: Mode | None = None
 
 
 def read(task: ReadTask, rank: int, out: Path) -> None:
     """Read the sources of one task, put every document through the steps, write blocks."""
-    ledger, skipped = Ledger(), Counter[str]()
+    ledger, skipped, log = Ledger(), Counter[str](), list[str]()
     blocks = BlockSeries(out, task.blocks)
     excluded = DocumentWriter(out / "excluded.parquet", ("step", "reason"))
-    for document in read_sources(task.sources, skipped):
+    for document in read_sources(task.sources, skipped, log, task.extraction):
         size, tokens = task.blocks.measure(document.text)
         ledger.enter("read", size, tokens)
         ledger.leave("read", size, tokens)
@@ -125,7 +127,7 @@ def read(task: ReadTask, rank: int, out: Path) -> None:
             blocks.add(document, size)
     blocks.close()
     excluded.close()
-    write_json(out / "ledger.json", ledger.to_json() | {"skipped": skipped})
+    write_json(out / "ledger.json", ledger.to_json() | {"skipped": skipped, "log": log})
 
 
 def attempt(step: Step, document: Document, notes: Counter[str]) -> Document | str:

@@ -1,96 +1,91 @@
-"""Readers: files and folders of any known format become documents; what is skipped is counted."""
+"""Readers: files and folders of any known format become documents; what is skipped is counted.
+
+Formats are told by content: a WARC file is one under any name, `.json` holds lines or it does not.
+A reader is a generator `(file, name, notes) -> Iterator[Document]`.
+"""
 
 import importlib
 import json
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
-from groundup.core.errors import DataError
-from groundup.core.files import read_jsonl
+from groundup.core.errors import DataError, MissingExtra
 from groundup.core.types import Document
+from groundup.data.encodings import decode
+from groundup.data.extract import Mode, extract
+from groundup.data.notes import Notes
+from groundup.data.streams import LONGEST_RECORD_BYTES, read_lines, read_pieces
+from groundup.data.warc import read_warc
 
 PYTHON = "python"
 # fmt: off
-TEXT_SUFFIXES = (
+TEXT_SUFFIXES = frozenset((
     ".txt", ".md", ".rst", ".tex", ".org", ".py", ".pyi", ".js", ".ts", ".java", ".c", ".h", ".cc",
     ".cpp", ".hpp", ".rs", ".go", ".rb", ".sh", ".sql", ".toml", ".yaml", ".yml", ".ini", ".cfg",
-    ".css", ".r", ".jl", ".lua", ".pl", ".swift", ".kt", ".scala",
-)
+    ".css", ".r", ".jl", ".lua", ".pl", ".swift", ".kt", ".scala", "",
+))
 # fmt: on
+PACKED_SUFFIXES = frozenset((".gz", ".zst", ".bz2", ".xz"))
 SKIPPED_FOLDERS = frozenset(
     ("__pycache__", "node_modules", "site-packages", "dist-packages", "venv", "idle_test")
 )
 TEST_FOLDERS = frozenset(("test", "tests"))
-HIDDEN_TEXT = frozenset(("script", "style", "noscript", "template", "nav", "footer", "svg"))
-BREAKS = frozenset(
-    ("p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "section", "article")
-)
-
-
-class HTMLText(HTMLParser):
-    """Collect the visible text of a page, one block a line."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self.hidden = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Start a line at block elements."""
-        self.hidden += tag in HIDDEN_TEXT
-        if tag in BREAKS:
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        """End a line behind block elements."""
-        if tag in HIDDEN_TEXT:
-            self.hidden = max(0, self.hidden - 1)
-        elif tag in BREAKS:
-            self.parts.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        """Keep visible text."""
-        if not self.hidden:
-            self.parts.append(data)
-
-
-def html_text(page: str) -> str:
-    """Return the text of an HTML page, blank lines folded."""
-    parser = HTMLText()
-    parser.feed(page)
-    lines = (" ".join(line.split()) for line in "".join(parser.parts).split("\n"))
-    return "\n".join(line for line in lines if line)
+TEXT_FIELDS = ("text", "raw_content", "content")  # FineWeb's and most; RedPajama-V2's; C4's kin
+HEAD_BYTES = 4096
+PIECE_BYTES = 16 << 20  # longer text files become several documents
 
 
 def read_documents(
-    paths: Sequence[str | Path], counts: Counter[str] | None = None
+    paths: Sequence[str | Path],
+    counts: Counter[str] | None = None,
+    log: list[str] | None = None,
+    mode: Mode | None = None,
 ) -> Iterator[Document]:
     """Yield the documents of files and folders; "python" is the installed Python's library.
 
     A file that was named and cannot be read is a DataError; inside a folder it is counted.
     """
-    counts = Counter() if counts is None else counts
+    inside: Counter[str] = Counter() if counts is None else counts
     for path in paths:
         if str(path) == PYTHON and not Path(path).exists():
-            yield from read_python(counts)
+            yield from read_python(inside)
             continue
         place = Path(path)
+        if place.is_file():
+            yield from read_named(place, str(place), counts, log, mode)
+            continue
         if not place.exists():
             raise DataError(f"{place} does not exist: give files, folders or the word python")
-        if place.is_file():
-            yield from read_file(place, str(place))
-            continue
         found = 0
-        for file in walk(place, counts):
-            for document in read_or_count(file, place, counts):
+        for file in walk(place, inside):
+            for document in read_file(file, str(file.relative_to(place)), inside, log, mode):
                 found += 1
                 yield document
         if not found:
-            skipped = ", ".join(f"{n} {why}" for why, n in counts.items() if n) or "it is empty"
+            skipped = ", ".join(f"{n} {why}" for why, n in inside.items() if n) or "it is empty"
             raise DataError(f"{place} holds no readable text ({skipped})")
+
+
+def read_named(
+    file: Path,
+    name: str,
+    counts: Counter[str] | None = None,
+    log: list[str] | None = None,
+    mode: Mode | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of a file that the user named: a DataError if there are none at all."""
+    found = 0
+    problems = [] if log is None else log
+    start = len(problems)
+    for document in read_file(file, name, counts, problems, mode):
+        found += 1
+        yield document
+    if not found:
+        why = problems[start] if len(problems) > start else f"{file} is empty"
+        raise DataError(f"nothing can be read: {why}")
 
 
 def walk(folder: Path, counts: Counter[str]) -> Iterator[Path]:
@@ -101,77 +96,236 @@ def walk(folder: Path, counts: Counter[str]) -> Iterator[Path]:
         elif entry.is_dir():
             if entry.name not in SKIPPED_FOLDERS:
                 yield from walk(entry, counts)
-        elif reader_of(entry) is None:
-            counts["unknown format"] += 1
-        else:
+        elif entry.suffix.lower() in TEXT_SUFFIXES or format_of(entry) not in (None, "text"):
             yield entry
+        else:
+            counts["unknown format"] += 1
 
 
-def read_or_count(file: Path, root: Path, counts: Counter[str]) -> Iterator[Document]:
-    """Yield a file's documents, or count it as unreadable."""
+def read_file(
+    file: Path,
+    name: str,
+    counts: Counter[str] | None = None,
+    log: list[str] | None = None,
+    mode: Mode | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of one file, which may be damaged here and there.
+
+    With `counts`, damage is counted by reason, logged as "file, place: reason", and skipped;
+    without, it is a DataError. `mode` is how text is taken out of HTML: unset, all visible text
+    of HTML files and the main content of crawled pages.
+    """
+    notes = Notes(name if counts is not None else str(file), counts, log)
     try:
-        yield from read_file(file, str(file.relative_to(root)))
-    except DataError as err:
-        counts["unreadable"] += 1
-        counts[f"unreadable: {err}"] += 0  # keeps the reason for the report, adds nothing
+        kind = format_of(file) or "text"
+        if kind == "warc":
+            yield from read_warc(file, name, notes, mode or "fast")
+        elif kind == "html":
+            yield from read_html(file, name, notes, mode or "plain")
+        else:
+            yield from READERS[kind](file, name, notes)
+    except OSError as err:
+        notes.skip("cannot be read", remedy=f" ({err.strerror or err})")
 
 
-def read_file(file: Path, name: str) -> Iterator[Document]:
-    """Yield the documents of one file; a suffix that says nothing is read as text."""
-    yield from (reader_of(file) or read_text)(file, name)
+def format_of(file: Path) -> str | None:
+    """Return a file's format by its first bytes; None for a binary one, "text" for any other."""
+    try:
+        head = next(read_pieces(file, Notes(str(file), Counter())), b"")[:HEAD_BYTES]
+    except (OSError, MissingExtra):
+        return "text"  # reading it says what is wrong
+    for magic, kind in MAGIC:
+        if head.startswith(magic):
+            return kind
+    if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return None
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    while suffixes and suffixes[-1] in PACKED_SUFFIXES:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in (".jsonl", ".ndjson") or (
+        suffix == ".json" and holds_json_lines(head, any_field=True)
+    ):
+        return "jsonl"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:200].lower()
+    if suffix in (".html", ".htm", ".xhtml") or start.startswith((b"<!doctype html", b"<html")):
+        return "html"
+    if suffix == ".parquet":
+        return "parquet"
+    if suffix not in TEXT_SUFFIXES and holds_json_lines(head):
+        return "jsonl"
+    return "text"
 
 
-def read_text(file: Path, name: str) -> Iterator[Document]:
-    """Yield a text file as one document."""
-    yield Document(id=name, text=decode(file), source=name)
+def holds_json_lines(head: bytes, any_field: bool = False) -> bool:
+    """Return whether a file begins with a line that is a JSON object, with text in it."""
+    line, end, _ = head.partition(b"\n")
+    if not end and len(head) >= HEAD_BYTES:  # a long first line: its beginning must do
+        fields = any_field or any(f'"{field}"'.encode() in line for field in TEXT_FIELDS)
+        return line.startswith(b'{"') and fields
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and (any_field or text_field(row) is not None)
 
 
-def read_html(file: Path, name: str) -> Iterator[Document]:
+def text_field(row: Any) -> str | None:
+    """Return the name of the field that holds the text."""
+    return next((field for field in TEXT_FIELDS if field in row), None)
+
+
+def read_text(file: Path, name: str, notes: Notes) -> Iterator[Document]:
+    """Yield a text file as one document, a very long one in pieces that end with a line."""
+    number = 0
+    rest = b""
+    for piece in read_pieces(file, notes):
+        rest += piece
+        if len(rest) <= PIECE_BYTES:
+            continue
+        end = rest.rfind(b"\n\n") + 2
+        if end < 2:
+            end = rest.rfind(b"\n") + 1
+        if not end and len(rest) > LONGEST_RECORD_BYTES:
+            end = len(rest)
+        if end:
+            number += 1
+            yield from text_document(rest[:end], f"{name}#{number}", notes)
+            rest = rest[end:]
+    if rest or not number:
+        yield from text_document(rest, f"{name}#{number + 1}" if number else name, notes)
+
+
+def text_document(content: bytes, name: str, notes: Notes) -> Iterator[Document]:
+    """Yield the document in some bytes, if they are text."""
+    text = decode(content, notes)
+    if text is not None:
+        yield Document(id=name, text=text, source=name)
+
+
+def read_html(file: Path, name: str, notes: Notes, mode: Mode = "plain") -> Iterator[Document]:
     """Yield an HTML page's text as one document."""
-    yield Document(id=name, text=html_text(decode(file)), source=name)
+    text = decode(b"".join(read_pieces(file, notes)), notes)
+    found = extract(text, "", mode, notes) if text is not None else None
+    if found is not None:
+        yield Document(id=name, text=found[0], source=name, meta=found[1])
 
 
-def read_json_lines(file: Path, name: str) -> Iterator[Document]:
-    """Yield one document a line, from its field `text`."""
-    for line, row in read_jsonl(file):
-        if not isinstance(row.get("text"), str):
-            keys = ", ".join(sorted(row)) or "none"
-            raise DataError(f'{file}, line {line} has no string field "text" (its fields: {keys})')
-        yield Document(id=f"{name}:{line}", text=row["text"], source=f"{name}:{line}")
+def read_json_lines(file: Path, name: str, notes: Notes) -> Iterator[Document]:
+    """Yield one document a line: its text field, and all other plain values as metadata."""
+    for number, line in read_lines(read_pieces(file, notes), notes):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as err:
+            reason = getattr(err, "msg", None) or type(err).__name__
+            remedy = f" ({reason}): mend or delete that line"
+            notes.skip("not JSON", f"line {number}", remedy)
+            continue
+        if not isinstance(row, dict):
+            remedy = f' (it holds a {type(row).__name__}): each must be like {{"text": "..."}}'
+            notes.skip("no JSON object", f"line {number}", remedy)
+            continue
+        if document := document_of(row, f"{name}:{number}", f"line {number}", notes):
+            yield document
 
 
-def read_parquet(file: Path, name: str) -> Iterator[Document]:
-    """Yield one document a row, from the column `text`."""
+def document_of(row: dict[str, Any], source: str, place: str, notes: Notes) -> Document | None:
+    """Return the document in a row of fields, or None, counted why."""
+    field = text_field(row)
+    text = row[field] if field else None
+    if not isinstance(text, str):
+        keys = ", ".join(sorted(map(str, row))) or "none"
+        notes.skip('no string field "text"', place, f" (its fields: {keys})")
+        return None
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a pair, escaped in JSON: no file could hold it
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            notes.tell("lone surrogates replaced")
+    meta = row.get("meta") or row.get("metadata")
+    kept = dict(meta) if isinstance(meta, dict) else loaded(meta)
+    kept |= {
+        key: value
+        for key, value in row.items()
+        if key not in (field, "meta", "metadata") and isinstance(value, str | int | float | bool)
+    }
+    return Document(id=source, text=text, source=source, meta=kept)
+
+
+def loaded(meta: Any) -> dict[str, Any]:
+    """Return metadata that was stored as JSON, as in groundup's own corpora."""
+    try:
+        found = json.loads(meta) if isinstance(meta, str) else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_parquet(file: Path, name: str, notes: Notes) -> Iterator[Document]:
+    """Yield one document a row of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as err:
-        raise DataError(f"{file} is not readable Parquet ({err})") from err
-    if "text" not in table.schema_arrow.names:
-        columns = ", ".join(table.schema_arrow.names)
-        raise DataError(f'{file} has no column "text" (its columns: {columns})')
-    row = 0
-    for batch in table.iter_batches(columns=["text"]):
-        for text in batch.column(0).to_pylist():
-            row += 1
-            yield Document(id=f"{name}:{row}", text=text or "", source=f"{name}:{row}")
+        notes.skip("not readable Parquet", remedy=f" ({err})")
+        return
+    names = table.schema_arrow.names
+    if text_field(names) is None:
+        notes.skip('no column "text"', remedy=f" (its columns: {', '.join(names)})")
+        return
+    first = 1
+    for group in range(table.num_row_groups):  # a damaged group costs itself alone
+        count = table.metadata.row_group(group).num_rows
+        try:
+            for batch in table.iter_batches(1000, row_groups=[group]):
+                yield from rows_of(batch, name, first, notes)
+                first += batch.num_rows
+                count -= batch.num_rows
+        except (pa.ArrowInvalid, OSError) as err:
+            notes.skip("damaged rows", f"row group {group}", f" ({err})")
+        first += count
 
 
-def decode(file: Path) -> str:
-    """Return a file's UTF-8 text; a DataError says why it is none."""
-    content = file.read_bytes()
-    if b"\0" in content[:8192]:
-        raise DataError(f"{file} is a binary file: give text")
+def read_arrow(file: Path, name: str, notes: Notes) -> Iterator[Document]:
+    """Yield one document a row of an Arrow file or stream (Feather, a saved data set)."""
+    import pyarrow as pa
+
+    first = 1
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as err:
-        line = content[: err.start].count(b"\n") + 1
-        raise DataError(
-            f"{file}, line {line} is not UTF-8 (byte 0x{content[err.start]:02x}): "
-            "convert it, for example with iconv -t UTF-8"
-        ) from err
+        with pa.memory_map(str(file)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
+            if text_field(reader.schema.names) is None:
+                columns = ", ".join(reader.schema.names)
+                notes.skip('no column "text"', remedy=f" (its columns: {columns})")
+                return
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            for batch in batches:
+                yield from rows_of(batch, name, first, notes)
+                first += batch.num_rows
+    except (pa.ArrowInvalid, OSError) as err:
+        notes.skip("not readable Arrow", f"row {first}", f" ({err})")
+
+
+def rows_of(batch: Any, name: str, first: int, notes: Notes) -> Iterator[Document]:
+    """Yield the documents of a batch of rows."""
+    for number, row in enumerate(batch.to_pylist(), start=first):
+        if row.get("text", "") is None:
+            row["text"] = ""
+        if document := document_of(row, f"{name}:{number}", f"row {number}", notes):
+            yield document
+
+
+def read_arc(file: Path, name: str, notes: Notes) -> Iterator[Document]:
+    """Say that ARC, which WARC replaced in 2009, is not read."""
+    notes.skip("an ARC file", remedy=": convert it to WARC, for example with warcio recompress")
+    yield from ()
 
 
 def read_python(counts: Counter[str]) -> Iterator[Document]:
@@ -184,27 +338,28 @@ def read_python(counts: Counter[str]) -> Iterator[Document]:
         ):
             counts["tests and third-party files"] += 1
         elif inside.parts[:1] != ("pydoc_data",):
-            yield from read_or_count(file, root, counts)
+            yield from read_file(file, str(inside), counts)
     topics = importlib.import_module("pydoc_data.topics").topics
     for topic, text in sorted(topics.items()):
         name = f"pydoc_data/topics/{topic}"
         yield Document(id=name, text=text, source=name)
 
 
-Reader = Callable[[Path, str], Iterator[Document]]
-READERS: dict[str, Reader] = dict.fromkeys(TEXT_SUFFIXES, read_text)
-READERS |= {
-    ".html": read_html,
-    ".htm": read_html,
-    ".jsonl": read_json_lines,
-    ".parquet": read_parquet,
+MAGIC = (
+    (b"WARC/", "warc"),
+    (b"filedesc:", "arc"),
+    (b"PAR1", "parquet"),
+    (b"ARROW1", "arrow"),
+    (b"\xff\xff\xff\xff", "arrow"),
+)
+Reader = Callable[[Path, str, Notes], Iterator[Document]]
+READERS: dict[str, Reader] = {
+    "text": read_text,
+    "jsonl": read_json_lines,
+    "arc": read_arc,
+    "parquet": read_parquet,
+    "arrow": read_arrow,
 }
-
-
-def reader_of(file: Path) -> Reader | None:
-    """Return the reader for a file; names without a suffix (README) are read as text."""
-    suffix = file.suffix.lower()
-    return READERS.get(suffix) or (read_text if not suffix else None)
 
 
 def to_json(document: Document) -> str:

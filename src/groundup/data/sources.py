@@ -7,7 +7,8 @@ from pathlib import Path
 
 from groundup.core.errors import DataError
 from groundup.core.types import Document
-from groundup.data.readers import PYTHON, read_documents, read_file, walk
+from groundup.data.extract import Mode
+from groundup.data.readers import PYTHON, read_documents, read_file, read_named, walk
 
 TASK_FILES = 5_000
 
@@ -77,19 +78,16 @@ def group_sources(sources: Sequence[Source], size_bytes: float) -> list[tuple[So
     return [*tasks, tuple(group)] if group else tasks
 
 
-def read_sources(sources: Sequence[Source], counts: Counter[str]) -> Iterator[Document]:
-    """Yield the documents of sources; what cannot be read in a folder is counted."""
+def read_sources(
+    sources: Sequence[Source],
+    counts: Counter[str],
+    log: list[str] | None = None,
+    mode: Mode | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of sources; what cannot be read is counted, and logged with its place."""
     for source in sources:
         if source.path == PYTHON:
             yield from read_documents([PYTHON], counts)
-            continue
-        try:
-            yield from read_file(Path(source.path), source.name)
-        except DataError as err:
-            if source.named:
-                raise
-            counts["unreadable"] += 1
-            counts[f"unreadable: {err}"] += 0  # keeps the reason for the report, adds nothing
-        except OSError as err:
-            counts["unreadable"] += 1
-            counts[f"unreadable: {source.path} vanished ({err.strerror})"] += 0
+        else:
+            read = read_named if source.named else read_file
+            yield from read(Path(source.path), source.name, counts, log, mode)
