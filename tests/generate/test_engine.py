@@ -88,14 +88,65 @@ def test_training_between_calls_forgets_shared_beginnings(tiny, tok):
     assert found == [alone(tiny, prompt) for prompt in PROMPTS]
 
 
+def test_int8_is_close_and_follows_training(tiny, tok):
+    score = SamplingParams(max_tokens=1, prompt_logprobs=0)
+
+    def scores(**settings):
+        found = LLM(tiny, tok, **settings).generate(PROMPTS[3:], score)
+        return torch.tensor([next(iter(p.values())) for o in found for p in o.prompt_logprobs[1:]])
+
+    assert 0 < (scores() - scores(quantization="int8")).abs().mean() < 0.15
+    llm = LLM(tiny, tok, quantization="int8")
+    before = llm.generate(PROMPTS, GREEDY)
+    with torch.no_grad():
+        tiny.lm_head.weight.neg_()
+    after = LLM(tiny, tok, quantization="int8").generate(PROMPTS, GREEDY)
+    assert llm.generate(PROMPTS, GREEDY) == after != before
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_batch_invariant_gives_the_same_bits_whatever_else_runs(
+    tiny, tok, quantization, kernel, monkeypatch
+):
+    if not kernel:
+        monkeypatch.setattr("groundup.model.kernels.available", lambda: False)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=20)
+    settings = {"batch_invariant": True, "quantization": quantization}
+
+    def run(prompts, **more):
+        llm = LLM(tiny, tok, **settings, **more)
+        return [o.outputs[0].logprobs for o in llm.generate(prompts, params)]
+
+    alone = [run([prompt])[0] for prompt in PROMPTS]
+    assert run(PROMPTS) == alone
+    if kernel:  # without, a chunk is what a prompt is cut into, so its size is part of the answer
+        assert run(PROMPTS, max_num_batched_tokens=9, block_size=4) == alone
+    assert run(PROMPTS, block_size=8, kv_cache_memory_bytes=256 * 104, max_num_seqs=5) == alone
+
+
+def test_batch_invariant_in_bf16(tiny, tok):
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=20)
+    model = tiny.bfloat16()
+
+    def run(prompts):
+        llm = LLM(model, tok, batch_invariant=True)
+        return [o.outputs[0].logprobs for o in llm.generate(prompts, params)]
+
+    assert run(PROMPTS) == [run([prompt])[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("way", ["torch", "kernel", "exact"])
 @pytest.mark.parametrize("change", [{}, {"sliding_window": 8}, {"model_type": "gemma2"}])
-def test_logits_of_a_batch_equal_single_ones(tiny, change):
+def test_logits_of_a_batch_equal_single_ones(tiny, change, way):
     if "model_type" in change:
         change |= {"attn_logit_softcapping": 50.0, "sliding_window": 8}
         change["layer_types"] = ("sliding_attention", "full_attention")
     torch.manual_seed(1)
     model = Decoder(dataclasses.replace(tiny.config, **change)).eval()
-    cache = KVCache(model.config, 40, 8, torch.device("cpu"), torch.float32)
+    shape = (model.config, 40, 8, torch.device("cpu"), torch.float32)
+    cache = KVCache(*shape, exact=way == "exact")
+    cache.fast &= way != "torch"
     texts = [torch.randint(5, 300, (n,)).tolist() for n in (30, 17, 25)]
     blocks = [[9, 3, 30, 5], [1, 2, 4], [20, 21, 22, 23]]
     steps = [(0, 16, 5), (29, 17, 9), (30, 17, 25)]  # tokens cached after each of three steps

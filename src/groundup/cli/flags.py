@@ -32,13 +32,21 @@ def parser(prog: str, description: str) -> Parser:
 
 
 def add_config(into: Parser, cls: type[Any], *, positional: str | None = None) -> None:
-    """Add one flag for each field of a config; `positional` names the field without a flag."""
+    """Add one flag for each field of a config; `positional` names the field without a flag.
+
+    Fields of a base class form a group of their own in the help, named by its docstring.
+    """
     hints = typing.get_type_hints(cls)
+    groups: dict[str, Any] = {}
+    for base in cls.__mro__[1:]:
+        if names := getattr(base, "__annotations__", {}):
+            group = into.add_argument_group((base.__doc__ or "").partition(":")[0].lower())
+            groups |= dict.fromkeys(names, group)
     own_first = sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__)
     for field in own_first:
         help_text = field.metadata.get("help", "").replace("%", "%%")
         has_default = field.default is not dataclasses.MISSING
-        if has_default and field.default is not None:
+        if has_default and field.default not in (None, ()):
             shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
             help_text += f" (default {str(shown).replace('%', '%%')})"
         many = typing.get_origin(hints[field.name]) is tuple
@@ -56,7 +64,7 @@ def add_config(into: Parser, cls: type[Any], *, positional: str | None = None) -
             options["required"] = not has_default
             if many:
                 options["nargs"] = "+"
-        into.add_argument(flag, **options)
+        groups.get(field.name, into).add_argument(flag, **options)
 
 
 def metavar(hint: Any) -> str:

@@ -13,7 +13,7 @@ COMMANDS = {
         "groundup.cli.runs:quickstart",
     ),
     "run": ("run a recipe (YAML); finished stages are skipped", "groundup.cli.runs:run"),
-    "data": ("build a corpus: read, clean, deduplicate, split", "groundup.cli.stages:data"),
+    "data": ("build a corpus, report on it, encode it, plan mixtures", "groundup.cli.data:data"),
     "tokenizer": (
         "train, show, compare, convert, extend and trim tokenizers",
         "groundup.cli.tokenizers:tokenizer",
@@ -28,7 +28,10 @@ COMMANDS = {
         "train and compare classifiers on labelled texts",
         "groundup.cli.stages:classify",
     ),
-    "export": ("write a model as GGUF, for llama.cpp", "groundup.cli.stages:export"),
+    "export": (
+        "write a model as a Hugging Face folder or GGUF file; push it to the hub",
+        "groundup.cli.models:export",
+    ),
     "generate": ("continue a prompt", "groundup.cli.talk:generate"),
     "chat": ("talk to a model in the terminal", "groundup.cli.talk:chat"),
     "serve": ("serve a model: OpenAI's API and a chat page", "groundup.cli.talk:serve"),

@@ -47,12 +47,6 @@ def subcommand(prog: str, argv: Sequence[str], choices: dict[str, str]) -> Seque
     return argv[1:]
 
 
-def data(argv: Sequence[str]) -> None:
-    """Run `groundup data build PATH... --out DIR`."""
-    rest = subcommand("data", argv, {"build": "files and folders to a corpus"})
-    stage_command("data build", "corpus", rest, positional="paths")
-
-
 def pretrain(argv: Sequence[str]) -> None:
     """Run `groundup pretrain CORPUS --tokenizer DIR --out DIR`."""
     stage_command("pretrain", "pretrain", argv, positional="corpus")
@@ -63,9 +57,20 @@ def ladder(argv: Sequence[str]) -> None:
     stage_command("ladder", "ladder", argv, positional="corpus")
 
 
+# what `groundup finetune --task` may say: the stage that does it
+FINETUNE_TASKS = {"chat": "finetune", "span": "reading"}
+
+
 def finetune(argv: Sequence[str]) -> None:
-    """Run `groundup finetune MODEL --data FILE --out DIR`."""
-    stage_command("finetune", "finetune", argv, positional="model", model=True)
+    """Run `groundup finetune MODEL --data FILE [--task chat|span] --out DIR`."""
+    words, task = list(argv), "chat"
+    if "--task" in words:
+        at = words.index("--task")
+        task = words[at + 1] if at + 1 < len(words) else ""
+        del words[at : at + 2]
+    if task not in FINETUNE_TASKS:
+        raise ConfigError(f"groundup finetune: --task {task!r}{closest(task, FINETUNE_TASKS)}")
+    stage_command("finetune", FINETUNE_TASKS[task], words, positional="model", model=True)
 
 
 def align(argv: Sequence[str]) -> None:
@@ -74,10 +79,15 @@ def align(argv: Sequence[str]) -> None:
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Run `groundup evaluate MODEL --data FILE --tasks FILE`: bits per byte, and task scores."""
+    """Run `groundup evaluate MODEL --data FILE --tasks FILE`: bits per byte, and task scores.
+
+    A file in SQuAD's form is answered by a model with a span head, and scored as SQuAD does.
+    """
     flags = parser("evaluate", "A model's bits per byte on texts, and its scores in tasks.")
     flags.add_argument("model", metavar="MODEL", help="model folder or run folder")
-    flags.add_argument("--data", nargs="+", metavar="PATH", help="files or folders of text")
+    flags.add_argument(
+        "--data", nargs="+", metavar="PATH", help="files or folders; or SQuAD's .json"
+    )
     flags.add_argument(
         "--tasks", nargs="+", type=Path, default=(), metavar="FILE", help="tasks as .jsonl(.gz)"
     )
@@ -87,11 +97,16 @@ def evaluate(argv: Sequence[str]) -> None:
     args = parse(flags, argv)
     if not args.data and not args.tasks:
         raise ConfigError("groundup evaluate: give texts with --data, or tasks with --tasks")
+    from groundup.data.squad import is_squad
     from groundup.recipe.evaluation import evaluate_tasks, evaluate_texts
 
     model = resolve_model(args.model)
     scores: dict[str, Any] = {}
-    if args.data:
+    if args.data and all(is_squad(Path(path)) for path in args.data):
+        from groundup.recipe.reading import evaluate_reading
+
+        scores = evaluate_reading(model, args.data, device=args.device)
+    elif args.data:
         scores = evaluate_texts(model, args.data, device=args.device)
     if args.tasks:
         scores["tasks"] = evaluate_tasks(model, args.tasks, limit=args.limit, device=args.device)
@@ -108,15 +123,3 @@ def evaluate(argv: Sequence[str]) -> None:
 def classify(argv: Sequence[str]) -> None:
     """Run `groundup classify FILE --out DIR`."""
     stage_command("classify", "classify", argv, positional="data")
-
-
-def export(argv: Sequence[str]) -> None:
-    """Run `groundup export MODEL --out FILE.gguf`."""
-    flags = parser("export", "Write a model with its tokenizer as one GGUF file, for llama.cpp.")
-    flags.add_argument("model", metavar="MODEL", help="model folder or run folder")
-    flags.add_argument("--dtype", default="f16", metavar="{f32,f16,q8_0}", help="matrices (f16)")
-    flags.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file")
-    args = parse(flags, argv)
-    from groundup.recipe.gguf import export_gguf
-
-    export_gguf(resolve_model(args.model), args.out, dtype=args.dtype)

@@ -76,3 +76,19 @@ def fastest_dtype(device: "torch.device") -> "torch.dtype":
     return (
         torch.bfloat16 if seconds(torch.bfloat16) < 0.7 * seconds(torch.float32) else torch.float32
     )
+
+
+@cache
+def matmul_flops_per_s(device: "torch.device", dtype: "torch.dtype") -> float:
+    """Return this machine's rate in a large product of matrices: the best of a few, measured."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 1024
+    square = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        product = square @ square
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -274,17 +274,25 @@ def peak_memory_bytes() -> int:
 
 
 def resolve_model(path: str | Path) -> Path:
-    """Return the model folder meant by a model folder, a stage folder or a run folder.
+    """Return the model folder meant by a model, stage or run folder, or by a hub id.
 
-    In a run folder the last finished model counts, in the order of its recipe.
+    In a run folder the last finished model counts, in the order of its recipe. "org/name",
+    where no such path is, is fetched from the hub (or its cache).
     """
     place = Path(path)
     for candidate in (place, place / "model"):
         if (candidate / "config.json").is_file():
             return candidate
     if not place.exists():
+        if load_object("groundup.model.hub:is_hub_id")(str(path)):
+            return load_object("groundup.model.hub:snapshot")(str(path))  # type: ignore[no-any-return]
         raise CheckpointError(
-            f"{place} does not exist: give a model folder, or a run folder such as runs/quickstart"
+            f"{place} does not exist: give a model folder, a run folder such as runs/quickstart, "
+            "or a hub id such as org/name"
+        )
+    if (place / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{place} is an adapter, not a model: give its base model, or the merged model/ beside"
         )
     if (place / RUN_FILE).is_file():
         stages: dict[str, Any] = configs.read_yaml(place / RUN_FILE).get("stages", {})

@@ -134,7 +134,7 @@ class CompletionOutput:
 
     `stop_reason` is the end token or stop string; "max_tokens", "context" or "max_time" where
     the length ended it; what went wrong after an error. `score` is what beams and `best_of`
-    are ranked by.
+    are ranked by. Of the draft tokens of speculative decoding, the accepted ones were kept.
     """
 
     index: int
@@ -145,6 +145,8 @@ class CompletionOutput:
     logprobs: list[dict[int, float]] | None = None
     cumulative_logprob: float | None = None
     score: float | None = None
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from groundup.data.blocks import read_corpus
 from groundup.data.build import build_corpus
 from groundup.data.chats import ChatsConfig, build_chats, read_chats
 from groundup.data.config import CorpusConfig
+from groundup.data.mix import MixConfig, Phase, phase_order, plan_mixture
 from groundup.data.preferences import (
     mismatched_pairs,
     pair_of,
@@ -16,12 +17,16 @@ from groundup.data.shards import Shard, open_shard, write_shards
 __all__ = [
     "ChatsConfig",
     "CorpusConfig",
+    "MixConfig",
+    "Phase",
     "Shard",
     "build_chats",
     "build_corpus",
     "mismatched_pairs",
     "open_shard",
     "pair_of",
+    "phase_order",
+    "plan_mixture",
     "read_chats",
     "read_corpus",
     "read_documents",

@@ -72,12 +72,14 @@ class LiveTraining:
         if self.console.is_terminal:
             self.live.stop()
 
-    def update(self, step: int, value: float, tokens_per_s: float, left_s: float) -> None:
-        """Take one step's value and draw."""
+    def update(
+        self, step: int, value: float, tokens_per_s: float, left_s: float, note: str = ""
+    ) -> None:
+        """Take one step's value and draw; `note` joins the line of figures."""
         self.values.append(value)
         self.status = (
             f"step {step:,} of {self.steps:,}   {value:.3f} {self.unit}   "
-            f"{tokens_per_s:,.0f} tokens/s   {left_s:,.0f} s left"
+            f"{tokens_per_s:,.0f} tokens/s   {note}{left_s:,.0f} s left"
         )
         if self.console.is_terminal:
             self.live.update(self.picture(), refresh=True)

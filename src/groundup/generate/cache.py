@@ -9,28 +9,44 @@ H query heads, K key/value heads, D head size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from groundup.model import kernels
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Attention
 from groundup.model.rope import rotate
+from groundup.model.view import heads_of
 
 
 class KVCache:
-    """Keys and values of every layer, [slots, K, D] each; a block is `size` slots in a row."""
+    """Keys and values of every layer, [slots, K, D] each; a block is `size` slots in a row.
+
+    `exact` attends in an order that depends on the token's own past alone.
+    """
 
     def __init__(
-        self, config: ModelConfig, blocks: int, size: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        blocks: int,
+        size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        exact: bool = False,
     ) -> None:
-        self.size = size
+        self.size, self.exact = size, exact
         shape = (blocks * size, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        plain = device.type == "cpu" and dtype == torch.float32
+        self.fast = plain and config.attn_logit_softcapping is None and kernels.available()
 
 
 def bytes_a_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -63,33 +79,82 @@ class Batch:
     """One step's view of the cache; single tokens first, then chunks."""
 
     def __init__(self, cache: KVCache, feeds: Sequence[Feed]) -> None:
-        self.cache = cache
-        device = cache.keys[0].device
-
-        def on_device(values: NDArray[np.int64]) -> Tensor:
-            return torch.from_numpy(values).to(device, non_blocking=True)
-
-        slots = [slots_of(feed, cache.size) for feed in feeds]
-        places = [np.arange(f.computed, f.computed + len(f.ids)) for f in feeds]
-        self.ids_1T = on_device(np.array([i for feed in feeds for i in feed.ids]))[None]
-        self.positions_1T = on_device(np.concatenate(places))[None]
-        fed = [row[feed.computed :] for row, feed in zip(slots, feeds, strict=True)]
-        self.slots_T = on_device(np.concatenate(fed))
+        self.cache, self.feeds = cache, feeds
+        self.device = cache.keys[0].device
         self.singles = next((n for n, f in enumerate(feeds) if len(f.ids) > 1), len(feeds))
+        self.places = [np.arange(f.computed, f.computed + len(f.ids)) for f in feeds]
+        self.ids_1T = self.tensor([i for feed in feeds for i in feed.ids])[None]
+        self.positions_1T = self.tensor(np.concatenate(self.places))[None]
         self.windows: dict[int | None, list[Tensor]] = {}
-        if self.singles:
-            lengths = [len(row) for row in slots[: self.singles]]
-            table_RS = np.zeros((self.singles, max(lengths)), np.int64)
-            for row_S, found in zip(table_RS, slots, strict=False):
-                row_S[: len(found)] = found
-            self.table_RS = on_device(table_RS)
-            self.at_R = on_device(np.array(lengths)) - 1
-        self.chunks, start = [], self.singles
-        for feed, row, at in list(zip(feeds, slots, places, strict=True))[self.singles :]:
+        self.steps: dict[int, kernels.Step] = {}
+
+    def tensor(self, values: NDArray[np.int64] | list[int]) -> Tensor:
+        """Return numbers as a tensor on the cache's device."""
+        return torch.from_numpy(np.asarray(values, np.int64)).to(self.device, non_blocking=True)
+
+    @cached_property
+    def slots(self) -> list[NDArray[np.int64]]:
+        """Return the slots of every request's tokens, the new ones included."""
+        return [slots_of(feed, self.cache.size) for feed in self.feeds]
+
+    @cached_property
+    def new_slots(self) -> Tensor:
+        """Return the slots of the new tokens."""
+        pairs = zip(self.slots, self.feeds, strict=True)
+        return self.tensor(np.concatenate([row[feed.computed :] for row, feed in pairs]))
+
+    @cached_property
+    def single_slots(self) -> Tensor:
+        """Return the slots of the requests with one token, filled up with the first one."""
+        rows = self.slots[: self.singles]
+        table_RS = np.zeros((len(rows), max(map(len, rows))), np.int64)
+        for filled_S, row in zip(table_RS, rows, strict=True):
+            filled_S[: len(row)] = row
+        return self.tensor(table_RS)
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each request's blocks, and each token's request and position, for the kernel."""
+        longest = max(len(feed.blocks) for feed in self.feeds)
+        blocks = np.zeros((len(self.feeds), longest), np.int32)
+        for row, feed in zip(blocks, self.feeds, strict=True):
+            row[: len(feed.blocks)] = feed.blocks
+        owner = np.repeat(np.arange(len(self.feeds)), [len(feed.ids) for feed in self.feeds])
+        at = torch.from_numpy(np.concatenate(self.places)).int()
+        return torch.from_numpy(blocks), torch.from_numpy(owner).int(), at
+
+    def step(self, rotary: tuple[Tensor, Tensor]) -> kernels.Step:
+        """Return the step as the kernel wants it, for one table of rotary angles."""
+        cosine, sine = rotary
+        if cosine.data_ptr() not in self.steps:
+            blocks, owner, at = self.table
+            T = self.ids_1T.shape[1]
+            self.steps[cosine.data_ptr()] = kernels.Step(
+                *(x.data_ptr() for x in (cosine, sine, blocks, owner, at)),
+                blocks.stride(0),
+                T,
+                T if self.cache.exact else self.singles,
+                self.cache.size,
+            )
+        return self.steps[cosine.data_ptr()]
+
+    def in_kernel(self, layer: int, rotary: tuple[Tensor, Tensor]) -> Any:
+        """Return what the kernel needs for a whole layer; None where chunks go through torch."""
+        if not self.cache.fast or (self.singles < len(self.feeds) and not self.cache.exact):
+            return None
+        return self.step(rotary), self.cache.keys[layer], self.cache.values[layer]
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """Return the requests that feed several tokens."""
+        found, start = [], self.singles
+        for n in range(self.singles, len(self.feeds)):
+            feed, slots_S = self.feeds[n], self.tensor(self.slots[n])
             stop = start + len(feed.ids)
-            chunk = Chunk(start, stop, on_device(row), on_device(at), fresh=feed.computed == 0)
-            self.chunks.append(chunk)
+            at_T = self.tensor(self.places[n])
+            found.append(Chunk(start, stop, slots_S, at_T, fresh=feed.computed == 0))
             start = stop
+        return found
 
     def attend(
         self,
@@ -100,40 +165,64 @@ class Batch:
         rotary: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Store the new keys and values; every request attends to its own, and no other."""
+        if self.cache.fast:
+            outs_NTHD = [self.attend_in_kernel(attention, q_1THD, k_1TKD, v_1TKD, rotary)]
+            if self.cache.exact or not self.chunks:
+                return outs_NTHD[0].flatten(1)[None]
         keys, values = self.cache.keys[attention.layer], self.cache.values[attention.layer]
         q_1HTD = rotate(q_1THD.transpose(1, 2), *rotary)
-        k_1KTD = rotate(k_1TKD.transpose(1, 2), *rotary)
-        keys.index_copy_(0, self.slots_T, k_1KTD[0].transpose(0, 1).to(keys.dtype))
-        values.index_copy_(0, self.slots_T, v_1TKD[0].to(values.dtype))
-        outs_NTHD = []
+        if not self.cache.fast:
+            k_1KTD = rotate(k_1TKD.transpose(1, 2), *rotary)
+            keys.index_copy_(0, self.new_slots, k_1KTD[0].transpose(0, 1).to(keys.dtype))
+            values.index_copy_(0, self.new_slots, v_1TKD[0].to(values.dtype))
+            outs_NTHD = [self.attend_singles(attention, q_1HTD)] if self.singles else []
         masks = self.masks(attention.window)
-        if self.singles:
-            R = self.singles
-            k_RKSD, v_RKSD = (x[self.table_RS].transpose(1, 2) for x in (keys, values))
-            q_RH1D = q_1HTD[0, :, :R].transpose(0, 1)[:, :, None]
-            out_RH1D = attention.attend(q_RH1D, k_RKSD, v_RKSD, masks[0])
-            outs_NTHD.append(out_RH1D[:, :, 0])
-        for chunk, mask in zip(self.chunks, masks[-len(self.chunks) :], strict=False):
-            part = slice(chunk.start, chunk.stop)
-            if chunk.fresh:
-                k_1KSD, v_1KSD = k_1KTD[:, :, part], v_1TKD[:, part].transpose(1, 2)
-            else:
-                k_1KSD, v_1KSD = (x[chunk.slots_S].transpose(0, 1)[None] for x in (keys, values))
+        for chunk, mask in zip(self.chunks, masks, strict=True):
+            k_1KSD, v_1KSD = (x[chunk.slots_S].transpose(0, 1)[None] for x in (keys, values))
             causal = chunk.fresh and attention.window is None
             out_1HTD = attention.attend(
-                q_1HTD[:, :, part], k_1KSD, v_1KSD, None if causal else mask, causal=causal
+                q_1HTD[:, :, chunk.start : chunk.stop],
+                k_1KSD,
+                v_1KSD,
+                None if causal else mask,
+                causal=causal,
             )
             outs_NTHD.append(out_1HTD[0].transpose(0, 1))
         return torch.cat(outs_NTHD).flatten(1)[None]
 
+    def attend_in_kernel(
+        self,
+        attention: Attention,
+        q_1THD: Tensor,
+        k_1TKD: Tensor,
+        v_1TKD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Store all keys and values; return what single tokens attend to (`exact`: all tokens)."""
+        return kernels.attend(
+            q_1THD[0],
+            k_1TKD[0],
+            v_1TKD[0],
+            self.step(rotary),
+            heads_of(attention),
+            self.cache.keys[attention.layer],
+            self.cache.values[attention.layer],
+        )
+
+    def attend_singles(self, attention: Attention, q_1HTD: Tensor) -> Tensor:
+        """Return what single tokens attend to, [R, H, D]; what fills the table up is masked."""
+        table_RS, layer = self.single_slots, attention.layer
+        k_RKSD = self.cache.keys[layer][table_RS].transpose(1, 2)
+        v_RKSD = self.cache.values[layer][table_RS].transpose(1, 2)
+        q_RH1D = q_1HTD[0, :, : self.singles].transpose(0, 1)[:, :, None]
+        at_R = self.positions_1T[0, : self.singles]
+        mask_R11S = visible(at_R, table_RS.shape[1], attention.window)[:, None, None]
+        return attention.attend(q_RH1D, k_RKSD, v_RKSD, mask_R11S)[:, :, 0]
+
     def masks(self, window: int | None) -> list[Tensor]:
-        """Return masks, True where a token may look: the singles' [R,1,1,S], each chunk's [T,S]."""
+        """Return each chunk's mask [T, S], True where a token may look."""
         if window not in self.windows:
-            found = []
-            if self.singles:
-                found.append(visible(self.at_R, self.table_RS.shape[1], window)[:, None, None])
-            found += [visible(c.at_T, len(c.slots_S), window) for c in self.chunks]
-            self.windows[window] = found
+            self.windows[window] = [visible(c.at_T, len(c.slots_S), window) for c in self.chunks]
         return self.windows[window]
 
 

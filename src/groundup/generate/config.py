@@ -1,6 +1,7 @@
 """How an engine runs: vLLM's names where it has them. Imports no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from groundup.core.config import field
@@ -25,6 +26,23 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SpeculativeConfig:
+    """Who guesses how answers go on; what is answered stays the same."""
+
+    method: Literal["lookup", "draft", "ngram"] = field(
+        "lookup", help="from the text so far, a draft model, or an n-gram model"
+    )
+    model: Path | None = field(None, help="folder of the draft or n-gram model")
+    num_speculative_tokens: int = field(8, help="guesses a step at most")
+    prompt_lookup_max: int = field(3, help="longest n-gram that lookup compares")
+
+    def __post_init__(self) -> None:
+        for name in ("num_speculative_tokens", "prompt_lookup_max"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
 

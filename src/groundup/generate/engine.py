@@ -3,7 +3,7 @@
 A step has a budget of tokens. Running requests are served first, the newest token of each or a
 chunk of its prompt; waiting ones join while there are rows, blocks of the cache and budget. Where
 blocks run out, the request that matters least gives its own back and is computed again later.
-There is one forward, the model's; the engine owns the cache and no weights.
+There is one forward, the model's; the engine owns the cache, and of the weights only views.
 """
 
 import bisect
@@ -16,14 +16,16 @@ from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams
 from groundup.generate.blocks import BlockPool
 from groundup.generate.cache import Batch, Feed, KVCache, bytes_a_token
-from groundup.generate.config import EngineConfig
+from groundup.generate.config import EngineConfig, SpeculativeConfig
 from groundup.generate.logits import top
 from groundup.generate.params import check, check_room, tidy
 from groundup.generate.processors import LogitsProcessors, make_processors
 from groundup.generate.request import Request
 from groundup.generate.sampling import choose
+from groundup.generate.speculative import Speculator, make_speculator
 from groundup.generate.stop import Stopping
 from groundup.model.decoder import Decoder
+from groundup.model.view import view_of
 from groundup.tokenizer import Tokenizer
 
 CACHE_BYTES = 2 * 10**9  # the cache's memory at most, where the config does not say
@@ -39,20 +41,37 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         ends: Sequence[int] | None = None,
+        speculative: SpeculativeConfig | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.source, self.tokenizer = model, tokenizer
         self.config = config = config or EngineConfig()
         self.ends = tuple(ends if ends is not None else tokenizer.stop_token_ids)
         weight = next(model.parameters())
         self.device = weight.device
         blocks = block_count(model, config, weight.dtype)
         self.context = min(model.config.max_position_embeddings, blocks * config.block_size)
-        self.cache = KVCache(model.config, blocks, config.block_size, self.device, weight.dtype)
-        self.pool = BlockPool(blocks, config.block_size, sharing=config.enable_prefix_caching)
+        self.cache = KVCache(
+            model.config,
+            blocks,
+            config.block_size,
+            self.device,
+            weight.dtype,
+            exact=config.batch_invariant,
+        )
+        # Without the kernels, bits depend on what a forward holds: then each request has its own.
+        self.apart = config.batch_invariant and not self.cache.fast
+        sharing = config.enable_prefix_caching and not self.apart
+        self.pool = BlockPool(blocks, config.block_size, sharing=sharing)
         self.waiting: list[Request] = []  # both sorted: the first matters most
         self.running: list[Request] = []
         self.arrivals = self.preemptions = 0
         self.weights_version: list[float] = []
+        self.model = model
+        self.notice_new_weights()
+        self.speculator: Speculator | None = None
+        if speculative is not None:
+            rows = config.max_num_seqs
+            self.speculator = make_speculator(speculative, model, tokenizer, rows, self.context)
 
     def add(
         self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0
@@ -111,30 +130,39 @@ class Engine:
         plan = self.schedule()
         if not plan:
             return []
-        was_training = self.model.training
+        was_training = self.source.training
         if was_training:
             self.model.eval()
-        done = self.run(plan)
+        parts = [[entry] for entry in plan] if self.apart else [plan]
+        done = [request for part in parts for request in self.run(part)]
         if was_training:
-            self.model.train()
+            self.source.train()
         self.release()
         return done
 
     def notice_new_weights(self) -> None:
-        """Forget cached prefixes if the weights have been trained since."""
-        version = stamp(self.model)
+        """Make the view anew and forget cached prefixes if the weights have been trained since."""
+        version = stamp(self.source)
         if version != self.weights_version:
             self.weights_version = version
+            self.model = view_of(
+                self.source, self.config.quantization, exact=self.config.batch_invariant
+            )
             self.pool.forget()
 
     def schedule(self) -> list[tuple[Request, int]]:
         """Return who feeds how many tokens: single tokens first, then chunks."""
         self.make_way()
+        if self.speculator:
+            self.speculator.draft(self.running)
         plan: dict[Request, int] = {}
         budget = max(self.config.max_num_batched_tokens, self.config.max_num_seqs)
-        for request in sorted(self.running, key=lambda r: r.length - r.holding.computed > 1):
-            count = min(request.length - request.holding.computed, budget - sum(plan.values()))
+        for request in sorted(self.running, key=lambda r: r.ahead > 1):
+            count = self.next_count(request, budget - sum(plan.values()))
             while count and request in self.running and not self.reserve(request, count):
+                if request.draft:
+                    request.draft, count = [], 1
+                    continue
                 plan.pop(least := self.running[-1], None)
                 self.preempt(least)
             if count and request in self.running:
@@ -143,19 +171,28 @@ class Engine:
             left = budget - sum(plan.values())
             if not left or len(self.running) == self.config.max_num_seqs:
                 break
-            if self.config.enable_prefix_caching and request.params.prompt_logprobs is None:
+            if self.pool.sharing and request.params.prompt_logprobs is None:
                 self.pool.find(request.holding, request.tokens(0, request.length))
                 if self.shares_soon(request):
                     self.pool.give_back(request.holding)
                     continue
-            count = min(request.length - request.holding.computed, left)
-            if not self.reserve(request, count, spare=len(self.running)):
+            count = self.next_count(request, left)
+            if not count or not self.reserve(request, count, spare=len(self.running)):
                 self.pool.give_back(request.holding)
                 break
             self.waiting.remove(request)
             bisect.insort(self.running, request, key=order)
             plan[request] = count
         return sorted(plan.items(), key=lambda entry: entry[1] > 1)
+
+    def next_count(self, request: Request, left: int) -> int:
+        """Return how many tokens a request feeds next; apart, whatever else runs."""
+        computed = request.holding.computed
+        if not self.apart:
+            return min(request.ahead, left)
+        chunk = min(len(request.prompt) - computed, self.config.max_num_batched_tokens)
+        own = chunk if computed < len(request.prompt) else 1
+        return own if own <= left else 0
 
     def make_way(self) -> None:
         """Preempt requests of a worse priority for a waiting one that finds no row or blocks."""
@@ -174,6 +211,7 @@ class Engine:
     def preempt(self, request: Request) -> None:
         """Take a request's blocks and let it wait; its tokens so far are computed again later."""
         self.pool.give_back(request.holding)
+        request.draft = []
         self.running.remove(request)
         bisect.insort(self.waiting, request, key=order)
         self.preemptions += 1
@@ -199,20 +237,25 @@ class Engine:
         start = 0
         for request, count in plan:
             computed = request.holding.computed
-            feeds.append(Feed(request.holding.blocks, computed, request.tokens(computed, count)))
+            del request.draft[count - 1 :]  # what the budget leaves
+            ids = [*request.tokens(computed, count), *request.draft]
+            feeds.append(Feed(request.holding.blocks, computed, ids))
             first = start
-            if not self.scores(request):
+            if not self.scores(request) and not request.draft:
                 first = start + count - (computed + count == request.length)
             spans.append((len(at), len(at) + start + count - first))
             at += range(first, start + count)
             start += count
         batch = Batch(self.cache, feeds)
         chosen = None if len(at) == start else torch.tensor(at, device=self.device).long()
-        logits_NV = self.model(batch.ids_1T, positions=batch.positions_1T, cache=batch, at=chosen)[
-            0
-        ]
-        ready, rows = [], []
+        logits_1NV = self.model(batch.ids_1T, positions=batch.positions_1T, cache=batch, at=chosen)
+        logits_NV = logits_1NV[0]
+        ready, rows, guessed = [], [], []
         for (request, count), (first, last) in zip(plan, spans, strict=True):
+            if request.draft and self.speculator:
+                self.advance(request, self.speculator.verify(request, logits_NV[first:last]))
+                guessed.append(request)
+                continue
             if self.scores(request):
                 self.score_prompt(request, logits_NV[first:last])
             self.advance(request, count)
@@ -221,7 +264,7 @@ class Engine:
                 rows.append(last - 1)
         if ready:
             self.sample(ready, logits_NV if len(rows) == len(logits_NV) else logits_NV[rows])
-        return ready
+        return [*ready, *guessed]
 
     def advance(self, request: Request, count: int) -> None:
         """Note that so many more tokens of a request are cached."""
@@ -278,7 +321,8 @@ def stamp(model: Decoder) -> list[float]:
     """
     weights = [weight.detach() for weight in model.parameters()]
     samples = [w.flatten()[:: max(1, w.numel() // 64)].double().sum() for w in weights]
-    return [*(float(w._version) for w in weights), *torch.stack(samples).tolist()]
+    places = [number for w in weights for number in (w.data_ptr(), w._version)]
+    return [*places, *torch.stack(samples).tolist()]
 
 
 def block_count(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> int:

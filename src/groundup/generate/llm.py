@@ -13,11 +13,12 @@ from groundup.core.run import resolve_model
 from groundup.core.types import CompletionOutput, Message, RequestOutput, SamplingParams
 from groundup.generate.beam import Beam, Observer, beam_search, completion
 from groundup.generate.branches import Branches
-from groundup.generate.config import BeamSearchParams, EngineConfig
+from groundup.generate.config import BeamSearchParams, EngineConfig, SpeculativeConfig
 from groundup.generate.engine import Engine
 from groundup.generate.request import Request
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model, read_generation_ends
+from groundup.model.view import lay_out
 from groundup.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -28,7 +29,8 @@ class LLM:
     """Generate with a model folder, a run folder, or a model in memory.
 
     A model in memory is used as it is, so that a training run can sample from it: its mode is
-    restored and the global random state is never touched. `settings` are EngineConfig's fields.
+    restored and the global random state is never touched. `settings` are EngineConfig's fields;
+    `speculative` says who guesses ahead.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         *,
         device: str | None = None,
+        speculative: SpeculativeConfig | None = None,
         **settings: Any,
     ) -> None:
         config = configs.load(EngineConfig, settings, where="LLM")
@@ -50,10 +53,11 @@ class LLM:
             chosen = devices.pick(device)
             dtype = chosen.dtype if chosen.device.type == "cuda" else torch.float32
             decoder = load_model(folder, device=chosen.device, dtype=dtype)
+            lay_out(decoder)
             tokenizer = tokenizer or Tokenizer.load(folder)
             ends = read_generation_ends(folder) or None
         self.tokenizer = tokenizer
-        self.engine = Engine(decoder, tokenizer, config, ends=ends)
+        self.engine = Engine(decoder, tokenizer, config, ends=ends, speculative=speculative)
 
     @property
     def context(self) -> int:

@@ -42,6 +42,8 @@ class Request:
         self.taken = 0
         self.holding = Holding()
         self.arrival = 0
+        self.draft: list[int] = []  # guesses fed behind the newest token in this step
+        self.draft_probs: Tensor | None = None
 
     @property
     def finished(self) -> bool:
@@ -52,6 +54,11 @@ class Request:
     def length(self) -> int:
         """Return the number of tokens so far, the prompt's included."""
         return len(self.prompt) + len(self.output.token_ids)
+
+    @property
+    def ahead(self) -> int:
+        """Return the number of tokens to feed: those not cached, and guesses behind them."""
+        return self.length - self.holding.computed + len(self.draft)
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Return tokens of prompt and answer."""

@@ -107,6 +107,12 @@ class Stopping:
         return True
 
     @property
+    def left(self) -> int:
+        """Return how many more tokens there may be."""
+        most = self.room if self.params.max_tokens is None else self.params.max_tokens
+        return min(self.room, most) - len(self.token_ids)
+
+    @property
     def settled(self) -> int:
         """Return how many characters of the text can no longer change."""
         return len(self.text) - (0 if self.reason else held_back(self.text, self.stops))

@@ -17,8 +17,9 @@ from groundup.core.errors import CheckpointError, ConfigError
 from groundup.core.files import atomic_folder, read_json, write_json
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
-from groundup.model.hf import Network, config_json, read_tensors, renamed
+from groundup.model.hf import Network, config_json, renamed
 from groundup.model.lora import OWN, LoraConfig, adaptable, adapted, apply_lora, matching
+from groundup.model.weights import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

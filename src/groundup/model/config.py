@@ -193,17 +193,18 @@ class ModelConfig:
         if self.model_type in ("qwen2", "qwen3", "qwen3_moe"):
             values["use_sliding_window"] = self.sliding_window is not None
             values["max_window_layers"] = 0 if self.layer_types is None else None
-        return {k: v for k, v in values.items() if v is not None or k not in OPTIONAL}
+        defaults = dict(self.family.defaults)
+        if self.query_pre_attn_scalar is None and "query_pre_attn_scalar" in defaults:
+            values["query_pre_attn_scalar"] = self.head_dim
+        if self.rope_local_base_freq is None and "rope_local_base_freq" in defaults:
+            values["rope_local_base_freq"] = self.rope_theta
+        unset = {key for key in OPTIONAL if values.get(key) is None and key not in defaults}
+        return {key: value for key, value in values.items() if key not in unset}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], *, where: str) -> "ModelConfig":
         """Read a config.json; a setting that we would compute wrongly is a CheckpointError."""
         values = dict(values)
-        if "auto_map" in values:
-            raise CheckpointError(
-                f"{where}: auto_map asks for code from the checkpoint, which is never run: "
-                "use a version of the model that needs none"
-            )
         known = values.get("model_type")
         if known not in FAMILIES:
             raise CheckpointError(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,10 @@ class Cache(Protocol):
         rotary: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Turn queries and keys, store keys and values, return what is attended to [B, T, HD]."""
+        ...
+
+    def in_kernel(self, layer: int, rotary: tuple[Tensor, Tensor]) -> Any:
+        """Return what a kernel needs to do a whole layer; None where it must not."""
         ...
 
 
@@ -91,6 +95,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=biased)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=biased)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.head_counts = config.num_attention_heads, config.num_key_value_heads
         self.grouped = config.num_attention_heads != config.num_key_value_heads
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         self.softcap = config.attn_logit_softcapping

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from groundup.core.errors import CheckpointError
 from groundup.model.encoder_config import EncoderConfig
 from groundup.model.loss import IGNORE
 from groundup.model.rope import rotate
@@ -85,9 +86,14 @@ class BertBody(nn.Module):
     def forward(self, ids_BT: Tensor, mask_BT: Tensor | None, types_BT: Tensor | None) -> Tensor:
         """Return hidden_BTE."""
         tables = self.embeddings
+        T, most = ids_BT.shape[1], tables["position_embeddings"].num_embeddings
+        if most < T:
+            raise CheckpointError(
+                f"a text has {T} tokens, and the model has {most} positions: shorten it"
+            )
         if types_BT is None:
             types_BT = torch.zeros_like(ids_BT)
-        places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        places_T = torch.arange(T, device=ids_BT.device)
         x_BTE = tables["word_embeddings"](ids_BT) + tables["token_type_embeddings"](types_BT)
         x_BTE = self.dropout(tables["LayerNorm"](x_BTE + tables["position_embeddings"](places_T)))
         mask = None if mask_BT is None else mask_BT.bool()[:, None, None]

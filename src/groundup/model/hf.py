@@ -6,25 +6,24 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from groundup.core.errors import CheckpointError
+from groundup.core.errors import CheckpointError, closest
 from groundup.core.files import atomic_folder, read_json, write_json
-from groundup.model.config import ModelConfig
+from groundup.model.config import FAMILIES, ModelConfig
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
 from groundup.model.encoder_config import CLASSES as ENCODERS
 from groundup.model.encoder_config import EncoderConfig
 from groundup.model.heads import TASKS as HEADS
 from groundup.model.heads import HeadedDecoder
-from groundup.model.lora import folded
+from groundup.model.lora import adapted, folded
+from groundup.model.weights import MAX_SHARD_BYTES, read_weights, write_weights
 
 T = TypeVar("T")
 Network = Decoder | HeadedDecoder | Encoder
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+PROBE = 8  # tokens that a model and its written copy must agree on
 
 
 class SavesItself(Protocol):
@@ -38,40 +37,6 @@ class SavesItself(Protocol):
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files."""
         ...
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, sharded or not."""
-    if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
-        return [folder / name for name in names]
-    if not (folder / WEIGHTS).is_file() and (folder / "pytorch_model.bin").is_file():
-        raise CheckpointError(
-            f"{folder} holds only pytorch_model.bin, a pickle, which may run code when loaded: "
-            "convert it with transformers (save_pretrained) where you trust it"
-        )
-    return [folder / WEIGHTS]
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return every tensor of a folder, memory-mapped until it is used."""
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        tensors |= read_tensors(file)
-    return tensors
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of one safetensors file, memory-mapped until they are used."""
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except FileNotFoundError as err:
-        raise CheckpointError(f"{file} is missing: copy the folder again") from err
-    except (SafetensorError, OSError) as err:
-        raise CheckpointError(
-            f"{file} is damaged ({err}): copy it again, or train again from a checkpoint"
-        ) from err
 
 
 def checkpoint_weights(model: Network, folder: Path) -> dict[str, Tensor]:
@@ -105,13 +70,12 @@ def load_network(
 ) -> Network:
     """Load any model folder: a decoder, a decoder with another head, or an encoder.
 
+    On the CPU, weights that are stored in the wanted dtype stay mapped into the file.
     `task` puts a new head of that task on the body ("sequence", "token", "span", "mlm", ...);
     the new head's weights are drawn with torch's seed.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no model folder: config.json is missing")
-    values = read_json(folder / "config.json")
+    values = read_config(folder)
     model = empty_network(values, str(folder / "config.json"))
     tensors = renamed(read_weights(folder), values)
     if isinstance(model, Encoder):
@@ -119,7 +83,7 @@ def load_network(
     elif model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     wanted = dtype or torch.float32
-    tensors = {name: value.to(device, wanted, copy=True) for name, value in tensors.items()}
+    tensors = {name: value.to(device, wanted) for name, value in tensors.items()}
     if task is not None:
         return with_new_head(model, tensors, task, num_labels, folder).to(device, wanted)
     check_tensors(model, tensors, folder)
@@ -128,15 +92,49 @@ def load_network(
     return model
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of config.json; one that asks for code is a CheckpointError."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no model folder: config.json is missing")
+    where = folder / "config.json"
+    values = read_json(where)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} holds a {type(values).__name__}, not an object")
+    for hook in ("auto_map", "trust_remote_code"):
+        if values.get(hook):
+            raise CheckpointError(
+                f"{where}: {hook} asks for code from the checkpoint, which is never run: "
+                "use a version of the model that needs none"
+            )
+    known = values.get("model_type")
+    if known not in FAMILIES and known not in ENCODERS:
+        hint = closest(str(known), {*FAMILIES, *ENCODERS})
+        raise CheckpointError(f"{where}: model_type {known!r} is not supported{hint}")
+    return values
+
+
+class Undrawn(TorchFunctionMode):
+    """Draws no random weights: on the meta device that would import torch's compiler (1.2 s)."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+
+
 def empty_network(values: dict[str, Any], where: str) -> Network:
     """Return the model that a config.json describes, without memory for its weights."""
     [architecture, *_] = values.get("architectures") or ["?"]
-    with torch.device("meta"):
-        if values.get("model_type") in ENCODERS:
-            return Encoder(EncoderConfig.from_json(values, where=where))
-        if architecture.endswith(tuple(HEADS.values())):
-            return HeadedDecoder.from_json(values, where=where)
-        return Decoder(ModelConfig.from_json(values, where=where))
+    try:
+        with torch.device("meta"), Undrawn():
+            if values["model_type"] in ENCODERS:
+                return Encoder(EncoderConfig.from_json(values, where=where))
+            if architecture.endswith(tuple(HEADS.values())):
+                return HeadedDecoder.from_json(values, where=where)
+            return Decoder(ModelConfig.from_json(values, where=where))
+    except (TypeError, ValueError, KeyError) as err:  # "hidden_size": "wide"
+        raise CheckpointError(f"{where} makes no model ({err!r}): copy it again") from err
 
 
 def with_new_head(
@@ -162,9 +160,13 @@ def with_new_head(
 def check_tensors(model: Network, tensors: dict[str, Tensor], folder: Path) -> None:
     """Compare names and shapes with the model's; tied weights are listed once."""
     expected = {name: weight.shape for name, weight in model.named_parameters()}
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        word = "is missing" if name in expected else "is not part of this architecture"
-        raise CheckpointError(f"{folder}: the tensor {name} {word}")
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    if wrong:
+        word = "is missing" if wrong[0] in expected else "is not part of this architecture"
+        more = f", and {len(wrong) - 1} more do not fit" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{folder}: the tensor {wrong[0]} {word}{more}: config.json and weights disagree"
+        )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
             raise CheckpointError(
@@ -227,9 +229,20 @@ def model_tensors(model: Network) -> dict[str, Tensor]:
     return renamed(own, config_json(model), back=True)
 
 
-def write_model(model: Network, tokenizer: SavesItself | None, folder: Path) -> None:
+def write_model(
+    model: Network,
+    tokenizer: SavesItself | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Write a Hugging Face model's files into an existing folder."""
-    write_json(folder / "config.json", config_json(model))
+    tensors = model_tensors(model)
+    if dtype is not None:
+        tensors = {name: weight.to(dtype) for name, weight in tensors.items()}
+    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config_json(model) | {"torch_dtype": stored})
     if isinstance(model, Decoder):
         config = model.config
         ends = list(tokenizer.stop_token_ids) if tokenizer else config.eos_token_id
@@ -240,20 +253,54 @@ def write_model(model: Network, tokenizer: SavesItself | None, folder: Path) -> 
         }
         known = {key: value for key, value in generation.items() if value is not None}
         write_json(folder / "generation_config.json", known)
-    save_file(model_tensors(model), str(folder / WEIGHTS), metadata={"format": "pt"})
+    write_weights(tensors, folder, max_shard_bytes=max_shard_bytes)
     if tokenizer:
         tokenizer.save(folder)
 
 
-def save_model(model: Network, tokenizer: SavesItself | None, out: Path) -> Path:
-    """Write a Hugging Face folder, complete or not at all, and read it back to be sure."""
-    tensors = model_tensors(model)
+def save_model(
+    model: Network,
+    tokenizer: SavesItself | None,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a Hugging Face folder, complete or not at all, and read it back to be sure.
+
+    The copy must have the same weights and, on a few tokens, the same outputs.
+    """
     with atomic_folder(Path(out)) as folder:
-        write_model(model, tokenizer, folder)
-        for name, weight in model_tensors(load_network(folder)).items():
-            if not torch.equal(weight, tensors[name].float()):
+        write_model(model, tokenizer, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        copy = load_network(folder)
+        written = model_tensors(copy)
+        for name, weight in model_tensors(model).items():
+            if not torch.equal(written[name], weight.to(dtype or weight.dtype).float()):
                 raise CheckpointError(f"{out}: {name} did not survive writing: is the disk sound?")
+        first = next(model.parameters())
+        exact = first.dtype == torch.float32 and first.device.type == "cpu" and dtype is None
+        away = outputs_apart(model, copy)
+        if away > (1e-4 if exact and not any(adapted(model)) else 0.05):
+            raise CheckpointError(
+                f"{out}: the model computes otherwise when it is loaded again ({away:.0%} apart): "
+                "its config.json cannot say what it is"
+            )
     return Path(out)
+
+
+@torch.no_grad()
+def outputs_apart(model: Network, copy: Network) -> float:
+    """Return how far two models' outputs are apart on a few tokens, relative, the median token.
+
+    The median, because rounding may send a token to another expert.
+    """
+    ids_BT = torch.arange(PROBE)[None] % model.config.vocab_size
+    was_training = model.training
+    wanted = model.eval()(ids_BT.to(next(model.parameters()).device)).float().cpu()
+    model.train(was_training)
+    found = copy.eval()(ids_BT).float()
+    apart = (found - wanted).flatten(0, -2).norm(dim=-1) / wanted.flatten(0, -2).norm(dim=-1)
+    return float(apart.median())
 
 
 def read_generation_ends(folder: Path) -> list[int]:

@@ -116,6 +116,34 @@ class NGram:
         _, known, real = self.query(documents)
         return split_like(known[real], documents)
 
+    def next_probs(self, context: Sequence[int]) -> Floats:
+        """Return p(token | context) for the whole vocabulary.
+
+        Fewer than order - 1 tokens of context stand in the middle of a document.
+        """
+        reach = self.order - 1
+        context = list(context)[max(0, len(context) - reach) :]
+        probs = np.full(self.vocab_size, 1.0 / self.vocab_size)
+        below = self.root
+        for n, table in enumerate(self.tables[: len(context) + 1], start=1):
+            row = self.row(context[len(context) - n + 1 :])
+            if row == MISSING or below.totals[row] == 0:
+                break  # a longer context is unknown too
+            first, last = np.searchsorted(
+                table.keys, [row * self.vocab_size, (row + 1) * self.vocab_size]
+            )
+            probs *= below.gammas[row]
+            probs[table.keys[first:last] % self.vocab_size] = table.probs[first:last]
+            below = table
+        return probs
+
+    def row(self, ids: Sequence[int]) -> int:
+        """Return the row of an n-gram in the table of its order, or MISSING."""
+        row = np.zeros(1, np.int64)
+        for table, token in zip(self.tables, ids, strict=False):
+            row = find(table.keys, row, np.array([token]), self.vocab_size)
+        return int(row[0])
+
     @property
     def num_buckets(self) -> int:
         """Return one more than the largest bucket."""

@@ -71,7 +71,44 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(LoopOptions):
+class ShapeOptions:
+    """Shape of the model: a network that starts from random weights."""
+
+    model_type: str = field(
+        "qwen3",
+        help="llama, mistral, qwen2, qwen3, olmo2, mixtral, ...; bert or modernbert for mlm",
+    )
+    num_experts: int = field(0, help="experts a layer (mixtral, qwen3_moe)")
+    num_experts_per_tok: int = field(2, help="experts that a token goes through")
+    router_aux_loss_coef: float = field(0.01, help="weight of the load-balancing loss")
+    hidden_size: int = field(256, help="width")
+    num_hidden_layers: int = field(4, help="depth")
+    num_attention_heads: int | None = field(None, help="heads; unset: width / 64")
+    num_key_value_heads: int | None = field(None, help="key/value heads; unset: as many as heads")
+    intermediate_size: int | None = field(None, help="MLP width; unset: 8/3 of the width")
+    max_position_embeddings: int = field(512, help="context in tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchingOptions:
+    """Watching: what is scored while a model trains, and where the figures go."""
+
+    sample_every_s: float = field(20, help="seconds between sample completions", semantic=False)
+    eval_steps: int | None = field(
+        None, help="steps between scores on validation text; unset: ten a run", semantic=False
+    )
+    eval_tokens: int = field(32_768, help="validation tokens scored each time", semantic=False)
+    tasks: tuple[Path, ...] = field(
+        (), help="log-likelihood tasks (.jsonl, .jsonl.gz) scored with them", semantic=False
+    )
+    eval_limit: int = field(200, help="rows of a task, drawn by seed", semantic=False)
+    report_to: tuple[str, ...] = field(
+        (), help="also send metrics to: tensorboard, wandb", semantic=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     """Train a causal language model; a plan, where given, sets shape, batch, rate and steps."""
 
     corpus: Path = field(help="corpus folder or token shard folder", input=True)
@@ -94,19 +131,6 @@ class PretrainConfig(LoopOptions):
     fim_rate: float = field(0.5, help="share of the text that fim rearranges")
     fim_level: Literal["document", "context"] = field("document", help="what fim cuts")
     whole_word: bool = field(False, help="mlm masks whole words")
-    model_type: str = field(
-        "qwen3",
-        help="llama, mistral, qwen2, qwen3, olmo2, mixtral, ...; bert or modernbert for mlm",
-    )
-    num_experts: int = field(0, help="experts a layer (mixtral, qwen3_moe)")
-    num_experts_per_tok: int = field(2, help="experts that a token goes through")
-    router_aux_loss_coef: float = field(0.01, help="weight of the load-balancing loss")
-    hidden_size: int = field(256, help="width")
-    num_hidden_layers: int = field(4, help="depth")
-    num_attention_heads: int | None = field(None, help="heads; unset: width / 64")
-    num_key_value_heads: int | None = field(None, help="key/value heads; unset: as many as heads")
-    intermediate_size: int | None = field(None, help="MLP width; unset: 8/3 of the width")
-    max_position_embeddings: int = field(512, help="context in tokens")
     batch_size: int = field(8, help="rows in a micro-batch")
     gradient_accumulation_steps: int = field(1, help="micro-batches in an optimizer step")
     steps: int = field(500, help="optimizer steps")
@@ -116,18 +140,6 @@ class PretrainConfig(LoopOptions):
     compile: bool = field(False, help="use torch.compile")
     seed: int = field(1, help="seed of weights and data order")
     checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
-    sample_every_s: float = field(20, help="seconds between sample completions", semantic=False)
-    eval_steps: int | None = field(
-        None, help="steps between scores on validation text; unset: ten a run", semantic=False
-    )
-    eval_tokens: int = field(32_768, help="validation tokens scored each time", semantic=False)
-    tasks: tuple[Path, ...] = field(
-        (), help="log-likelihood tasks (.jsonl, .jsonl.gz) scored with them", semantic=False
-    )
-    eval_limit: int = field(200, help="rows of a task, drawn by seed", semantic=False)
-    report_to: tuple[str, ...] = field(
-        (), help="also send metrics to: tensorboard, wandb", semantic=False
-    )
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
 
 
@@ -145,7 +157,7 @@ class LadderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """Train a low-rank adapter instead of all weights; the names are PEFT's."""
+    """Low-rank adapter: trained instead of all weights; the names are PEFT's."""
 
     lora_r: int = field(0, help="rank of a LoRA adapter to train; 0: train all weights")
     lora_alpha: float = field(16, help="the adapter's strength: it is scaled by alpha / r")
@@ -173,6 +185,27 @@ class FinetuneConfig(AdapterOptions, LoopOptions):
     learning_rate: float = field(0.01, help="peak rate of Muon (matrices)")
     adam_learning_rate: float = field(0.002, help="peak rate of AdamW (embeddings, norms)")
     seed: int = field(1, help="seed of the data order")
+    checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
+    device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig:
+    """Fine-tune an encoder to point at the answers in a context, on files in SQuAD's form."""
+
+    model: Path = field(help="encoder folder: bert or modernbert, any head", input=True)
+    data: Path = field(help="questions in SQuAD's JSON", input=True)
+    test: Path | None = field(None, help="questions to test on; unset: a share", input=True)
+    test_share: float = field(0.1, help="share of the articles held out, where --test is unset")
+    max_length: int = field(384, help="tokens a window: question, piece of the context, specials")
+    doc_stride: int = field(128, help="tokens from one window's start to the next one's")
+    epochs: float = field(2, help="passes over the windows")
+    steps: int | None = field(None, help="optimizer steps; unset: from --epochs")
+    batch_size: int = field(16, help="windows in an optimizer step")
+    learning_rate: float = field(0.005, help="peak rate of Muon (matrices)")
+    adam_learning_rate: float = field(0.0005, help="peak rate of AdamW (embeddings, norms, head)")
+    dtype: Literal["fp32", "bf16"] = field("fp32", help="dtype of matrix products")
+    seed: int = field(1, help="seed of the new head, the split and the order")
     checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
 

@@ -28,9 +28,9 @@ from groundup.recipe.monitoring import spread
 from groundup.recipe.shared import shards_of
 from groundup.tokenizer import Tokenizer
 from groundup.train import FitConfig, NextToken, Plan, TokenStream, fit, make_plan
-from groundup.train.loop import DTYPES
 from groundup.train.plan import MUON_RATE, SIZES, shape
 from groundup.train.scaling import Prediction, Trial, predict, step_law_tokens
+from groundup.train.step import DTYPES
 
 PLANNED = (
     "hidden_size",

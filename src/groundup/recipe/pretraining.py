@@ -11,13 +11,13 @@ from groundup.core import device as devices
 from groundup.core.errors import ConfigError
 from groundup.core.files import read_json
 from groundup.core.progress import console, say
-from groundup.core.run import FINISHED
+from groundup.core.run import FINISHED, peak_memory_bytes
 from groundup.core.types import SamplingParams
 from groundup.data import Shard, open_shard
 from groundup.figure import LiveTraining
 from groundup.generate import LLM
 from groundup.model.config import ModelConfig
-from groundup.model.counts import num_parameters
+from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.model.decoder import Decoder
 from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PretrainConfig
@@ -38,6 +38,7 @@ from groundup.train import (
 )
 from groundup.train.middle import MIDDLE, PREFIX, SUFFIX
 from groundup.train.plan import mlp_width
+from groundup.train.step import DTYPES
 
 PROMPT_TOKENS = 16
 SAMPLE = SamplingParams(max_tokens=32, temperature=0.7, top_k=40, seed=1)
@@ -195,13 +196,18 @@ def watch(
         for document, at in zip(documents, middle, strict=True)
     ]
     spoken = time.monotonic()
+    place = next(model.parameters()).device
+    peak = devices.matmul_flops_per_s(place, DTYPES[config.dtype])
+    flops_per_token = train_flops_per_token(model.config, config.max_position_embeddings)
 
     def run(state: State) -> None:
         nonlocal spoken
         metrics = state.metrics
         left_s = metrics["seconds"] * (state.steps - state.step)
         rate = metrics["tokens"] / metrics["seconds"]
-        live.update(state.step, metrics["loss"] * bits_per_nat, rate, left_s)
+        share = rate * flops_per_token / peak
+        note = f"{share:.0%} of matmul   {memory_bytes(place) / 1e9:.1f} GB   "
+        live.update(state.step, metrics["loss"] * bits_per_nat, rate, left_s, note)
         due = time.monotonic() - spoken >= config.sample_every_s
         if prompts and (due or state.step == state.steps):
             outputs = llm.generate(prompts, SAMPLE)
@@ -214,3 +220,10 @@ def watch(
             spoken = time.monotonic()
 
     return run
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the peak of the GPU's memory, or of the process's where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_memory_bytes()

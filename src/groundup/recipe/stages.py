@@ -64,6 +64,12 @@ STAGES = {
             version=2,
         ),
         Stage(
+            name="reading",
+            config="groundup.recipe.configs:ReadingConfig",
+            run="groundup.recipe.reading:read_spans",
+            help="fine-tune an encoder to point at answers (SQuAD's files)",
+        ),
+        Stage(
             name="preferences",
             config="groundup.recipe.configs:PreferencesConfig",
             run="groundup.recipe.tuning:make_preferences",

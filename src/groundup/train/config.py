@@ -8,7 +8,7 @@ from groundup.core.config import field
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """What a user may set of the loop, the same for pretraining, fine-tuning and alignment."""
+    """Optimizer and loop: the same settings for pretraining, fine-tuning and alignment."""
 
     optim: Literal["muon", "normuon", "adamw"] = field(
         "muon", help="optimizer of the layers' matrices; AdamW has all the rest"

@@ -250,13 +250,9 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     if device.device.type == "cuda":
         rows, chosen = widest(chosen, device, dtype)
     seconds = tokens_within(budget, config, chosen.tokens_per_s) / chosen.tokens_per_s
-    use_compile = False
-    if seconds > 4 * COMPILE_S:
-        fast = timed(config, rows, device, dtype, compile=True)
-        saved_s = seconds * (1 - chosen.tokens_per_s / max(fast.tokens_per_s, 1e-9))
-        use_compile = saved_s > COMPILE_S
-        say(f"  compiled: {fast.tokens_per_s:,.0f} tokens/s, {'used' if use_compile else 'left'}")
-        chosen = fast if use_compile else chosen
+    compiled_faster = try_compiling(chosen, rows, seconds, device, dtype)
+    use_compile = compiled_faster is not None
+    chosen = compiled_faster or chosen
     tokens = tokens_within(budget, config, chosen.tokens_per_s)
     wanted = step_law_tokens(tokens)
     accumulation = max(1, round(wanted / (rows * context)))
@@ -271,20 +267,6 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     law_rate = step_law_rate(weights, tokens)
     adam_rate = min(MOST_ADAM_RATE, max(LEAST_ADAM_RATE, law_rate))
     epochs = steps * per_step / max(1, train_tokens)
-    reasons = {
-        "size": f"{config.hidden_size} x {config.num_hidden_layers}, "
-        f"{chosen.parameters / 1e6:.2f}M parameters: {rule}",
-        "tokens": f"{steps * per_step / 1e6:.2f}M in {budget.text} at "
-        f"{chosen.tokens_per_s:,.0f} tokens/s, measured; {epochs:.2f} passes over "
-        f"{train_tokens / 1e6:.2f}M training tokens",
-        "batch": f"{per_step:,} tokens a step: the Step Law (arXiv 2503.04715) says {wanted:,.0f} "
-        f"for so many tokens, in whole micro-batches of {rows} x {context}",
-        "learning_rate": f"{MUON_RATE} for matrices, as Muon was published with; "
-        f"{adam_rate:.4f} for the rest: the Step Law says {law_rate:.4f} for AdamW, kept between "
-        f"{LEAST_ADAM_RATE} and {MOST_ADAM_RATE}",
-        "dtype": f"{dtype}: timed on a 512 x 512 product",
-        "compile": f"{'saves' if use_compile else 'does not save'} more than its {COMPILE_S:.0f} s",
-    }
     return Plan(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -301,7 +283,21 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
         tokens_per_s=chosen.tokens_per_s,
         eager_tokens_per_s=eager,
         device=device.line,
-        reasons=reasons,
+        reasons={
+            "size": f"{config.hidden_size} x {config.num_hidden_layers}, "
+            f"{chosen.parameters / 1e6:.2f}M parameters: {rule}",
+            "tokens": f"{steps * per_step / 1e6:.2f}M in {budget.text} at "
+            f"{chosen.tokens_per_s:,.0f} tokens/s, measured; {epochs:.2f} passes over "
+            f"{train_tokens / 1e6:.2f}M training tokens",
+            "batch": f"{per_step:,} tokens a step: the Step Law (arXiv 2503.04715) says "
+            f"{wanted:,.0f} for so many tokens, in whole micro-batches of {rows} x {context}",
+            "learning_rate": f"{MUON_RATE} for matrices, as Muon was published with; "
+            f"{adam_rate:.4f} for the rest: the Step Law says {law_rate:.4f} for AdamW, kept "
+            f"between {LEAST_ADAM_RATE} and {MOST_ADAM_RATE}",
+            "dtype": f"{dtype}: timed on a 512 x 512 product",
+            "compile": f"{'saves' if use_compile else 'does not save'} more than its "
+            f"{COMPILE_S:.0f} s",
+        },
         parameters=chosen.parameters,
         tokens=steps * per_step,
         unique_tokens=train_tokens,
@@ -312,6 +308,18 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
             "flops": steps * per_step * train_flops_per_token(config, context),
         },
     )
+
+
+def try_compiling(
+    eager: Timing, rows: int, seconds: float, device: Device, dtype: str
+) -> Timing | None:
+    """Return the compiled size's timing where it saves more than compiling costs."""
+    if seconds <= 4 * COMPILE_S:
+        return None
+    fast = timed(eager.config, rows, device, dtype, compile=True)
+    saved_s = seconds * (1 - eager.tokens_per_s / max(fast.tokens_per_s, 1e-9))
+    say(f"  compiled: {fast.tokens_per_s:,.0f} tokens/s, saves {saved_s:,.0f} s")
+    return fast if saved_s > COMPILE_S else None
 
 
 def widest(timing: Timing, device: Device, dtype: str) -> tuple[int, Timing]:

@@ -1,0 +1,205 @@
+"""A model as an engine runs it: the same modules around the same weights, the hot ones faster.
+
+The one forward stays `decoder.py`; a view only exchanges linear layers, norms and MLPs for ones
+that compute the same in fewer passes, or in int8. fp32 views read the model's own weights where
+they lie, so they follow training in place; int8 views are made anew when weights have changed.
+"""
+
+import copy
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from groundup.core.errors import ConfigError
+from groundup.model import kernels
+from groundup.model.decoder import MLP, Attention, Context, Decoder, Experts, Layer, RMSNorm
+from groundup.model.quant import FallbackLinear, Int8Linear, int8_class
+
+FEW = 16  # rows up to which the fp32 kernel beats torch's
+
+
+class FastNorm(RMSNorm):
+    """RMSNorm in one pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return kernels.rms_norm(x, self.weight, self.eps, shift=self.gemma)
+
+
+class FastLayer(Layer):
+    """A layer in one call, wherever the cache lets the kernel attend."""
+
+    made: kernels.Layer
+    self_attn: Attention
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Return the residual stream after this layer."""
+        attention = self.self_attn
+        rotary = context.local_rotary if attention.window is not None else context.rotary
+        place = None
+        if context.cache is not None:
+            place = context.cache.in_kernel(attention.layer, rotary)
+        if place is None:
+            return super().forward(x, context)
+        step, keys, values = place
+        return kernels.layer(self.made, step, x, keys, values)
+
+
+class FusedLinear(nn.Module):
+    """One or several linear layers of the same input, read where they lie."""
+
+    def __init__(self, *parts: nn.Linear, exact: bool) -> None:
+        super().__init__()
+        self.parts, self.exact = parts, exact
+        self.product = kernels.Product([p.weight for p in parts], [p.bias for p in parts])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return all outputs side by side."""
+        if self.exact or x.numel() <= FEW * x.shape[-1]:
+            return self.product(x)
+        outs = [part(x) for part in self.parts]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+
+
+class FastAttention(Attention):
+    """Attention whose queries, keys and values come from one product."""
+
+    qkv_proj: nn.Module
+    widths: list[int]
+
+    def heads(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [B, T, H, D], keys and values [B, T, K, D], not yet turned."""
+        q_BTC, k_BTC, v_BTC = self.qkv_proj(x_BTE).split(self.widths, -1)
+        if self.qk_norm == "width":
+            q_BTC, k_BTC = self.q_norm(q_BTC), self.k_norm(k_BTC)
+        q_BTHD, k_BTKD, v_BTKD = (
+            x.unflatten(-1, (-1, self.head_dim)) for x in (q_BTC, k_BTC, v_BTC)
+        )
+        if self.qk_norm == "head":
+            q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
+        return q_BTHD, k_BTKD, v_BTKD
+
+
+class FastMLP(MLP):
+    """A gated MLP whose gate and up come from one product."""
+
+    gate_up_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate, widen and narrow again."""
+        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
+
+
+def view_of(
+    model: Decoder, quantization: Literal["int8"] | None = None, *, exact: bool = False
+) -> Decoder:
+    """Return a view for inference; the model itself where nothing can be gained.
+
+    `exact` leaves no product to torch, whose bits depend on the number of rows.
+    """
+    weight = next(model.parameters())
+    plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if quantization and not plain:
+        raise ConfigError(
+            f"int8 is for fp32 models on the CPU, and this one is {weight.dtype} on "
+            f"{weight.device}: leave quantization out"
+        )
+    if not plain or not (kernels.available() or quantization):
+        return model
+    return cast(Decoder, exchange(model, Maker(quantization, exact)))
+
+
+@torch.no_grad()
+def lay_out(model: nn.Module) -> None:
+    """Move a model's fp32 weights on the CPU into large pages: the same values, read faster."""
+    arena = kernels.Arena()
+    for weight in model.parameters():
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            weight.data = arena.place(weight.data)
+
+
+class Maker:
+    """What linear layers become."""
+
+    def __init__(self, quantization: str | None, exact: bool) -> None:
+        self.quantization, self.exact = quantization, exact
+        self.fast, self.arena = kernels.available(), kernels.Arena()
+        self.int8: Any = int8_class() if quantization else None
+
+    def join(self, *parts: nn.Linear) -> nn.Module:
+        """Return one module for linear layers of the same input."""
+        if self.quantization:
+            return self.int8(parts, self.arena)
+        return FusedLinear(*parts, exact=self.exact)
+
+
+def exchange(module: nn.Module, make: Maker) -> nn.Module:
+    """Return a copy of a module tree around the same weights, its hot modules exchanged."""
+    if isinstance(module, nn.Linear):  # an adapted one stays as it is
+        return make.join(module) if type(module) is nn.Linear else module
+    made: Any = copy.copy(module)
+    made._modules = dict(module._modules)
+    if type(module) is Attention and joinable(module.q_proj, module.k_proj, module.v_proj):
+        made.__class__ = FastAttention
+        made.qkv_proj = make.join(module.q_proj, module.k_proj, module.v_proj)
+        made.widths = [p.out_features for p in (module.q_proj, module.k_proj, module.v_proj)]
+        for name in ("q_proj", "k_proj", "v_proj"):
+            del made._modules[name]
+    elif type(module) is RMSNorm and make.fast:
+        made.__class__ = FastNorm
+    elif type(module) is MLP and make.fast and is_swiglu(module):
+        made.__class__ = FastMLP
+        made.gate_up_proj = make.join(module.gate_proj, module.up_proj)
+        del made._modules["gate_proj"], made._modules["up_proj"]
+    for name, child in made._modules.items():
+        is_router = type(module) is Experts and name == "gate"  # small, and decides much
+        if not isinstance(child, FusedLinear | Int8Linear | FallbackLinear) and not is_router:
+            made._modules[name] = exchange(child, make)
+    if type(module) is Layer and (found := described(made)) is not None:
+        made.__class__, made.made = FastLayer, found
+    return made
+
+
+def described(layer: Layer) -> kernels.Layer | None:
+    """Return a layer of exchanged modules as the kernel wants it; None if it is of another kind."""
+    attention, mlp = layer.self_attn, layer.mlp
+    plain = layer.norms == "before" and isinstance(layer.input_layernorm, FastNorm)
+    if not (plain and isinstance(attention, FastAttention) and isinstance(mlp, FastMLP)):
+        return None
+    products: list[Any] = [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
+    if not all(isinstance(p, FusedLinear | Int8Linear) for p in products):
+        return None
+    if attention.softcap is not None or attention.qk_norm == "width":
+        return None
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    if attention.qk_norm == "head":
+        norms += [attention.q_norm, attention.k_norm]
+    made = kernels.Layer(*(norm.weight.data_ptr() for norm in norms))
+    for name, product in zip(("qkv", "o", "gate_up", "down"), products, strict=True):
+        matrices = product.product.matrices
+        if name in ("o", "down"):
+            setattr(made, name, matrices[0])
+        else:
+            getattr(made, name)[: len(matrices)] = matrices
+    made.heads = heads_of(attention)
+    made.E, made.eps = layer.input_layernorm.weight.numel(), layer.input_layernorm.eps
+    made.wide = products[2].product.width // 2
+    return made
+
+
+def heads_of(attention: Attention) -> kernels.Heads:
+    """Return the shape of attention for the kernel."""
+    window = attention.window or 0
+    return kernels.Heads(*attention.head_counts, attention.head_dim, window, attention.scale)
+
+
+def is_swiglu(mlp: MLP) -> bool:
+    """Return whether the kernel computes what this MLP does."""
+    return mlp.activate is F.silu and joinable(mlp.gate_proj, mlp.up_proj)
+
+
+def joinable(*parts: nn.Module) -> bool:
+    """Return whether all parts are plain linear layers."""
+    return all(type(part) is nn.Linear for part in parts)

@@ -1,0 +1,240 @@
+"""Model folders: shards, memory mapping, verified writing, and what is wrong said in one line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from groundup.core.errors import CheckpointError
+from groundup.model import Decoder, Encoder, EncoderConfig, ModelConfig, load_network, save_model
+from groundup.model import hf as folders
+from groundup.model.weights import read_weights
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+IDS = torch.arange(5, 29)[None]
+
+
+def decoder(**more):
+    torch.manual_seed(0)
+    sizes = SIZES | {"model_type": "llama", "head_dim": 8} | more
+    return Decoder(ModelConfig(**sizes)).eval()
+
+
+def encoder(**more):
+    torch.manual_seed(0)
+    return Encoder(EncoderConfig(**(SIZES | {"task": "mlm"} | more))).eval()
+
+
+@pytest.mark.parametrize("make", [decoder, encoder], ids=["decoder", "encoder"])
+def test_shards_are_those_of_transformers(make, tmp_path):
+    model = make()
+    save_model(model, None, tmp_path / "whole")
+    save_model(model, None, tmp_path / "shards", max_shard_bytes=20_000)
+    files = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(file.stat().st_size < 25_000 for file in files)
+    loaded = load_network(tmp_path / "shards").eval()
+    assert torch.equal(loaded(IDS), load_network(tmp_path / "whole").eval()(IDS))
+    kind = "CausalLM" if make is decoder else "MaskedLM"
+    cls = getattr(transformers, f"AutoModelFor{kind}")
+    theirs = cls.from_pretrained(tmp_path / "shards").eval()
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS), rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
+    assert torch.equal(load_network(tmp_path / "theirs").eval()(IDS), loaded(IDS))
+
+
+def test_narrow_dtypes_are_written_and_read(tmp_path):
+    model = decoder()
+    save_model(model, None, tmp_path / "m", dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
+    wide = load_network(tmp_path / "m")
+    narrow = load_network(tmp_path / "m", dtype=torch.bfloat16)
+    assert next(wide.parameters()).dtype == torch.float32
+    assert next(narrow.parameters()).dtype == torch.bfloat16
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert theirs.dtype == torch.bfloat16
+
+
+def test_weights_are_mapped_and_training_leaves_the_file_alone(tmp_path):
+    save_model(decoder(), None, tmp_path / "m")
+    before = (tmp_path / "m" / "model.safetensors").read_bytes()
+    model = load_network(tmp_path / "m")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
+    assert load_network(tmp_path / "m")(IDS).abs().sum() > 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")
+def test_loading_takes_no_memory_of_its_own(tmp_path):
+    """60 MB of weights add less than 10 MB that are not the file's own pages."""
+    save_model(decoder(vocab_size=120_000, hidden_size=128, head_dim=32), None, tmp_path / "m")
+    code = """
+import re, sys, torch
+from groundup.model import load_network
+own = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+callable(load_network)  # imported
+before = own()
+model = load_network(sys.argv[1])
+after = own()
+assert after - before < 10, (before, after)
+assert sum(weight.nbytes for weight in model.parameters()) > 60e6
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "m"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_settings_left_at_none_survive_a_familys_defaults(model_type, tmp_path):
+    """Gemma's files without a scale mean 256, and ours without one the head's size."""
+    model = decoder(model_type=model_type, hidden_act="gelu_pytorch_tanh", sliding_window=None)
+    save_model(model, None, tmp_path / "m")
+    assert torch.equal(load_network(tmp_path / "m")(IDS), model(IDS))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", attn_implementation="eager"
+    )
+    torch.testing.assert_close(theirs.eval()(IDS).logits, model(IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_that_computes_otherwise_is_refused(tmp_path, monkeypatch):
+    real = folders.config_json
+    monkeypatch.setattr(folders, "config_json", lambda model: real(model) | {"rope_theta": 3.0})
+    with pytest.raises(CheckpointError, match="computes otherwise when it is loaded again"):
+        save_model(decoder(), None, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_weight_that_does_not_survive_is_named(tmp_path, monkeypatch):
+    real = folders.write_weights
+
+    def damage(tensors, folder, **options):
+        real(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, folder, **options)
+
+    monkeypatch.setattr(folders, "write_weights", damage)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight did not survive writing"):
+        save_model(decoder(), None, tmp_path / "m")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_model(decoder(), None, tmp_path / "m")
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return save_model(decoder(), None, tmp_path / "s", max_shard_bytes=20_000)
+
+
+def settings(folder, **changes):
+    file = folder / "config.json"
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "lama"}, "model_type 'lama' is not supported .did you mean 'llama'"),
+        ({"model_type": "roberta"}, "'roberta' is not supported .did you mean 'bert'"),
+        ({"model_type": "qwen2_moe"}, "did you mean 'qwen3_moe', 'qwen2'"),
+        ({"model_type": "mamba"}, "did you mean 'llama'"),
+        ({"model_type": "opt"}, "choose from bert, gemma2, .*llama"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map asks for code .* never run"),
+        ({"trust_remote_code": True}, "trust_remote_code asks for code"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "wide"}, "config.json makes no model"),
+        ({"hidden_size": 40}, r"has shape \[97, 32\], but config.json asks for \[97, 40\]"),
+        ({"vocab_size": 90}, r"embed_tokens.weight has shape \[97, 32\].*\[90, 32\]"),
+        ({"num_hidden_layers": 3}, "layers.2.input_layernorm.weight is missing, and 8 more"),
+        ({"num_hidden_layers": 1}, "layers.1.* is not part of this architecture, and 8 more"),
+        ({"model_type": "qwen3"}, "self_attn.k_norm.weight is missing, and 3 more"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+        ({"hidden_act": "swish9"}, "hidden_act 'swish9'"),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_line(folder, changes, message):
+    settings(folder, **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_network(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hook_in_an_encoders_config_is_refused_too(tmp_path):
+    save_model(encoder(), None, tmp_path / "m")
+    settings(tmp_path / "m", auto_map={"AutoModel": "evil.Model"})
+    with pytest.raises(CheckpointError, match="auto_map asks for code"):
+        load_network(tmp_path / "m")
+
+
+def test_config_files_that_are_none_are_named(folder):
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="holds a list, not an object"):
+        load_network(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config.json is missing"):
+        load_network(folder)
+
+
+def test_damaged_weights_are_named(folder, shards):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[:-100], whole[:5], b"", b"\xff" * 100):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"model.safetensors is damaged"):
+            load_network(folder)
+    second = sorted(shards.glob("*.safetensors"))[1]
+    tensors = load_file(second)
+    second.unlink()
+    with pytest.raises(CheckpointError, match=f"{second.name} is missing"):
+        load_network(shards)
+    lost = min(tensors)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, second)
+    with pytest.raises(CheckpointError, match=f"the tensor {lost} is missing"):
+        load_network(shards)
+
+
+def test_an_index_may_name_files_of_its_folder_only(shards):
+    index = shards / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"names a file outside the folder: ../elsewhere"):
+        read_weights(shards)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        read_weights(shards)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickles_are_never_loaded(folder, name):
+    torch.save({}, folder / name)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"holds only {name}, a pickle"):
+        load_network(folder)
+
+
+def test_texts_beyond_the_positions_are_refused():
+    with pytest.raises(CheckpointError, match="80 tokens, and the model has 64 positions"):
+        encoder()(torch.zeros(1, 80, dtype=torch.long))
