@@ -113,6 +113,9 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
 
     corpus: Path = field(help="corpus folder or token shard folder", input=True)
     tokenizer: Path = field(help="tokenizer folder", input=True)
+    init: Path | None = field(
+        None, help="model to go on from; it brings its shape; unset: random weights", input=True
+    )
     plan: Path | None = field(None, help="plan.json, or a folder that holds it", input=True)
     budget: str | None = field(
         None, help="plan shape, batch, rates and steps: 10m, 3e18 flops, 5M tokens or $20"

@@ -1,5 +1,6 @@
 """Pretraining encoders: masked words, and pairs of segments."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from groundup.model.encoder_config import CLASSES, EncoderConfig
 from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PretrainConfig
 from groundup.recipe.shared import fit_settings, shards_of, watch
+from groundup.recipe.starting import continued_encoder, within_positions
 from groundup.tokenizer import Tokenizer
 from groundup.train import Hook, MaskedLM, MaskedPairs, fit
 from groundup.train.masked import Pairs
@@ -27,7 +29,7 @@ PAIRS: dict[str, Pairs] = {"mlm": "none", "mlm+nsp": "nsp", "mlm+sop": "sop"}
 
 def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
     """Train on the training split; write `model/`, checkpoints and metrics.jsonl."""
-    if config.model_type not in CLASSES:
+    if config.init is None and config.model_type not in CLASSES:
         raise ConfigError(
             f"{config.objective} trains encoders: add --model-type bert or modernbert "
             f"(now {config.model_type})"
@@ -37,7 +39,12 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
     pairs = PAIRS[config.objective]
     device = devices.pick(config.device, config.dtype)
     torch.manual_seed(config.seed)
-    model = Encoder(encoder_config(config, tok, pairs))
+    if config.init is None:
+        model = Encoder(encoder_config(config, tok, pairs))
+    else:
+        model = continued_encoder(config.init, tok, pairs)
+        config = within_positions(config, model.config.max_position_embeddings)
+        config = dataclasses.replace(config, model_type=model.config.model_type)
     size = sum(weight.numel() for weight in model.parameters())
     say(f"  device: {device.line}; {size / 1e6:.2f}M parameters; {config.steps:,} steps")
     source = pairs_of(config, tok, open_shard(shards, "train"), pairs)

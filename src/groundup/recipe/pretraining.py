@@ -25,6 +25,7 @@ from groundup.recipe.encoders import pretrain_encoder
 from groundup.recipe.monitoring import evaluation_hook, tokens_per_step, tracking
 from groundup.recipe.planning import outcome, planned
 from groundup.recipe.shared import fit_settings, shards_of
+from groundup.recipe.starting import check_start, continued_decoder, within_positions
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
     Hook,
@@ -46,6 +47,7 @@ SAMPLE = SamplingParams(max_tokens=32, temperature=0.7, top_k=40, seed=1)
 
 def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     """Train on the training split; write `model/`, checkpoints and metrics.jsonl."""
+    check_start(config)
     config, made = planned(config, out)
     if config.objective.startswith("mlm"):
         if config.tasks:
@@ -56,7 +58,11 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
     device = devices.pick(config.device, config.dtype)
     torch.manual_seed(config.seed)
-    model = Decoder(model_config(config, tok))
+    if config.init is None:
+        model = Decoder(model_config(config, tok))
+    else:
+        model = continued_decoder(config.init, tok)
+        config = within_positions(config, model.config.max_position_embeddings)
     size = num_parameters(model.config)
     say(f"  device: {device.line}; {size / 1e6:.2f}M parameters; {config.steps:,} steps")
     source = token_source(config, tok, train)

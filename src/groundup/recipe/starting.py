@@ -1,0 +1,97 @@
+"""Continued pretraining: a model to go on from, its vocabulary brought to the tokenizer given."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from groundup.core.errors import CheckpointError, ConfigError
+from groundup.core.progress import say
+from groundup.core.run import resolve_model
+from groundup.model import Decoder, Encoder, load_network, remap_vocabulary
+from groundup.model.vocabulary import AnyModel
+from groundup.recipe.configs import PretrainConfig
+from groundup.tokenizer import Tokenizer
+from groundup.train.masked import Pairs
+
+
+def continued_decoder(folder: Path, tok: Tokenizer) -> Decoder:
+    """Return the decoder of a folder, with this tokenizer's vocabulary."""
+    model = load_network(resolve_model(folder))
+    if not isinstance(model, Decoder):
+        raise CheckpointError(
+            f"{folder} holds a {type(model).__name__}: next tokens need a decoder; go on from an "
+            "encoder with --objective mlm"
+        )
+    return with_vocabulary(model, folder, tok)
+
+
+def continued_encoder(folder: Path, tok: Tokenizer, pairs: Pairs) -> Encoder:
+    """Return the encoder of a folder with heads for masked words, and for pairs if asked for."""
+    place = resolve_model(folder)
+    task = "mlm" if pairs == "none" else "pretraining"
+    model = load_network(place)
+    if not isinstance(model, Encoder):
+        raise CheckpointError(f"{folder} is a decoder: masked words need an encoder")
+    if model.config.task != task:
+        model = load_network(place, task=task)  # type: ignore[assignment]
+    assert isinstance(model, Encoder)
+    return with_vocabulary(model, folder, tok)
+
+
+def with_vocabulary(model: AnyModel, folder: Path, tok: Tokenizer) -> AnyModel:
+    """Return the model as it is, or with rows for another tokenizer's tokens."""
+    own = Tokenizer.load(resolve_model(folder))
+    if own.fingerprint == tok.fingerprint and tok.vocab_size <= model.config.vocab_size:
+        return model
+    rows = rows_between(own, tok)
+    kept = sum(len(row) == 1 for row in rows)
+    say(
+        f"  another vocabulary: {kept:,} of {len(rows):,} tokens keep a row, "
+        f"{len(rows) - kept:,} start as the mean of their parts"
+    )
+    changed = remap_vocabulary(model, rows)
+    ends: dict[str, Any] = {"pad_token_id": tok.pad_token_id}
+    if isinstance(changed, Decoder):
+        ends |= {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
+    else:
+        ends["cls_token_id"] = tok.token_id("cls_token", "bos_token")
+        ends["sep_token_id"] = tok.token_id("sep_token", "eos_token")
+    changed.config = dataclasses.replace(changed.config, **ends)
+    return changed
+
+
+def rows_between(old: Tokenizer, new: Tokenizer) -> list[list[int]]:
+    """Return for each new token the old ones whose embeddings' mean it starts from.
+
+    The same bytes, or the same special token, keep their row; other text is cut by the old
+    tokenizer; what that cannot write (broken UTF-8) is cut into the old tokens of its bytes.
+    """
+    by_bytes = {piece: n for n, piece in reversed(list(enumerate(old.token_bytes)))}
+    specials = {i: name for name, i in new.specials.items()}
+    rows = []
+    for n, piece in enumerate(new.token_bytes):
+        if n in specials:
+            rows.append([old.specials.get(specials[n], old.eos_token_id)])
+        elif piece in by_bytes:
+            rows.append([by_bytes[piece]])
+        else:
+            text = piece.decode("utf-8", errors="replace")
+            parts = [by_bytes[b] for b in (bytes([b]) for b in piece) if b in by_bytes]
+            if "\ufffd" not in text:
+                parts = old.encode(text) or parts
+            rows.append(parts or [old.eos_token_id])
+    return rows
+
+
+def check_start(config: PretrainConfig) -> None:
+    """Refuse what contradicts a model to go on from."""
+    if config.init is not None and (config.plan is not None or config.budget is not None):
+        raise ConfigError("--init brings its own shape: give --steps, and no --plan or --budget")
+
+
+def within_positions(config: PretrainConfig, positions: int) -> PretrainConfig:
+    """Return the config with rows no longer than the model's positions."""
+    if config.max_position_embeddings <= positions:
+        return config
+    say(f"  rows of {positions:,} tokens: the model has no more positions")
+    return dataclasses.replace(config, max_position_embeddings=positions)
