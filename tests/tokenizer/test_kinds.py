@@ -1,11 +1,15 @@
 """Every kind: determinism, its promise of a round trip, transformers' ids, safety, bad input."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from groundup.core.errors import ConfigError, DataError
+from groundup.core.errors import ConfigError, DataError, TokenizerError
 from groundup.tokenizer import KINDS, NORMALIZERS, PATTERNS, SPECIALS, Tokenizer
 from inputs import ANY_TEXT
 
@@ -39,6 +43,36 @@ def theirs(tokenizers, tmp_path_factory):
 def test_two_runs_give_the_same_file(any_tok, texts):
     again = Tokenizer.train(iter(texts), kind=any_tok.kind, vocab_size=500)
     assert again.backend.to_str() == any_tok.backend.to_str()
+
+
+TRAIN_ALL = """
+import sys
+from pathlib import Path
+from groundup.tokenizer import KINDS, Tokenizer
+texts = [file.read_text() for file in sorted(Path(sys.argv[1]).iterdir())]
+for kind in KINDS:
+    print(kind, Tokenizer.train(iter(texts), kind=kind, vocab_size=400).fingerprint)
+"""
+
+
+def test_any_number_of_threads_gives_the_same_file(text_folder):
+    """Each run has its own seed of hash tables, too."""
+    found = set()
+    for threads in ("1", "5"):
+        own = {"RAYON_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+        command = [sys.executable, "-c", TRAIN_ALL, str(text_folder)]
+        environment = {**os.environ, **own}
+        run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        found.add(run.stdout)
+    assert len(found) == 1
+    assert found.pop().count("\n") == len(KINDS)
+
+
+@pytest.mark.parametrize("text", ["a\ud800b", "\udfff"])
+def test_half_a_surrogate_pair_is_refused(any_tok, text):
+    for use in (any_tok.encode, any_tok.spans, lambda text: any_tok.encode_batch(["x", text])):
+        with pytest.raises(TokenizerError, match=r"is U\+D[8F]..\, half of a surrogate pair"):
+            use(text)
 
 
 def test_saved_and_loaded_is_the_same(any_tok, texts, tmp_path):
@@ -117,7 +151,7 @@ def test_truncation_is_asked_for_and_reported(any_tok):
         assert any_tok.encode("alpha beta gamma", max_length=2) == ids[:2]
 
 
-@pytest.mark.parametrize("kind", ["bpe", "char", "unigram"])
+@pytest.mark.parametrize("kind", EXACT)
 def test_texts_without_a_space_take_no_quadratic_time(tokenizers, kind):
     text = "ab" * 500_000
     ids = tokenizers[kind].encode(text)
@@ -161,10 +195,11 @@ def test_bad_input_is_one_line(texts):
     for kind in KINDS:
         with pytest.raises((ConfigError, DataError)) as caught:
             Tokenizer.train(texts, kind=kind, vocab_size=4)
+        assert "too small" in str(caught.value), kind
         assert len(str(caught.value).splitlines()) == 1, kind
-    for kind in ("unigram", "sentencepiece-bpe"):
-        with pytest.raises(DataError, match="no text"):
-            Tokenizer.train([], kind=kind)
+        for nothing in ([], ["", " \n"]):
+            with pytest.raises(DataError, match="no text"):
+                Tokenizer.train(nothing, kind=kind)
     with pytest.raises(ConfigError, match="unknown pattern 'gtp4'"):
         Tokenizer.train(texts, pattern="gtp4")
     with pytest.raises(ConfigError, match="unknown normalizer 'nfx'"):

@@ -1,6 +1,5 @@
 """Subword regularisation: the distributions of the papers, by seed, saved with the tokenizer."""
 
-import itertools
 import math
 import random
 from collections import Counter
@@ -105,4 +104,11 @@ def test_bad_input_is_one_line(tokenizers):
     with pytest.raises(ConfigError, match="one way to cut"):
         tokenizers["word"].sample("x", seed=0)
     tokenizers["word"].sampling = {}
-    assert list(itertools.islice(tokenizers["word"].sampling, 1)) == []
+    tokenizers["unigram"].sampling = {"dropout": 0.1}
+    with pytest.raises(ConfigError, match="takes no dropout: it takes alpha"):
+        tokenizers["unigram"].sample("x", seed=0)
+    tokenizers["unigram"].sampling = {}
+    tokenizers["bpe"].sampling = {"dropout": 3}
+    with pytest.raises(ConfigError, match="makes no sense"):
+        tokenizers["bpe"].sample("x", seed=0)
+    tokenizers["bpe"].sampling = {}

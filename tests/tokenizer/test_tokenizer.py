@@ -114,6 +114,14 @@ def test_bad_input_is_one_line(tmp_path, tok):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match="cannot be read"):
         Tokenizer.load(tmp_path)
+    lost = Tokenizer(tok.backend, settings={"eos_token": "<|nope|>"})
+    with pytest.raises(TokenizerError, match=r"eos_token is '<\|nope\|>' in tokenizer_config"):
+        _ = lost.eos_token_id
+    for wrong in ({"special_tokens": [""]}, {"reserved_tokens": -1}):
+        with pytest.raises(ConfigError, match="special tokens have names"):
+            Tokenizer.train(["x"], **wrong)
+    with pytest.raises(ConfigError, match="is no regular expression"):
+        Tokenizer.train(["x"], pattern="(((")
     with pytest.raises(TokenizerError, match="at least one message"):
         tok.render([])
     with pytest.raises(TokenizerError, match="system message must come first"):

@@ -9,11 +9,17 @@ from groundup.core.types import Split
 from groundup.data import open_shard, read_corpus, read_documents, write_shards
 from groundup.model.ngram import NGram
 from groundup.recipe.configs import NGramConfig, ShardsConfig, TokenizerConfig
-from groundup.tokenizer import Tokenizer
+from groundup.tokenizer import Tokenizer, sampling
 
 
 def train_tokenizer(config: TokenizerConfig, out: Path) -> dict[str, Any]:
-    """Train on the training split; report bytes per token on text the trainer never saw."""
+    """Train on the training split; report bytes per token on text the trainer never saw.
+
+    Plain files have no validation split: there it is the text of the training.
+    """
+    chosen = {"dropout": config.dropout, "alpha": config.alpha}
+    settings = {name: value for name, value in chosen.items() if value is not None}
+    sampling.check(config.kind, settings)
     texts = read_texts(config.paths, "train")
     tok = Tokenizer.train(
         track(texts, "training the tokenizer"),
@@ -28,16 +34,21 @@ def train_tokenizer(config: TokenizerConfig, out: Path) -> dict[str, Any]:
         sample_bytes=config.sample_bytes,
         seed=config.seed,
     )
-    sampling = {"dropout": config.dropout, "alpha": config.alpha}
-    tok.sampling = {name: value for name, value in sampling.items() if value is not None}
+    tok.sampling = settings
     tok.save(out)
     held_out = list(read_texts(config.paths, "validation"))
     num_bytes = sum(len(text.encode()) for text in held_out)
     num_tokens = sum(len(ids) for ids in tok.encode_batch(held_out))
     bytes_per_token = num_bytes / max(1, num_tokens)
+    split = any((Path(path) / "stats.json").is_file() for path in config.paths)
+    fewer = (
+        f" of {config.vocab_size:,}: the text has no more"
+        if tok.vocab_size < config.vocab_size
+        else ""
+    )
     say(
-        f"  {tok.vocab_size:,} tokens; one token stands for {bytes_per_token:.2f} bytes "
-        "of validation text"
+        f"  {tok.vocab_size:,} tokens{fewer}; one token stands for {bytes_per_token:.2f} bytes "
+        f"of {'validation text' if split else 'the text it was trained on'}"
     )
     return {"vocab_size": tok.vocab_size, "bytes_per_token": bytes_per_token}
 

@@ -5,11 +5,12 @@ they are asked for the characters of the text that each token covers.
 """
 
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import tiktoken
@@ -86,12 +87,13 @@ class ByteLevel:
             inner = {token: rank for rank, token in enumerate((*singles, *merged))}
         else:
             raise NotFast
-        self.core = tiktoken.Encoding(
-            "groundup",
-            pat_str=split_pattern(content.get("pre_tokenizer")),
-            mergeable_ranks=inner,
-            special_tokens={},
-        )
+        cut = split_pattern(content.get("pre_tokenizer"))
+        try:
+            self.core = tiktoken.Encoding(
+                "groundup", pat_str=cut, mergeable_ranks=inner, special_tokens={}
+            )
+        except ValueError as err:  # a pattern in the other library's dialect
+            raise NotFast from err
         self.sizes = {i: len(token) for token, i in ranks.items()}
 
     def encode(self, text: str) -> list[int]:
@@ -101,14 +103,29 @@ class ByteLevel:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return ids, in threads without the interpreter's lock."""
-        rows = self.core.encode_ordinary_batch(list(texts))
-        return rows if self.to_id is None else [[self.to_id[i] for i in ids] for ids in rows]
+        return in_threads(self.encode, texts)
 
     def spans(self, text: str) -> list[Span]:
         """Return ids and the characters that hold their bytes."""
         ids = self.encode(text)
         cuts = [0, *accumulate(self.sizes[i] for i in ids)]
         return in_characters(text, zip(ids, cuts[:-1], cuts[1:], strict=True))
+
+
+def in_threads(encode: Callable[[str], list[int]], texts: Sequence[str]) -> list[list[int]]:
+    """Encode in one thread a processor, several texts at a time.
+
+    That takes less processor time than a task for each text in more threads: these wait for
+    the interpreter's lock between any two.
+    """
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    step = max(1, min(16, len(texts) // (4 * (threads or 1))))
+    if threads == 1 or len(texts) < 2:
+        return [encode(text) for text in texts]
+    runs = [texts[at : at + step] for at in range(0, len(texts), step)]
+    with ThreadPoolExecutor(threads) as pool:
+        rows = pool.map(lambda run: [encode(text) for text in run], runs)
+        return [ids for row in rows for ids in row]
 
 
 def in_characters(text: str, in_bytes: Iterable[Span]) -> list[Span]:
@@ -224,22 +241,22 @@ class Plain:
             self.forbidden -= {settings.get("unk_id")}
 
     def spans(self, text: str) -> list[Span]:
-        """Return ids and characters; where a special token's name was found, in two parts."""
+        """Return ids and characters; text is cut in the middle of each special token's name."""
         encoding = self.core.encode(text, add_special_tokens=False)
-        found = [(i, a, b) for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)]
-        for i, start, end in found:
-            if i in self.forbidden and end - start > 1:
-                middle = (start + end) // 2
-                right = self.spans(text[middle:])
-                return [
-                    *self.spans(text[:middle]),
-                    *((i, a + middle, b + middle) for i, a, b in right),
-                ]
+        ids, offsets = encoding.ids, encoding.offsets
+        names = [offsets[n] for n, i in enumerate(ids) if i in self.forbidden]
+        middles = [(start + end) // 2 for start, end in names if end - start > 1]
+        if not middles:
+            return [(i, a, b) for i, (a, b) in zip(ids, offsets, strict=True)]
+        found: list[Span] = []
+        for at, end in pairwise([0, *middles, len(text)]):
+            found += [(i, at + a, at + b) for i, a, b in self.spans(text[at:end])]
         return found
 
     def encode(self, text: str) -> list[int]:
         """Return ids."""
-        return [i for i, _, _ in self.spans(text)]
+        ids: list[int] = self.core.encode(text, add_special_tokens=False).ids
+        return [i for i, _, _ in self.spans(text)] if self.forbidden.intersection(ids) else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return ids, in threads."""
@@ -307,8 +324,7 @@ class WithAdded:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return ids, in threads."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(self.encode, texts))
+        return in_threads(self.encode, texts)
 
 
 def text_encoder(
@@ -335,11 +351,17 @@ def text_encoder(
                 fast = Characters(bare)
     except NotFast:
         return plain
+    names = {token["content"]: token["id"] for token in added}
+    first = {token["normalized"] for token in added} == {True}  # text is normalised, then cut
     if outer:
-        fast = Normalized(backend_normalizer(outer), fast)
-    if added:
-        fast = WithAdded({token["content"]: token["id"] for token in added}, fast)
-    return fast
+        unify = backend_normalizer(outer)
+        same = all(unify.normalize_str(name) == name for name in names)
+        if first and same:
+            return Normalized(unify, WithAdded(names, fast))
+        if any(token["normalized"] for token in added):
+            return plain
+        fast = Normalized(unify, fast)
+    return WithAdded(names, fast) if names else fast
 
 
 def simple_normalizer(content: dict[str, Any]) -> dict[str, Any] | None:

@@ -36,6 +36,7 @@ RANK_FILES = {
         },
     ),
     "o200k_base": ("gpt4o", {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
+    "multilingual": ("gpt2", {END_OF_TEXT: 50257}),  # Whisper's
 }
 
 
@@ -52,13 +53,16 @@ def load_any(path: Path) -> Loaded | None:
         return load_sentencepiece(path)
     if path.suffix == ".tiktoken":
         return load_ranks(path)
+    if path.name in MERGES:
+        return load_merges(path.parent / MERGES[path.name])
     if path.suffix == ".txt":
         return load_wordpiece(path)
-    if path.name in ("vocab.json", "encoder.json"):
+    if path.name in MERGES.values():
         return load_merges(path)
     return None
 
 
+MERGES = {"merges.txt": "vocab.json", "vocab.bpe": "encoder.json"}
 FOLDER_FILES = (
     ("tokenizer.json",),
     ("tokenizer.model",),
@@ -81,6 +85,8 @@ def load_json(path: Path) -> Loaded:
         backend = Backend.from_file(str(path))
     except Exception as err:  # the library raises bare Exception
         raise TokenizerError(f"{path} cannot be read ({err}): copy or train it again") from err
+    backend.no_truncation()  # that is done when asked for, not because a file says so
+    backend.no_padding()
     model = None
     beside = path.parent / "tokenizer.model"
     if beside.is_file():
@@ -110,7 +116,8 @@ def load_ranks(path: Path) -> Loaded:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            if token != b"=":  # an empty token: Whisper's files end in one
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as err:
             raise TokenizerError(f"{path}, line {number}: no base64 token and rank") from err
     if set(ranks.values()) != set(range(len(ranks))):
@@ -134,7 +141,7 @@ def add_at(backend: Backend, specials: dict[str, int]) -> Backend:
 
 def load_merges(path: Path) -> Loaded:
     """Read GPT-2's vocab.json and merges.txt (or encoder.json and vocab.bpe)."""
-    other = path.parent / {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}[path.name]
+    other = path.parent / {vocab: merges for merges, vocab in MERGES.items()}[path.name]
     try:
         vocab = json.loads(path.read_text(encoding="utf-8"))
         lines = other.read_text(encoding="utf-8").splitlines()

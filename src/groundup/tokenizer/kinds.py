@@ -6,6 +6,7 @@ round trip is in `docs/tokenizer.md`.
 
 import hashlib
 import heapq
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -62,7 +63,10 @@ def train_bpe(texts: Iterable[str], options: TrainOptions) -> Trained:
     cut, unify = pattern(options.pattern), normalizer(options.normalizer)
     trainer = rustbpe.Tokenizer()
     unified = (unify.normalize_str(text) for text in texts) if unify else texts
-    trainer.train_from_iterator(iter(unified), options.vocab_size - len(specials), pattern=cut)
+    try:
+        trainer.train_from_iterator(iter(unified), options.vocab_size - len(specials), pattern=cut)
+    except ValueError as err:
+        raise ConfigError(f"pattern {cut!r}: {str(err).splitlines()[-1]}") from err
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     backend = byte_level(ranks, cut)
     if unify:
@@ -208,8 +212,6 @@ def train_sentencepiece(texts: Iterable[str], options: TrainOptions, model_type:
         "sentencepiece", extra="tokenizer", purpose=f"training a {model_type} tokenizer"
     )
     lines = sample(unified(texts, options), options)
-    if not lines:
-        raise DataError("there is no text to train a tokenizer on")
     written = BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -235,6 +237,8 @@ def train_sentencepiece(texts: Iterable[str], options: TrainOptions, model_type:
         )
     except (RuntimeError, OSError) as err:
         reason = str(err).strip().splitlines()[-1].rpartition("] ")[2]
+        if least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+            check_size(options, int(least[1]), "special tokens, bytes and the text's characters")
         raise DataError(
             f"SentencePiece cannot make {options.vocab_size:,} tokens of this text: {reason}"
         ) from err
@@ -279,6 +283,16 @@ def unified(texts: Iterable[str], options: TrainOptions) -> Iterator[str]:
     unify = normalizer(options.normalizer)
     for text in texts:
         yield unify.normalize_str(text) if unify else text
+
+
+def not_empty(texts: Iterable[str]) -> Iterator[str]:
+    """Yield texts; a DataError at the end if they held nothing but white space."""
+    some = False
+    for text in texts:
+        some = some or bool(text.strip())
+        yield text
+    if not some:
+        raise DataError("there is no text to train a tokenizer on")
 
 
 def finished(

@@ -4,7 +4,7 @@ The patterns are those of the published tokenizers, written without possessive q
 which not every regular-expression engine has; none of them can match differently without.
 """
 
-from tokenizers import normalizers
+from tokenizers import Regex, normalizers
 
 from groundup.core.errors import ConfigError, closest
 
@@ -48,6 +48,10 @@ def pattern(name: str) -> str:
         return PATTERNS[name]
     if name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"unknown pattern {name!r}{closest(name, PATTERNS)}")
+    try:
+        Regex(name)
+    except Exception as err:  # the library raises bare Exception
+        raise ConfigError(f"pattern {name!r} is no regular expression: {err}") from err
     return name
 
 

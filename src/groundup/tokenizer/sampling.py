@@ -12,10 +12,24 @@ from typing import TypeVar
 
 from tokenizers import Tokenizer as Backend
 
+from groundup.core.errors import ConfigError
 from groundup.tokenizer import spm
 from groundup.tokenizer.kinds import BYTES, byte_letters
 
 Text = TypeVar("Text", str, bytes)
+
+SETTING = {"bpe": "dropout", "sentencepiece-bpe": "dropout", "unigram": "alpha"}  # by kind
+
+
+def check(kind: str, settings: Mapping[str, float]) -> None:
+    """Refuse settings that a kind of tokenizer does not sample with."""
+    for name, value in settings.items():
+        if name != SETTING.get(kind):
+            fitting = SETTING.get(kind)
+            advice = f"it takes {fitting}" if fitting else "it has one way to cut a text"
+            raise ConfigError(f"a {kind} tokenizer takes no {name}: {advice}")
+        if value < 0 or (name == "dropout" and value > 1):
+            raise ConfigError(f"{name} = {value} makes no sense: take 0.1 to begin with")
 
 
 def bpe_dropout(

@@ -29,6 +29,7 @@ from groundup.tokenizer.kinds import (
     UNKNOWN,
     TrainOptions,
     byte_letters,
+    not_empty,
 )
 from groundup.tokenizer.stream import StreamDecoder
 from groundup.tokenizer.templates import CHATML, ENDS_OF_TURN, template
@@ -89,7 +90,10 @@ class Tokenizer:
         form, needed = template(chat_template)
         reserved = [f"<|reserved_{n}|>" for n in range(reserved_tokens)]
         specials = dict.fromkeys((END_OF_TEXT, *needed, *special_tokens, *reserved))
-        trained = KINDS[kind](texts, TrainOptions(special_tokens=tuple(specials), **options))
+        if "" in specials or reserved_tokens < 0:
+            raise ConfigError("special tokens have names, and reserved_tokens is no less than 0")
+        chosen = TrainOptions(special_tokens=tuple(specials), **options)
+        trained = KINDS[kind](not_empty(texts), chosen)
         return cls(trained.backend, form, sentencepiece=trained.sentencepiece)
 
     @classmethod
@@ -170,6 +174,8 @@ class Tokenizer:
             raise TokenizerError(
                 f"{target}: unknown format{closest(target.suffix, formats.EXPORTS)}"
             )
+        if target.name == "tokenizer.json":
+            raise TokenizerError(f"{target} is not written alone: give a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         formats.EXPORTS[target.suffix](self, target)
 
@@ -216,6 +222,11 @@ class Tokenizer:
             found = self.backend.token_to_id(name) if name else None
             if found is not None:
                 return found
+            if name:
+                raise TokenizerError(
+                    f"{key} is {name!r} in tokenizer_config.json, which is no token here: "
+                    "extend the tokenizer with it, or name another"
+                )
         if END_OF_TEXT in self.specials:
             return self.specials[END_OF_TEXT]
         raise TokenizerError(
@@ -258,6 +269,7 @@ class Tokenizer:
 
         `max_length` cuts the ids and warns of how many were cut.
         """
+        only_text(text)
         if allow_special:
             ids = self.backend.encode(text, add_special_tokens=False).ids
         else:
@@ -269,10 +281,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode many texts in threads, without the interpreter's lock."""
+        for text in texts:
+            only_text(text)
         return self.core.encode_batch(texts)
 
     def spans(self, text: str) -> list[Span]:
         """Return (id, first character, character behind the last) for each token of a text."""
+        only_text(text)
         return self.core.spans(text)
 
     def sample(self, text: str, *, seed: int) -> list[int]:
@@ -280,17 +295,19 @@ class Tokenizer:
 
         BPE kinds take dropout (1910.13267), unigram takes alpha (1804.10959, eq. 4).
         """
+        only_text(text)
         rng = random.Random(seed)
-        wanted = "alpha" if self.kind == "unigram" else "dropout"
+        sampling.check(self.kind, self.sampling)
+        wanted = sampling.SETTING.get(self.kind)
+        if wanted is None:
+            raise ConfigError(f"a {self.kind} tokenizer has one way to cut a text: none to sample")
         if wanted not in self.sampling:
             raise ConfigError(f"set tok.sampling = {{{wanted!r}: 0.1}} to sample from {self.kind}")
         value = self.sampling[wanted]
         if self.kind == "bpe" and self.ranks is not None:
             return sampling.sample_bytes(text, self.backend, self.ranks, value, rng)
-        if self.kind not in ("unigram", "sentencepiece-bpe") or self.sentencepiece is None:
-            raise ConfigError(
-                f"a {self.kind} tokenizer has one way to cut a text: nothing to sample"
-            )
+        if self.sentencepiece is None:
+            raise ConfigError(f"sampling from {self.kind} needs the tokenizer.model it came from")
         unified = self.backend.normalizer.normalize_str(text)
         return sampling.sample_pieces(unified, self.sentencepiece, value, rng)
 
@@ -422,3 +439,15 @@ class Tokenizer:
                 row.trainable[: last + 1] = [False] * (last + 1)
                 rows.append(row)
         return rows
+
+
+def only_text(text: str) -> None:
+    """Refuse half a surrogate pair: UTF-8 has no bytes for it, so it could not come back."""
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError as err:
+        code = f"U+{ord(text[err.start]):X}"
+        raise TokenizerError(
+            f"character {err.start} of a text is {code}, half of a surrogate pair: take it out"
+        ) from None
