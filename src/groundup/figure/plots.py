@@ -134,8 +134,10 @@ def histograms(groups: Mapping[str, Sequence[float]], *, x_label: str) -> str:
 
 
 def dot_plot(groups: Mapping[str, Mapping[str, float]], *, x_label: str) -> str:
-    """Draw one row a label, sorted by the first group's value, with a dot for each group."""
-    first = next(iter(groups.values()))
+    """Draw one row a label, sorted by the first value it has, with a dot for each group."""
+    first: dict[str, float] = {}
+    for values in groups.values():
+        first = {**values, **first}
     labels = sorted(first, key=lambda label: -first[label])
     figure, axes = canvas(7.2, 0.17 * len(labels) + 1.2)
     axes.grid(True, axis="x", color="#eeeeee", linewidth=0.8)
@@ -146,7 +148,8 @@ def dot_plot(groups: Mapping[str, Mapping[str, float]], *, x_label: str) -> str:
     axes.set_yticks(range(len(labels)), labels, fontsize=8, color=INK)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     if len(groups) > 1:
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "columnspacing": 1.2}
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, handletextpad=0.1, **place)
     label_axes(axes, x_label, "")
     return to_svg(figure)
 

@@ -23,15 +23,13 @@ from groundup.tokenizer.chat import Rendered, Vocabulary, render
 from groundup.tokenizer.encoders import ByteLevel, NotFast, Span, text_encoder
 from groundup.tokenizer.kinds import (
     BERT_SPECIALS,
-    BYTES,
     END_OF_TEXT,
     KINDS,
     UNKNOWN,
     TrainOptions,
-    byte_letters,
     not_empty,
 )
-from groundup.tokenizer.stream import StreamDecoder
+from groundup.tokenizer.stream import StreamDecoder, bytes_of_tokens
 from groundup.tokenizer.templates import CHATML, ENDS_OF_TURN, template
 
 OWN_KEY = "groundup"  # what tokenizer_config.json keeps for us
@@ -341,29 +339,8 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """Return the bytes that each id stands for in a text."""
         vocab = self.backend.get_vocab(with_added_tokens=True)
-        letters = byte_letters() if self.kind == "bpe" else {}
-        byte_names = {name: bytes([n]) for n, name in enumerate(BYTES)}
         unknown = {UNKNOWN, self.content["model"].get("unk_token")}
-        result = [b""] * self.vocab_size
-        for piece, i in vocab.items():
-            if piece in unknown:
-                result[i] = "\ufffd".encode()
-            elif piece in self.added:
-                result[i] = piece.encode()
-            elif self.kind == "bpe":
-                result[i] = b"".join(
-                    bytes([letters[c]]) if c in letters else c.encode() for c in piece
-                )
-            elif self.kind == "wordpiece":
-                bare = piece.removeprefix("##")
-                result[i] = (bare if bare != piece else f" {piece}").encode()
-            elif piece in byte_names and self.kind != "word":
-                result[i] = byte_names[piece]
-            elif self.kind in ("unigram", "sentencepiece-bpe"):
-                result[i] = piece.replace(spm.SPACE, " ").encode()
-            else:
-                result[i] = piece.encode()
-        return result
+        return bytes_of_tokens(vocab, self.vocab_size, self.kind, self.added, unknown)
 
     def stream_decoder(self) -> StreamDecoder:
         """Return a decoder that takes ids one by one and never emits half a character."""
