@@ -103,24 +103,25 @@ def measure(name: str, tok: Tokenizer, texts: dict[str, list[str]]) -> Report:
     lost = np.array([piece == "\ufffd".encode() for piece in tok.token_bytes])
     sizes[lost] = 0
     uses = {group: np.zeros(tok.vocab_size, np.int64) for group in texts}
-    words, changed = dict.fromkeys(texts, 0), 0
+    words, bounds, changed = dict.fromkeys(texts, 0), dict.fromkeys(texts, 0), 0
     for group, members in texts.items():
         words[group] = sum(len(WORD.findall(text)) for text in members)
+        bounds[group] = sum(len(text.encode()) for text in members)
         for text, ids in zip(members, tok.encode_batch(members), strict=True):
             uses[group] += np.bincount(ids, minlength=tok.vocab_size)
             changed += tok.decode(ids) != text
 
-    def score(used: NDArray[np.int64], words: int) -> Score:
+    def score(used: NDArray[np.int64], words: int, most: int) -> Score:
         tokens = max(1, int(used.sum()))
-        known = float(sizes @ used) / tokens
+        known = min(most, int(sizes @ used)) / tokens  # WordPiece's spaces may not be the text's
         return Score(known, tokens / max(1, words), float(used[lost].sum()) / tokens)
 
     total = np.sum(list(uses.values()), axis=0)
     return Report(
         name=name,
         vocab_size=tok.vocab_size,
-        total=score(total, sum(words.values())),
-        groups={group: score(used, words[group]) for group, used in uses.items()},
+        total=score(total, sum(words.values()), sum(bounds.values())),
+        groups={group: score(used, words[group], bounds[group]) for group, used in uses.items()},
         used=float((total > 0).mean()),
         unknown=int(total[lost].sum()),
         changed=changed,
