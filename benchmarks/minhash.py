@@ -154,7 +154,7 @@ def clustering(count: int = 200_000) -> None:
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
         members = len(read_keyed(found, "small", ("key",))[0]["key"])
     print(
-        f"  {count:,} documents in {cpu:.2f} CPU-s ({wall:.2f} s): {count / cpu:,.0f} a CPU-second; "
+        f"  {count:,} documents in {cpu:.2f} CPU-s ({wall:.2f} s): {count / cpu:,.0f} a second; "
         f"{members:,} of {len(places):,} planted copies joined to another"
     )
 

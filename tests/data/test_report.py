@@ -54,3 +54,16 @@ def test_a_mixture_file_prints_its_plan(corpus, tok, tmp_path, capsys):
     recipe.write_text("sources: {web: nowhere}\nphases: [{name: main, tokens: 1000}]\n")
     assert main(["data", "mix", str(recipe)]) == 2
     assert "is no shard folder" in capsys.readouterr().err
+
+
+def test_tokens_are_counted_in_every_step_with_a_tokenizer(text_folder, tok, tmp_path):
+    from groundup.core.files import read_json
+
+    tok.save(tmp_path / "tok")
+    command = ["data", "build", str(text_folder), "--out", str(tmp_path / "c"), "--file-mb", "0.05"]
+    command += ["--tokenizer", str(tmp_path / "tok"), "--duplicate-similarity", "0.95"]
+    assert main([*command, "--workers", "2"]) == 0
+    rows = {row["step"]: row for row in read_json(tmp_path / "c" / "stats.json")["steps"]}
+    texts = [file.read_text() for file in sorted(text_folder.iterdir())]
+    assert rows["read"]["tokens_in"] == sum(len(tok.encode(text)) for text in texts)
+    assert "Tokens" in report_corpus(tmp_path / "c").read_text()

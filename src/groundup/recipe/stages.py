@@ -7,8 +7,8 @@ STAGES = {
     for stage in (
         Stage(
             name="corpus",
-            config="groundup.data:CorpusConfig",
-            run="groundup.data:build_corpus",
+            config="groundup.recipe.corpus:BuildConfig",
+            run="groundup.recipe.corpus:build",
             help="read, clean, deduplicate and split text by file",
             version=2,
         ),
