@@ -5,8 +5,10 @@ import dataclasses
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from groundup.core import config as configs
 from groundup.core.errors import ConfigError, closest
 
 
@@ -75,15 +77,24 @@ def metavar(hint: Any) -> str:
         return metavar(next(arg for arg in typing.get_args(hint) if arg is not type(None)))
     if typing.get_origin(hint) is tuple:
         return metavar(typing.get_args(hint)[0])
+    if dataclasses.is_dataclass(hint):
+        return "FILE"
     return str(
         {int: "N", float: "X", str: "TEXT"}.get(hint, getattr(hint, "__name__", "VALUE"))
     ).upper()
 
 
 def config_values(args: argparse.Namespace, cls: type[Any]) -> dict[str, Any]:
-    """Return the values of a config's fields that were given on the command line."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in vars(args).items() if name in names}
+    """Return the values of a config's fields that were given on the command line.
+
+    A field that is a config of its own is given as a YAML file.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {name: value for name, value in vars(args).items() if name in hints}
+    for name, value in values.items():
+        if any(dataclasses.is_dataclass(kind) for kind in typing.get_args(hints[name])):
+            values[name] = configs.read_yaml(Path(value))
+    return values
 
 
 def parse(into: Parser, argv: Sequence[str]) -> argparse.Namespace:

@@ -7,6 +7,7 @@ content the stage depends on, `semantic=False` for a setting that cannot change 
 
 import dataclasses
 import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,10 +29,8 @@ def load(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     """Build a config from plain values; a ConfigError names `where`, the key and the remedy."""
     import pydantic  # 0.2 s: not needed for --help
 
+    check_keys(cls, values, where)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in names:
-            raise ConfigError(f"{where}: unknown key {key!r}{closest(str(key), names)}")
     try:
         config = pydantic.TypeAdapter(cls).validate_python(dict(values))
     except pydantic.ValidationError as err:
@@ -41,6 +40,21 @@ def load(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
             raise ConfigError(f"{where}: {key} is required and missing") from err
         raise ConfigError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from err
     return config
+
+
+def check_keys(cls: Any, values: Any, where: str) -> None:
+    """Raise a ConfigError that names the first key that a config, or one within it, lacks."""
+    if not isinstance(values, Mapping):
+        return
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError(f"{where}: unknown key {key!r}{closest(str(key), hints)}")
+        for kind in (hints[key], *typing.get_args(hints[key])):
+            if dataclasses.is_dataclass(kind):
+                for number, item in enumerate(value if isinstance(value, list) else [value]):
+                    place = f"{key}[{number}]" if isinstance(value, list) else key
+                    check_keys(kind, item, f"{where}, {place}")
 
 
 def dump(config: Any) -> dict[str, Any]:
@@ -63,11 +77,13 @@ def plain(value: Any) -> Any:
 
 def semantic_fields(config: Any) -> dict[str, Any]:
     """Return the settings that can change the result, input paths left out."""
-    return {
-        f.name: plain(getattr(config, f.name))
-        for f in dataclasses.fields(config)
-        if f.metadata.get("semantic", True) and not f.metadata.get("input", False)
-    }
+    found = {}
+    for f in dataclasses.fields(config):
+        if f.metadata.get("semantic", True) and not f.metadata.get("input", False):
+            value = getattr(config, f.name)
+            nested = dataclasses.is_dataclass(value)
+            found[f.name] = semantic_fields(value) if nested else plain(value)
+    return found
 
 
 def input_paths(config: Any) -> dict[str, list[str]]:
@@ -75,7 +91,12 @@ def input_paths(config: Any) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.metadata.get("input", False) and value is not None:
+        if dataclasses.is_dataclass(value):
+            inside = input_paths(value)
+            found |= {f"{f.name}.{name}": paths for name, paths in inside.items()}
+        elif f.metadata.get("input", False) and isinstance(value, Mapping):
+            found |= {f"{f.name}.{name}": [str(path)] for name, path in value.items()}
+        elif f.metadata.get("input", False) and value is not None:
             many = value if isinstance(value, list | tuple) else [value]
             found[f.name] = [str(path) for path in many]
     return found

@@ -45,7 +45,7 @@ class Phase:
 class MixConfig:
     """Sources of token shards, and the phases that read them."""
 
-    sources: dict[str, Path] = field(help="name: token shard folder")
+    sources: dict[str, Path] = field(help="name: token shard folder", input=True)
     phases: tuple[Phase, ...] = field(help="in the order in which they train")
     epochs: float = field(4.0, help="how often a source may be read, over all phases")
     source_epochs: dict[str, float] | None = field(None, help="the same for single sources")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from groundup.core.config import field
+from groundup.data.mix import MixConfig
 from groundup.train.config import LoopOptions
 
 DEVICE_HELP = "cpu, cuda or mps; unset: the best there is"
@@ -126,6 +127,9 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     )
     objective: Literal["causal", "fim", "mlm", "mlm+nsp", "mlm+sop"] = field(
         "causal", help="next tokens, fill-in-the-middle, or masked words with pairs of segments"
+    )
+    mix: MixConfig | None = field(
+        None, help="sources and phases to train on; the corpus is measured on (docs/data.md)"
     )
     packing_strategy: Literal["wrapped", "bfd"] = field(
         "wrapped", help="rows cut from one stream, or whole documents packed by best fit"

@@ -103,9 +103,11 @@ def expected_seconds(recipe: Mapping[str, Any], *, where: str) -> dict[str, floa
 
 
 def fill(value: Any, variables: Mapping[str, Any], where: str) -> Any:
-    """Replace "@name" by what it stands for, inside lists too."""
+    """Replace "@name" by what it stands for, inside lists and mappings too."""
     if isinstance(value, list):
         return [fill(item, variables, where) for item in value]
+    if isinstance(value, Mapping):
+        return {key: fill(item, variables, where) for key, item in value.items()}
     if not isinstance(value, str) or not value.startswith("@"):
         return value
     name, _, below = value[1:].partition("/")

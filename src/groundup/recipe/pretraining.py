@@ -25,19 +25,15 @@ from groundup.recipe.encoders import pretrain_encoder
 from groundup.recipe.monitoring import evaluation_hook, tokens_per_step, tracking
 from groundup.recipe.planning import outcome, planned
 from groundup.recipe.shared import fit_settings, shards_of
+from groundup.recipe.sources import show_epochs, token_source, with_phases
 from groundup.recipe.starting import check_start, continued_decoder, within_positions
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
     Hook,
-    MiddleStream,
-    MiddleTokens,
     NextToken,
-    PackedStream,
     State,
-    TokenStream,
     fit,
 )
-from groundup.train.middle import MIDDLE, PREFIX, SUFFIX
 from groundup.train.plan import mlp_width
 from groundup.train.step import DTYPES
 
@@ -49,6 +45,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     """Train on the training split; write `model/`, checkpoints and metrics.jsonl."""
     check_start(config)
     config, made = planned(config, out)
+    config = with_phases(config)
     if config.objective.startswith("mlm"):
         if config.tasks:
             raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
@@ -97,6 +94,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     save_model(model, tok, out / "model")
     return {
         **(outcome(made, out) if made else {}),
+        **show_epochs(source),
         "parameters": size,
         "steps": config.steps,
         "tokens": config.steps * tokens_per_step(config),
@@ -114,39 +112,6 @@ def next_token(config: ModelConfig, z_loss: float) -> NextToken:
         z_loss=z_loss,
         load_balance=config.router_aux_loss_coef,
         experts_per_token=config.num_experts_per_tok,
-    )
-
-
-def token_source(
-    config: PretrainConfig, tok: Tokenizer, train: Shard
-) -> TokenStream | PackedStream:
-    """Return rows of next tokens, packed or rearranged for fill-in-the-middle where asked for."""
-    options: dict[str, Any] = {
-        "eos_token_id": tok.eos_token_id,
-        "context": config.max_position_embeddings,
-        "batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "seed": config.seed,
-    }
-    if config.objective == "causal":
-        kind = PackedStream if config.packing_strategy == "bfd" else TokenStream
-        return kind(train.tokens, train.offsets, **options)
-    if config.packing_strategy == "bfd":
-        raise ConfigError("packing_strategy bfd is for --objective causal: leave one of them out")
-    missing = [name for name in (PREFIX, MIDDLE, SUFFIX) if name not in tok.specials]
-    if missing:
-        raise ConfigError(
-            f"fim needs the special tokens {', '.join(missing)}: train the tokenizer with "
-            f"--special-tokens {' '.join(repr(name) for name in missing)}"
-        )
-    ids = (tok.specials[name] for name in (PREFIX, MIDDLE, SUFFIX))
-    return MiddleStream(
-        train.tokens,
-        train.offsets,
-        sentinels=MiddleTokens(*ids),
-        rate=config.fim_rate,
-        level=config.fim_level,
-        **options,
     )
 
 

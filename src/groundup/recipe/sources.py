@@ -1,0 +1,93 @@
+"""What pretraining reads: one stream, packed rows, rearranged documents, or a mixture by phases."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from groundup.core.errors import ConfigError
+from groundup.core.progress import say
+from groundup.data import Shard, open_shard
+from groundup.data.mix import MixConfig, phase_order, show_mixture
+from groundup.recipe.configs import PretrainConfig
+from groundup.recipe.monitoring import tokens_per_step
+from groundup.tokenizer import Tokenizer
+from groundup.train import MiddleStream, MiddleTokens, TokenStream
+from groundup.train.batches import BatchSource
+from groundup.train.middle import MIDDLE, PREFIX, SUFFIX
+from groundup.train.mixture import MixtureStream
+from groundup.train.packing import PackedStream
+
+
+def with_phases(config: PretrainConfig) -> PretrainConfig:
+    """Return a config whose steps are a mixture's tokens; `wsd` decays in its phase `decay`."""
+    if config.mix is None:
+        return config
+    if config.plan or config.budget:
+        raise ConfigError("a mixture's phases have their own tokens: leave plan and budget out")
+    if config.objective != "causal" or config.packing_strategy == "bfd":
+        raise ConfigError("a mixture is for --objective causal and --packing-strategy wrapped")
+    total = sum(phase.tokens for phase in config.mix.phases)
+    last = config.mix.phases[-1]
+    decay = last.tokens / total if last.name == "decay" else config.decay_fraction
+    steps = max(1, total // tokens_per_step(config))
+    return replace(config, steps=steps, decay_fraction=decay)
+
+
+def mixture_source(mix: MixConfig, tok: Tokenizer, options: dict[str, Any]) -> MixtureStream:
+    """Return the rows of a mixture; print what each phase takes."""
+    shards = {name: open_shard(folder, "train") for name, folder in mix.sources.items()}
+    for name, shard in shards.items():
+        if shard.tokenizer != tok.fingerprint:
+            raise ConfigError(
+                f"the source {name!r} in {mix.sources[name]} was encoded with another tokenizer: "
+                "make its shards again with `groundup data shards`"
+            )
+    lengths = {name: np.diff(shard.offsets) for name, shard in shards.items()}
+    show_mixture(mix, {name: int(found.sum()) for name, found in lengths.items()})
+    orders = [phase_order(mix, lengths, number) for number in range(len(mix.phases))]
+    return MixtureStream(shards, orders, **options)
+
+
+def show_epochs(source: BatchSource) -> dict[str, Any]:
+    """Print and return how often each source of a mixture was read."""
+    if not isinstance(source, MixtureStream):
+        return {}
+    epochs = source.epochs()
+    say("  passes over the sources: " + ", ".join(f"{n} {e:.2f}" for n, e in epochs.items()))
+    return {"epochs": epochs}
+
+
+def token_source(
+    config: PretrainConfig, tok: Tokenizer, train: Shard
+) -> TokenStream | PackedStream | MixtureStream:
+    """Return rows of next tokens: mixed, packed or rearranged for fill-in-the-middle if asked."""
+    options: dict[str, Any] = {
+        "eos_token_id": tok.eos_token_id,
+        "context": config.max_position_embeddings,
+        "batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "seed": config.seed,
+    }
+    if config.mix is not None:
+        return mixture_source(config.mix, tok, options)
+    if config.objective == "causal":
+        kind = PackedStream if config.packing_strategy == "bfd" else TokenStream
+        return kind(train.tokens, train.offsets, **options)
+    if config.packing_strategy == "bfd":
+        raise ConfigError("packing_strategy bfd is for --objective causal: leave one of them out")
+    missing = [name for name in (PREFIX, MIDDLE, SUFFIX) if name not in tok.specials]
+    if missing:
+        raise ConfigError(
+            f"fim needs the special tokens {', '.join(missing)}: train the tokenizer with "
+            f"--special-tokens {' '.join(repr(name) for name in missing)}"
+        )
+    ids = (tok.specials[name] for name in (PREFIX, MIDDLE, SUFFIX))
+    return MiddleStream(
+        train.tokens,
+        train.offsets,
+        sentinels=MiddleTokens(*ids),
+        rate=config.fim_rate,
+        level=config.fim_level,
+        **options,
+    )

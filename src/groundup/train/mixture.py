@@ -1,0 +1,121 @@
+"""Rows of next tokens from several sources, phase after phase, in the order of a mixture's plan."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from groundup.core.errors import DataError
+from groundup.data.mix import Order
+from groundup.data.shards import Shard
+from groundup.model.loss import IGNORE
+from groundup.train.batches import StepBatch, same_data
+
+Ints = NDArray[np.int64]
+
+
+class MixtureStream:
+    """Equal rows over the documents of several shards; within a phase, rows come at random.
+
+    The stream is the documents in the order of training, phase by phase, each with its eos behind
+    it; row n holds tokens n * context and on. After the last row it begins again.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[str, Shard],
+        orders: Sequence[Order],
+        *,
+        eos_token_id: int,
+        context: int,
+        batch_size: int,
+        gradient_accumulation_steps: int,
+        seed: int,
+    ) -> None:
+        names = orders[0].names
+        self.names, self.shards = names, [shards[name] for name in names]
+        self.eos, self.context = eos_token_id, context
+        self.batch_size, self.accumulation = batch_size, gradient_accumulation_steps
+        self.source = np.concatenate([order.source for order in orders])
+        self.document = np.concatenate([order.document for order in orders])
+        starts = [shard.offsets[:-1] for shard in self.shards]
+        lengths = [np.diff(shard.offsets) for shard in self.shards]
+        self.first = self.by_document(starts)
+        self.ends = np.cumsum(self.by_document(lengths))
+        if not len(self.ends):
+            raise DataError("the mixture holds no document: give more tokens to its phases")
+        phase_ends = np.cumsum([len(order.document) for order in orders])
+        bounds = [0, *(-(-int(self.ends[end - 1]) // context) for end in phase_ends if end)]
+        rng = np.random.default_rng(seed)
+        parts = [a + rng.permutation(b - a) for a, b in pairwise(bounds)]
+        self.order = np.concatenate(parts)
+        self.row = 0
+        self.data = {"tokens": int(self.ends[-1]), "documents": len(self.ends), "seed": seed}
+
+    def by_document(self, values: Sequence[Ints]) -> Ints:
+        """Return each document's value, in the order of training, from those of every source."""
+        result = np.zeros(len(self.source), np.int64)
+        for number, own in enumerate(values):
+            here = self.source == number
+            result[here] = own[self.document[here]]
+        return result
+
+    def read(self, start: int, stop: int) -> tuple[Ints, list[str]]:
+        """Return tokens start..stop of the stream, and the names of their documents."""
+        pieces: list[NDArray[np.integer]] = [np.array([self.eos])] if start < 0 else []
+        start, names = max(0, start), []
+        at = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            begin = int(self.ends[at - 1]) if at else 0
+            take = min(stop, int(self.ends[at])) - start
+            first = int(self.first[at]) + start - begin
+            source = int(self.source[at])
+            pieces.append(self.shards[source].tokens[first : first + take])
+            names.append(f"{self.names[source]}:{self.document[at]}")
+            start, at = start + take, at + 1
+        return np.concatenate(pieces).astype(np.int64), names
+
+    def next_step(self) -> StepBatch:
+        """Return `gradient_accumulation_steps` micro-batches of `batch_size` rows."""
+        step = []
+        for _ in range(self.accumulation):
+            rows, documents = [], []
+            for _ in range(self.batch_size):
+                number = int(self.order[self.row % len(self.order)])
+                self.row += 1
+                start = number * self.context
+                stop = min(start + self.context, int(self.ends[-1]))
+                span, names = self.read(start - 1, stop)
+                ids, targets = np.full(self.context, self.eos), np.full(self.context, IGNORE)
+                ids[: stop - start], targets[: stop - start] = span[:-1], span[1:]
+                rows.append((ids, targets))
+                documents += names
+            ids_BT, targets_BT = (torch.from_numpy(np.stack(p)) for p in zip(*rows, strict=True))
+            step.append({"ids": ids_BT, "targets": targets_BT, "documents": documents})
+        return step
+
+    def epochs(self) -> dict[str, float]:
+        """Return how often each source has been read in the rows drawn so far."""
+        drawn = self.order[: self.row]
+        starts = drawn * self.context
+        stops = np.minimum(starts + self.context, self.ends[-1])
+        counts = {}
+        for number, name in enumerate(self.names):
+            lengths = np.diff(self.ends, prepend=0) * (self.source == number)
+            at = np.concatenate(([0], self.ends))
+            read = np.concatenate(([0], np.cumsum(lengths)))
+            tokens = (np.interp(stops, at, read) - np.interp(starts, at, read)).sum()
+            counts[name] = float(tokens / max(1, len(self.shards[number].tokens)))
+        return counts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows drawn."""
+        return {"row": self.row, "data": self.data}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a row."""
+        same_data(state, self.data)
+        self.row = state["row"]
