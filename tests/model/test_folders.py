@@ -104,10 +104,11 @@ assert sum(weight.nbytes for weight in model.parameters()) > 60e6
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
-def test_settings_left_at_none_survive_a_familys_defaults(model_type, tmp_path):
-    """Gemma's files without a scale mean 256, and ours without one the head's size."""
-    model = decoder(model_type=model_type, hidden_act="gelu_pytorch_tanh", sliding_window=None)
+def test_settings_left_at_none_survive_a_familys_defaults(model_type, window, tmp_path):
+    """Gemma's files without a scale mean 256, without layer types a pattern; ours do not."""
+    model = decoder(model_type=model_type, hidden_act="gelu_pytorch_tanh", sliding_window=window)
     save_model(model, None, tmp_path / "m")
     assert torch.equal(load_network(tmp_path / "m")(IDS), model(IDS))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

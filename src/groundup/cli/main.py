@@ -32,6 +32,10 @@ COMMANDS = {
         "write a model as a Hugging Face folder or GGUF file; push it to the hub",
         "groundup.cli.models:export",
     ),
+    "inspect": (
+        "show what a model is and costs, and what it does with a prompt",
+        "groundup.cli.models:inspect",
+    ),
     "generate": ("continue a prompt", "groundup.cli.talk:generate"),
     "chat": ("talk to a model in the terminal", "groundup.cli.talk:chat"),
     "serve": ("serve a model: OpenAI's API and a chat page", "groundup.cli.talk:serve"),

@@ -44,3 +44,34 @@ def export(argv: Sequence[str]) -> None:
     )
     if args.json:
         print(json.dumps(written))
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """Run `groundup inspect MODEL`."""
+    flags = parser(
+        "inspect",
+        "What a model is and costs: its tree, parameters, FLOPs and bytes a token, memory to "
+        "train and to serve; with --prompt, what it does with a text, as pictures.",
+    )
+    flags.add_argument("model", metavar="MODEL", help="model folder, run folder or hub id")
+    flags.add_argument(
+        "--lengths", type=int, nargs="+", metavar="N", help="tokens (a quarter and all it reads)"
+    )
+    flags.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", default=[1, 8])
+    flags.add_argument("--lora-r", type=int, default=0, metavar="N", help="train a LoRA adapter")
+    flags.add_argument("--prompt", metavar="TEXT", help="draw what the model does with this text")
+    flags.add_argument("--out", type=Path, metavar="FILE", help="the page (inspect.html)")
+    flags.add_argument("--json", action="store_true", help="print everything as JSON")
+    args = parse(flags, argv)
+    from groundup.recipe import inspecting
+
+    folder = resolve_model(args.model)
+    facts = inspecting.facts(
+        folder, lengths=args.lengths, batches=args.batch_sizes, lora_r=args.lora_r
+    )
+    if args.json:
+        print(json.dumps(facts))
+    else:
+        inspecting.show(facts)
+    if args.prompt is not None:
+        inspecting.draw(folder, args.prompt, args.out or Path("inspect.html"))

@@ -12,6 +12,8 @@ from typing import Any
 
 from groundup.core.errors import DataError, StorageError
 
+FORBIDDEN = {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -25,7 +27,7 @@ def storage_errors(path: Path) -> Iterator[None]:
                 f"no space left on the disk while writing {path} ({free / 1e6:.0f} MB free): "
                 "free some, or choose another --out"
             ) from err
-        if err.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if err.errno in FORBIDDEN:
             raise StorageError(f"cannot write {path}: {os.strerror(err.errno)}") from err
         raise
     except Exception as err:  # native libraries put the system's words into their own errors

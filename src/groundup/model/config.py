@@ -185,6 +185,8 @@ class ModelConfig:
             if self.sliding_window is None:  # transformers wants a window, used or not
                 values["sliding_window"] = 4096
                 values["layer_types"] = (FULL,) * self.num_hidden_layers
+            elif self.layer_types is None:  # without them a file means the family's pattern
+                values["layer_types"] = (SLIDING,) * self.num_hidden_layers
         if not self.family.experts:
             for name in EXPERT_FIELDS:
                 values.pop(name)

@@ -1,0 +1,208 @@
+"""What inspect tells, against transformers and against torch's own counters."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from groundup.cli.main import main
+from groundup.model import Decoder, Encoder, EncoderConfig, HeadedDecoder, ModelConfig, save_model
+from groundup.model.inspection import (
+    cache_bytes,
+    dense_twin,
+    forward_flops,
+    kept_bytes,
+    sizes,
+    tree_of,
+)
+from groundup.model.lens import look, neighbours
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2}
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 5, "query_pre_attn_scalar": 16}
+
+
+def decoder(model_type, **more):
+    sizes = SIZES | {"num_key_value_heads": 2, "head_dim": 8} | more
+    return Decoder(ModelConfig(model_type=model_type, **sizes))
+
+
+def encoder(model_type, task):
+    return Encoder(EncoderConfig(model_type=model_type, task=task, **SIZES))
+
+
+def headed(task):
+    config = ModelConfig(**SIZES, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    return HeadedDecoder(config, task=task, num_labels=3)
+
+
+MODELS = {
+    "llama": (lambda: decoder("llama", tie_word_embeddings=False), "CausalLM"),
+    "mistral": (lambda: decoder("mistral", sliding_window=7), "CausalLM"),
+    "qwen2": (lambda: decoder("qwen2"), "CausalLM"),
+    "qwen3": (lambda: decoder("qwen3"), "CausalLM"),
+    "olmo2": (lambda: decoder("olmo2"), "CausalLM"),
+    "gemma2": (lambda: decoder("gemma2", attn_logit_softcapping=5.0, **GEMMA), "CausalLM"),
+    "gemma3": (lambda: decoder("gemma3_text", **GEMMA), "CausalLM"),
+    "mixtral": (lambda: decoder("mixtral", norm_topk_prob=True, **MOE), "CausalLM"),
+    "qwen3_moe": (
+        lambda: decoder("qwen3_moe", moe_intermediate_size=24, mlp_only_layers=(0,), **MOE),
+        "CausalLM",
+    ),
+    "bert": (lambda: encoder("bert", "pretraining"), "PreTraining"),
+    "bert, mlm": (lambda: encoder("bert", "mlm"), "MaskedLM"),
+    "bert, classes": (lambda: encoder("bert", "sequence"), "SequenceClassification"),
+    "modernbert": (lambda: encoder("modernbert", "mlm"), "MaskedLM"),
+    "modernbert, classes": (lambda: encoder("modernbert", "sequence"), "SequenceClassification"),
+    "reward": (lambda: headed("sequence"), "SequenceClassification"),
+    "tags": (lambda: headed("token"), "TokenClassification"),
+}
+IDS = torch.randint(5, 97, (1, 24), generator=torch.Generator().manual_seed(1))
+
+
+def make(case):
+    torch.manual_seed(0)
+    return MODELS[case][0]().eval()
+
+
+def in_transformers(case, model, folder):
+    save_model(model, None, folder)
+    cls = getattr(transformers, f"AutoModelFor{MODELS[case][1]}")
+    return cls.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_parameters_are_those_of_transformers(case, tmp_path):
+    model = make(case)
+    theirs = in_transformers(case, model, tmp_path / "m")
+    found = sizes(model)
+    assert found["total"] == theirs.num_parameters() == tree_of(model).parameters
+    if "mixtral" in case:
+        idle = 3 * 2 * 3 * 32 * 40  # layers, experts that a token passes by, matrices
+        assert found["active"] == found["total"] - idle
+    elif case == "qwen3_moe":
+        assert found["active"] == found["total"] - 2 * 2 * 3 * 32 * 24
+    else:
+        assert found["active"] == found["total"]
+    assert found["embedding"] == 97 * 32 * (2 if case == "llama" else 1)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_flops_are_those_that_torch_counts(case):
+    model = make(case)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # of the fused one it knows none
+        model(IDS)
+    assert forward_flops(model, IDS.shape[1]) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_activations_are_what_autograd_keeps(case):
+    model = make(case)
+    config = getattr(model, "config", None)
+    if isinstance(config, ModelConfig) and config.family.experts:
+        pytest.skip("experts are estimated by a dense network")
+    for dtype in (torch.float32, torch.bfloat16):
+        with FakeTensorMode():
+            found = kept_bytes(dense_twin(model), 16, 2, dtype)
+        assert found == kept_bytes(model, 16, 2, dtype)
+
+
+def test_activations_of_experts_are_near_their_dense_twins():
+    """Eight per cent here: what experts gather and scatter is not in the twin."""
+    for case in ("mixtral", "qwen3_moe"):
+        model = make(case)
+        with FakeTensorMode():
+            found = kept_bytes(dense_twin(model), 64, 4, torch.float32)
+        assert found == pytest.approx(kept_bytes(model, 64, 4, torch.float32), rel=0.25)
+
+
+@pytest.mark.parametrize("case", [c for c in MODELS if c not in ("reward", "tags")])
+def test_attention_and_lens_equal_transformers(case, tmp_path):
+    model = make(case)
+    theirs = in_transformers(case, model, tmp_path / "m")
+    maps, lens = look(model, IDS[0].tolist())
+    wanted = theirs(IDS, output_attentions=True)
+    assert len(maps) == len(wanted.attentions) == 3
+    for found, attention in zip(maps, wanted.attentions, strict=True):
+        torch.testing.assert_close(found, attention[0], rtol=1e-4, atol=1e-5)
+    if "classes" in case:
+        assert lens == []
+        return
+    logits = wanted.prediction_logits if case == "bert" else wanted.logits
+    torch.testing.assert_close(lens[-1], logits[0].softmax(-1), rtol=1e-4, atol=1e-5)
+    assert len(lens) == 3
+    assert not torch.allclose(lens[0], lens[-1], atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["llama", "bert", "modernbert", "reward"])
+def test_neighbours_are_the_nearest_by_cosine(case):
+    model = make(case)
+    cosines, ids = neighbours(model, [3, 50], 4)
+    [table] = [w for w in model.parameters() if w.shape == (97, 32)][:1]
+    every = torch.cosine_similarity(table[3][None], table).detach()
+    every[3] = -2
+    assert ids[0].tolist() == every.argsort(descending=True)[:4].tolist()
+    torch.testing.assert_close(cosines[0], every.sort(descending=True).values[:4])
+
+
+def test_equal_layers_are_told_once():
+    tree = tree_of(make("qwen3_moe"))
+    [layers] = [n for n in tree.children[0].children if n.name == "layers"]
+    assert [(n.name, n.times) for n in layers.children] == [("0", 1), ("1-2", 2)]
+    assert sum(n.times * n.parameters for n in layers.children) == layers.parameters
+
+
+def test_cache_is_what_the_config_says():
+    assert cache_bytes(make("llama"), 2) == 2 * 3 * 2 * 8 * 2
+    assert cache_bytes(make("bert"), 2) == 0
+
+
+def test_the_command_prints_tables_json_and_a_page(tiny, tok, tmp_path, capsys):
+    save_model(tiny, tok, tmp_path / "m")
+    folder, page = str(tmp_path / "m"), tmp_path / "page.html"
+    assert main(["inspect", folder, "--json", "--lengths", "32", "--batch-sizes", "2"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["parameters"]["total"] == sum(w.numel() for w in tiny.parameters())
+    assert {(row["dtype"], row["optim"]) for row in told["train"]} == {
+        (dtype, optim) for dtype in ("fp32", "bf16") for optim in ("muon", "adamw")
+    }
+    [serve, _] = told["serve"]
+    assert serve["kv_cache"] == 2 * 32 * told["kv_cache_bytes_per_token"]["fp32"]
+    assert serve["total"] == serve["weights"] + serve["kv_cache"] + serve["logits"]
+    assert main(["inspect", folder, "--lora-r", "2"]) == 0
+    assert "0-1 Layer x 2" in capsys.readouterr().out
+    assert main(["inspect", folder, "--prompt", "def $alpha(x)", "--out", str(page)]) == 0
+    content = page.read_text()
+    assert content.count("<svg") == 3
+    assert "Logit lens" in content
+    assert "$alpha" in content
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lengths", "0"], "length 0: the model reads 1 to 96 tokens"),
+        (["--lengths", "97"], "length 97"),
+        (["--batch-sizes", "0"], "batch size 0 must be at least 1"),
+        (["--prompt", "x", "--out", "m"], "m"),
+    ],
+)
+def test_bad_flags_are_one_line(tiny, tok, tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny, tok, tmp_path / "m")
+    assert main(["inspect", "m", *argv]) == 2
+    err = capsys.readouterr().err
+    assert message in err[err.index("groundup: ") :]
