@@ -256,6 +256,8 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     tokens = tokens_within(budget, config, chosen.tokens_per_s)
     wanted = step_law_tokens(tokens)
     accumulation = max(1, round(wanted / (rows * context)))
+    while rows > 1 and tokens / (rows * context) < LEAST_STEPS:
+        rows //= 2  # small budgets: slower by the token, but a step at least now and then
     per_step = rows * context * accumulation
     steps = int(tokens / per_step)
     if steps < LEAST_STEPS:
