@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from groundup.core.config import load
 from groundup.core.errors import ConfigError, closest
 from groundup.core.types import Document
-from groundup.data import clean, language, privacy, quality, repetition
+from groundup.data import clean, language, privacy, quality, repetition, scoring
 
 Step = Callable[[Document, Counter[str]], Document | str]
 
@@ -51,6 +51,7 @@ STEPS: dict[str, Kind] = {
     "c4": Kind(quality.C4, quality.c4),
     "paragraphs": Kind(quality.Paragraphs, quality.paragraphs),
     "fineweb": Kind(quality.FineWeb, quality.fineweb),
+    "quality": Kind(scoring.Quality, scoring.quality_score),
     "privacy": Kind(privacy.Privacy, privacy.privacy),
 }
 # the order of FineWeb's pipeline (Penedo et al. 2024); near-duplicates go before privacy there
