@@ -37,7 +37,8 @@ def evaluation_hook(
     if not documents and not tasks:
         return None
     lm = NeuralLM(model, tok.eos_token_id, dtype=DTYPES[config.dtype])
-    num_bytes = sum(len(tok.decode([int(i) for i in d[:-1]]).encode()) for d in documents)
+    texts = [tok.decode([int(i) for i in d if i != tok.eos_token_id]) for d in documents]
+    num_bytes = sum(len(text.encode()) for text in texts)
     log = MetricsLog(out / "evals.jsonl")
 
     def run(state: State) -> None:
@@ -62,16 +63,15 @@ def tokens_per_step(config: PretrainConfig) -> int:
 
 
 def spread(validation: Shard, most_tokens: int) -> list[NDArray[np.integer]]:
-    """Return documents from all over a split, about `most_tokens` of them together."""
+    """Return documents drawn from all over a split, `most_tokens` together; the last may be cut."""
     documents = validation.documents()
-    order = np.random.default_rng(0).permutation(len(documents))
-    chosen: list[int] = []
-    size = 0
-    for n in order.tolist():
-        if size + len(documents[n]) <= most_tokens:
-            chosen.append(n)
-            size += len(documents[n])
-    return [documents[n] for n in sorted(chosen)]
+    chosen: list[NDArray[np.integer]] = []
+    left = most_tokens
+    for n in np.random.default_rng(0).permutation(len(documents)).tolist():
+        if left > 0 and len(documents[n]):
+            chosen.append(documents[n][:left])
+            left -= len(chosen[-1])
+    return chosen
 
 
 @contextmanager
