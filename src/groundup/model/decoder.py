@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from groundup.model.config import ModelConfig
+from groundup.model.fused import RMSNormed, SwiGLU, worthwhile
 from groundup.model.loss import IGNORE, linear_cross_entropy
 from groundup.model.rope import rotary_table, rotate
 
@@ -57,6 +58,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
+        if not self.gemma and worthwhile(x, self.weight):
+            return RMSNormed.apply(x, self.weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.gemma:
@@ -192,7 +195,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate, widen and narrow again."""
-        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.activate is F.silu and worthwhile(gate, up):
+            return self.down_proj(SwiGLU.apply(gate, up))
+        return self.down_proj(self.activate(gate) * up)
 
 
 class Experts(nn.Module):

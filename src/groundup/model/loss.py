@@ -64,15 +64,17 @@ def losses_and_gradients(
             logits_nV = (hidden_nE @ head_VE.mT).to(wide)
             if softcap:
                 logits_nV = logits_nV.div_(softcap).tanh_().mul_(softcap)
-            log_z_n1 = logits_nV.logsumexp(-1, keepdim=True)
-            nll = (log_z_n1 - logits_nV.gather(1, targets_n1)).sum()
+            picked_n1 = logits_nV.gather(1, targets_n1)
+            slope_nV = (1 - (logits_nV / softcap).square()) if softcap and wanted else None
+            top_n1 = logits_nV.amax(-1, keepdim=True)
+            d_nV = logits_nV.sub_(top_n1).exp_()
+            z_n1 = d_nV.sum(-1, keepdim=True)
+            log_z_n1 = z_n1.log() + top_n1
+            nll = (log_z_n1 - picked_n1).sum()
             sums += torch.stack((nll + z_loss * log_z_n1.square().sum(), nll))
             if not wanted:
                 continue
-            slope_nV = (1 - (logits_nV / softcap).square()) if softcap else None
-            d_nV = logits_nV.sub_(log_z_n1).exp_()
-            if z_loss:
-                d_nV *= 1 + 2 * z_loss * log_z_n1
+            d_nV *= (1 + 2 * z_loss * log_z_n1) / z_n1
             d_nV.scatter_add_(1, targets_n1, d_nV.new_full((1, 1), -1.0).expand_as(targets_n1))
             if slope_nV is not None:
                 d_nV *= slope_nV

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from groundup.core.errors import ConfigError
 from groundup.model.config import ModelConfig
+from groundup.model.fused import Rotated, worthwhile
 
 
 def rotary_table(
@@ -93,6 +94,8 @@ def yarn(
 
 def rotate(x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
     """Turn each pair of dimensions by its angle."""
+    if worthwhile(x_BHTD, cos_B1TD, sin_B1TD):
+        return Rotated.apply(x_BHTD, cos_B1TD, sin_B1TD)
     first, second = x_BHTD.chunk(2, dim=-1)
     turned_BHTD = torch.cat((-second, first), dim=-1)
     return (x_BHTD * cos_B1TD + turned_BHTD * sin_B1TD).to(x_BHTD.dtype)
