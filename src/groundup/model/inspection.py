@@ -216,6 +216,19 @@ def dense_twin(model: Network) -> Network:
     return Decoder(config)
 
 
+def routed_bytes(model: Network, length: int, batch: int) -> int:
+    """Return what experts keep beyond the dense twin, about: their rows, gathered and given back.
+
+    Three vectors in fp32 for every expert that a token is sent to; 0 without experts.
+    """
+    config = model.config
+    if not isinstance(config, ModelConfig) or not config.family.experts:
+        return 0
+    sparse = sum(config.is_sparse(n) for n in range(config.num_hidden_layers))
+    rows = batch * length * config.num_experts_per_tok * sparse
+    return 3 * 4 * rows * config.hidden_size
+
+
 def check_length(model: Network, length: int) -> None:
     """Refuse a length that the model has no positions for."""
     most = model.config.max_position_embeddings

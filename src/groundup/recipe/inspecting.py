@@ -28,6 +28,7 @@ from groundup.model.inspection import (
     dense_twin,
     forward_flops,
     kept_bytes,
+    routed_bytes,
     serve_memory,
     sizes,
     train_memory,
@@ -112,6 +113,7 @@ def training(
         shapes = list(itertools.product(lengths, batches, BYTES))
         kept = {
             shape: kept_bytes(twin, shape[0], shape[1], DTYPES[shape[2]])
+            + routed_bytes(model, shape[0], shape[1])
             for shape in track(shapes, "counting activations")
         }
     for (length, batch, name), activations in kept.items():
