@@ -79,12 +79,12 @@ def beam_search(
     """Return finished beams, the best first; `most` is the longest answer in tokens."""
     check_no_sampling(first.processors)
     width = params.beam_width // params.num_beam_groups
-    [logits_TV] = branches.feed([branch := Holding()], [prompt])
+    [logits_V] = branches.feed([branch := Holding()], [prompt])
     first.branch = branch
     groups = [Group(width, [first])]
     for _ in range(params.num_beam_groups - 1):
         groups.append(Group(width, [twin(branches, first)]))
-    logits = [[logits_TV[-1]] for _ in groups]
+    logits = [[logits_V] for _ in groups]
     for step in range(most):
         chosen: Counter[int] = Counter()
         for number, (group, rows) in enumerate(zip(groups, logits, strict=True)):
@@ -96,7 +96,7 @@ def beam_search(
             break
         newest = [[beam.stopping.token_ids[-1]] for beam in live]
         found = iter(branches.feed([holding(beam) for beam in live], newest))
-        logits = [[] if g.closed else [next(found)[-1] for _ in g.running] for g in groups]
+        logits = [[] if g.closed else [next(found) for _ in g.running] for g in groups]
     answers = [beam for group in groups for beam in group.finished]
     return sorted(answers, key=lambda beam: -beam.score(params.length_penalty))
 

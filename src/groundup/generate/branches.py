@@ -6,6 +6,8 @@ by forks, so that a fork copies one block at most. Shape suffixes: T tokens, V v
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +17,14 @@ from groundup.generate.cache import Batch, Feed, KVCache
 from groundup.model.decoder import Decoder
 
 BLOCK = 16
+
+
+@dataclass
+class Reading:
+    """A branch that follows a text whose end may change: where it is cached, and its ids."""
+
+    branch: Holding = field(default_factory=Holding)
+    ids: list[int] = field(default_factory=list)
 
 
 class Branches:
@@ -29,27 +39,45 @@ class Branches:
 
     @torch.inference_mode()
     def feed(
-        self, branches: Sequence[Holding], ids: Sequence[Sequence[int]], *, every: bool = False
+        self,
+        branches: Sequence[Holding],
+        ids: Sequence[Sequence[int]],
+        *,
+        want: Literal["logits", "layers"] = "logits",
     ) -> list[Tensor]:
-        """Append ids to each branch; return the logits_TV behind the last id, or behind `every`."""
+        """Append ids to each branch; return the logits_V behind the last one, or every layer's."""
         for branch, new in zip(branches, ids, strict=True):
             room = self.pool.extend(branch, branch.computed + len(new))
             assert room, "more branches or tokens than were planned for"
         order = sorted(range(len(ids)), key=lambda n: len(ids[n]) > 1)  # single tokens first
         feeds = [Feed(branches[n].blocks, branches[n].computed, ids[n]) for n in order]
         batch = Batch(self.cache, feeds)
-        counts = [len(ids[n]) for n in order]
-        at = None
-        if not every:
-            at = torch.tensor(counts, device=self.device).cumsum(0) - 1
-            counts = [1] * len(counts)
+        at = torch.tensor([len(ids[n]) for n in order], device=self.device).cumsum(0) - 1
         with evaluating(self.model):
-            logits_NV = self.model(batch.ids_1T, positions=batch.positions_1T, cache=batch, at=at)
-        found: list[Tensor] = [logits_NV] * len(order)
-        for n, logits_TV in zip(order, logits_NV[0].split(counts), strict=True):
+            logits = self.model(
+                batch.ids_1T, positions=batch.positions_1T, cache=batch, at=at, want=want
+            )
+        found: list[Tensor] = [logits] * len(order)
+        for place, n in enumerate(order):
             branches[n].computed += len(ids[n])
-            found[n] = logits_TV
+            found[n] = logits[..., 0, place, :]
         return found
+
+    def rewind(self, reading: Reading, text: Sequence[int]) -> list[int]:
+        """Forget what no longer fits a text; return its ids to feed, at least the last one."""
+        same = min(len(reading.ids), len(text) - 1)
+        while reading.ids[:same] != text[:same]:
+            same -= 1
+        self.cut(reading.branch, same)
+        reading.ids = list(text)
+        return reading.ids[same:]
+
+    def follow(
+        self, reading: Reading, text: Sequence[int], *, want: Literal["logits", "layers"] = "logits"
+    ) -> Tensor:
+        """Bring one reading to the end of a text; return the logits behind it."""
+        new = self.rewind(reading, text)
+        return self.feed([reading.branch], [new], want=want)[0]
 
     def fork(self, branch: Holding) -> Holding:
         """Return a twin that shares the full blocks; the last one is copied."""

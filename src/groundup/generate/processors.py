@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from groundup.core.errors import GroundupError
+from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.types import SamplingParams
 from groundup.generate import logits as fn
 from groundup.generate.constrain import Grammar
+from groundup.generate.guidance import Guidance, LayerContrast, dola_layers
 from groundup.generate.words import BadWords
 from groundup.model.decoder import Decoder
 from groundup.tokenizer import Tokenizer
@@ -168,4 +169,28 @@ def make_processors(
         helpers["structured_outputs"] = Grammar.compile(
             params.structured_outputs, tokenizer, vocab_size, ends
         )
+    helpers |= second_looks(params, prompt, tokenizer, model)
     return LogitsProcessors(params, prompt, ends, helpers)
+
+
+def second_looks(
+    params: SamplingParams, prompt: Sequence[int], tokenizer: Tokenizer, model: Decoder
+) -> dict[str, Any]:
+    """Return the helpers that run the model a second time, each with a cache of its own."""
+    helpers: dict[str, Any] = {}
+    context, depth = model.config.max_position_embeddings, model.config.num_hidden_layers
+    most = min(params.max_tokens or context, context - len(prompt))
+    if params.guidance_scale != 1:
+        negative = list(prompt[-1:])
+        if params.negative_prompt is not None:
+            negative = [tokenizer.bos_token_id, *tokenizer.encode(params.negative_prompt)]
+        if len(negative) + most > context:
+            raise ConfigError(
+                f"negative_prompt has {len(negative):,} tokens: with an answer of {most:,} it does "
+                f"not fit into the {context:,} that the model reads"
+            )
+        helpers["guidance_scale"] = Guidance(model, negative, params.guidance_scale, most)
+    if params.dola_layers is not None:
+        layers = dola_layers(params.dola_layers, depth, tied=model.config.tie_word_embeddings)
+        helpers["dola_layers"] = LayerContrast(model, prompt, layers, most)
+    return helpers

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from groundup.core.errors import ConfigError
 from groundup.core.run import resolve_model
-from groundup.generate.blocks import Holding
-from groundup.generate.branches import Branches
+from groundup.generate.branches import Branches, Reading
 from groundup.generate.config import SpeculativeConfig
 from groundup.generate.request import Request
 from groundup.generate.sampling import choose
@@ -205,14 +204,6 @@ class NGramDrafter:
         """Do nothing: no state is kept."""
 
 
-@dataclass
-class Reading:
-    """What a draft model has cached of a request: where, and which ids."""
-
-    branch: Holding
-    ids: list[int]
-
-
 class ModelDrafter:
     """Guess with a smaller model over the same vocabulary, all requests in one batch."""
 
@@ -227,34 +218,25 @@ class ModelDrafter:
         """Draw guesses from the draft model, after the request's own processors."""
         texts = [request.tokens(0, request.length) for request in requests]
         probs: list[list[Tensor]] = [[] for _ in requests]
-        for request, text in zip(requests, texts, strict=True):
-            self.rewind(request, text)
         going = list(range(len(requests)))
         while going := [
             r for r in going if len(probs[r]) < counts[r] and len(texts[r]) <= self.context
         ]:
-            readings = [self.readings[requests[r]] for r in going]
-            new = [texts[r][len(x.ids) :] for r, x in zip(going, readings, strict=True)]
-            found = self.branches.feed([x.branch for x in readings], new)
-            for r, reading, logits_1V in zip(list(going), readings, found, strict=True):
-                reading.ids = list(texts[r])
+            readings = [self.readings.setdefault(requests[r], Reading()) for r in going]
+            new = [
+                self.branches.rewind(reading, texts[r])
+                for r, reading in zip(going, readings, strict=True)
+            ]
+            found = self.branches.feed([reading.branch for reading in readings], new)
+            for r, logits_V in zip(list(going), found, strict=True):
                 try:
-                    probs[r].append(self.guess(requests[r], texts[r], logits_1V[-1]))
+                    probs[r].append(self.guess(requests[r], texts[r], logits_V))
                 except Exception:  # the check of the next token meets the same error, and tells
                     going.remove(r)
         for request, rows in zip(requests, probs, strict=True):
             if rows and request.params.temperature > 0:
                 request.draft_probs = torch.stack(rows)
         return [text[request.length :] for request, text in zip(requests, texts, strict=True)]
-
-    def rewind(self, request: Request, text: Sequence[int]) -> None:
-        """Forget guesses that were not kept; at least the last token is read again."""
-        reading = self.readings.setdefault(request, Reading(Holding(), []))
-        same = min(len(reading.ids), len(text) - 1)
-        while reading.ids[:same] != text[:same]:
-            same -= 1
-        self.branches.cut(reading.branch, same)
-        del reading.ids[same:]
 
     def guess(self, request: Request, text: list[int], logits_V: Tensor) -> Tensor:
         """Add a guess to `text`; return the distribution that it was drawn from."""

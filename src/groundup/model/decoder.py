@@ -366,21 +366,26 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: Cache | None = None,
-        want: Literal["logits", "hidden", "logprobs", "losses"] = "logits",
+        want: Literal["logits", "hidden", "logprobs", "losses", "layers"] = "logits",
         targets: Tensor | None = None,
         routing: list[Tensor] | None = None,
         at: Tensor | None = None,
         z_loss: float = 0.0,
     ) -> Tensor:
         """Return logits_BTV, hidden_BTE, the log-probabilities of targets_BT (0 at IGNORE), or
-        their summed losses with and without `z_loss` (`linear_cross_entropy`).
+        their summed losses with and without `z_loss` (`linear_cross_entropy`); for "layers" the
+        logits behind 0, 1, ... layers [L, B, T, V], the last norm applied to each.
 
         `routing` collects the router's logits of every layer with experts; `at` picks positions
         of T, so that no other is projected to the vocabulary.
         """
-        hidden_BTE = self.model(ids_BT, positions, segments, cache, routing)
+        each: list[Tensor] | None = [] if want == "layers" else None
+        hidden_BTE = self.model(ids_BT, positions, segments, cache, routing, each)
         if at is not None:
             hidden_BTE = hidden_BTE[:, at]
+        if each is not None:
+            early = [self.model.norm(x_BTE if at is None else x_BTE[:, at]) for x_BTE in each]
+            return self.head(torch.stack([*early, hidden_BTE]))
         if want == "hidden":
             return hidden_BTE
         if want == "logits":
