@@ -36,7 +36,7 @@ COMMANDS = {
         "show what a model is and costs, and what it does with a prompt",
         "groundup.cli.models:inspect",
     ),
-    "generate": ("continue a prompt", "groundup.cli.talk:generate"),
+    "generate": ("continue prompts; --explain shows how", "groundup.cli.generating:generate"),
     "chat": ("talk to a model in the terminal", "groundup.cli.talk:chat"),
     "serve": ("serve a model: OpenAI's API and a chat page", "groundup.cli.talk:serve"),
 }

@@ -43,6 +43,10 @@ pre { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; overf
   font: .85rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap; }
 .answers span { display: block; color: var(--soft); font: .8rem system-ui, sans-serif; }
 .good { border-left: 3px solid var(--good); } .bad { border-left: 3px solid var(--bad); }
+.marked { font: .85rem/1.5 ui-monospace, monospace; margin: .15rem 0; white-space: pre-wrap; }
+.marked b { display: inline-block; min-width: 2.5rem; color: var(--soft); }
+mark { background: none; color: var(--good); border: 1px solid var(--line); padding: 0 .2rem; }
+mark.bad { color: var(--bad); text-decoration: line-through; }
 @media print { body { max-width: none; } figure { break-inside: avoid; } }
 """
 
@@ -99,6 +103,12 @@ def example(prompt: str, answers: Sequence[tuple[str, str, bool | None]]) -> str
         for label, answer, good in answers
     )
     return f"{code(prompt)}<div class=answers>{boxes}</div>"
+
+
+def marked(label: str, pieces: Sequence[tuple[str, str]]) -> str:
+    """Return a line of (text, "good" | "bad") pieces, each in its colour, behind a label."""
+    spans = "".join(f"<mark class={kind}>{escape(repr(t)[1:-1])}</mark>" for t, kind in pieces)
+    return f"<p class=marked><b>{escape(label)}</b>{spans}</p>"
 
 
 def section(title: str, *blocks: str) -> tuple[str, str]:

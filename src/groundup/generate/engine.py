@@ -7,7 +7,7 @@ There is one forward, the model's; the engine owns the cache, and of the weights
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from groundup.model.decoder import Decoder
 from groundup.model.view import view_of
 from groundup.tokenizer import Tokenizer
 
+Watch = Callable[[Request, Tensor], None]
 CACHE_BYTES = 2 * 10**9  # the cache's memory at most, where the config does not say
 
 
@@ -68,6 +69,7 @@ class Engine:
         self.weights_version: list[float] = []
         self.model = model
         self.notice_new_weights()
+        self.watch: Watch | None = None  # sees every token's logits before it is chosen
         self.speculator: Speculator | None = None
         if speculative is not None:
             rows = config.max_num_seqs
@@ -253,7 +255,9 @@ class Engine:
         ready, rows, guessed = [], [], []
         for (request, count), (first, last) in zip(plan, spans, strict=True):
             if request.draft and self.speculator:
-                self.advance(request, self.speculator.verify(request, logits_NV[first:last]))
+                self.advance(
+                    request, self.speculator.verify(request, logits_NV[first:last], self.watch)
+                )
                 guessed.append(request)
                 continue
             if self.scores(request):
@@ -275,6 +279,9 @@ class Engine:
 
     def sample(self, ready: list[Request], logits_BV: Tensor) -> None:
         """Give each request its next token."""
+        if self.watch:
+            for request, logits_V in zip(ready, logits_BV, strict=True):
+                self.watch(request, logits_V)
         tokens = choose(logits_BV, ready)
         asked = [n for n, r in enumerate(ready) if r.output.cumulative_logprob is not None]
         if asked:

@@ -8,7 +8,8 @@ anyway, so that with them a seed gives the same tokens as without. Shape suffixe
 one more, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +29,7 @@ from groundup.model.ngram import NGram
 from groundup.tokenizer import Tokenizer
 
 CHECK_COST = 0.05  # of one more token in a forward of the model, in forwards of one token
+HISTORY = 256  # the last checks, kept to be shown: request, guesses, how many held
 FORGET = 0.9  # how much of the past counts, a step later
 
 
@@ -77,6 +79,7 @@ class Speculator:
         self.config, self.drafter = config, drafter
         self.paces: dict[Request, Pace] = {}
         self.num_draft_tokens = self.num_accepted_tokens = 0
+        self.history: deque[tuple[Request, list[int], int]] = deque(maxlen=HISTORY)
 
     @property
     def acceptance_rate(self) -> float:
@@ -100,13 +103,20 @@ class Speculator:
             for request, ids in zip(ready, self.drafter.propose(ready, counts), strict=True):
                 request.draft = ids
 
-    def verify(self, request: Request, logits_TV: Tensor) -> int:
+    def verify(
+        self,
+        request: Request,
+        logits_TV: Tensor,
+        watch: Callable[[Request, Tensor], None] | None = None,
+    ) -> int:
         """Give a request the guesses that hold and one token more; return how many it got."""
         draft, before = request.draft, len(request.output.token_ids)
         likeliest = None
         if request.simple and request.params.temperature == 0:
             likeliest = logits_TV.argmax(-1).tolist()
         for n, logits_V in enumerate(logits_TV):
+            if watch is not None:
+                watch(request, logits_V)
             token = likeliest[n] if likeliest else self.next_token(request, n, logits_V)
             if request.finished:  # its processors failed
                 break
@@ -117,6 +127,7 @@ class Speculator:
                 break
         got = len(request.output.token_ids) - before
         kept = sum(a == b for a, b in zip(request.output.token_ids[before:], draft, strict=False))
+        self.history.append((request, list(draft), kept))
         self.paces[request].learn(len(draft), kept)
         self.num_draft_tokens += len(draft)
         self.num_accepted_tokens += kept

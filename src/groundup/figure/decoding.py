@@ -1,0 +1,85 @@
+"""Pictures of decoding: what parameters do to a distribution, and the tree of a beam search."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from groundup.figure.plots import COLOURS, FAINT, INK, label_axes, to_svg
+
+FATES = {"finished": COLOURS[2], "kept": COLOURS[0], "dropped": FAINT}
+
+
+def distributions(panels: Mapping[str, Mapping[str, Sequence[float]]], names: Sequence[str]) -> str:
+    """Draw one panel a parameter: bars of candidates' probabilities, a colour for each value."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // 2)
+    height = 0.26 * len(names) + 0.9
+    figure = Figure(figsize=(9.6, height * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False)
+    for axes, (title, values) in zip(grid.flat, panels.items(), strict=False):
+        thick = 0.84 / len(values)
+        for n, (label, probs) in enumerate(values.items()):
+            places = [k - 0.42 + thick * (n + 0.5) for k in range(len(names))]
+            axes.barh(places, probs, height=thick, color=COLOURS[n % len(COLOURS)], label=label)
+        axes.set_yticks(range(len(names)), names, fontsize=8, color=INK)
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=10, color=INK, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(colors=INK, labelsize=8, color=FAINT)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_axis_off()
+    return to_svg(figure)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A place in a search tree: its column, its row, its words, and where it came from."""
+
+    step: int
+    row: float
+    text: str
+    fate: str
+    parent: "Node | None" = None
+
+
+def tree(nodes: Sequence[Node]) -> str:
+    """Draw a search from left to right: kept, finished and dropped hypotheses."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    steps = max(node.step for node in nodes) + 1
+    rows = max(node.row for node in nodes) + 1
+    figure = Figure(figsize=(max(6.0, 1.25 * steps + 1.6), 0.26 * rows + 1.1), layout="constrained")
+    axes: Any = figure.add_subplot()
+    for node in nodes:
+        colour = FATES[node.fate]
+        if node.parent is not None:
+            start = node.parent.step + 0.62
+            xs = [start, (start + node.step) / 2, node.step]
+            axes.plot(xs, [node.parent.row, node.row, node.row], color=colour, linewidth=1.1)
+        weight = "normal" if node.fate == "dropped" else "bold"
+        shade = "#999999" if node.fate == "dropped" else INK
+        place = {"va": "center", "fontsize": 8, "color": shade, "fontweight": weight}
+        axes.text(node.step + 0.05, node.row, node.text, **place)
+    axes.set_xlim(-0.1, steps + 0.3)
+    axes.set_ylim(rows - 0.4, -0.6)
+    axes.set_yticks([])
+    axes.set_xticks(range(steps))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=8, color=FAINT)
+    label_axes(axes, "token", "")
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in FATES.items()]
+    axes.legend(
+        handles=handles,
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        loc="upper left",
+        ncols=3,
+        bbox_to_anchor=(0, 1.08 + 0.6 / rows),
+    )
+    return to_svg(figure)

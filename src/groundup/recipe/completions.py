@@ -1,0 +1,154 @@
+"""Complete the prompts of a JSONL file: in order, with progress, continued where it stopped.
+
+Answers go to a file beside the output as they come, in the order of the rows; it takes the
+output's name when all are there. What was cut off in the middle of a line is done again.
+"""
+
+import json
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from groundup.core import config as configs
+from groundup.core.errors import ConfigError, GroundupError
+from groundup.core.files import hash_file, read_json, read_jsonl, storage_errors, write_json
+from groundup.core.progress import say, show_table, track
+from groundup.core.run import exclusive
+from groundup.core.types import CompletionOutput, SamplingParams
+from groundup.generate import LLM, Request
+from groundup.generate.llm import best
+
+Row = dict[str, Any]
+
+
+def complete_file(
+    llm: LLM, data: Path, out: Path, params: SamplingParams, *, model: str
+) -> dict[str, Any]:
+    """Answer every row of `data` ("prompt" or "messages"; "params" of its own) into `out`.
+
+    A row that cannot be answered gets an "error" and disturbs no other. Returns the summary.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    notes = out.with_name(f".{out.name}.partial.json")
+    identity = {
+        "model": model,
+        "data": hash_file(data) if data.is_file() else "",
+        "params": configs.dump(params) | {"logits_processors": []},
+    }
+    llm.engine.prepare([], params)  # what is wrong for every row is said at once
+    with exclusive(out), storage_errors(out):
+        if out.exists():
+            raise ConfigError(f"{out} exists: choose another --out, or delete it")
+        rows = [row for _, row in read_jsonl(data)]
+        done = resume(partial, notes, identity)
+        if done:
+            say(f"{out}: {done:,} of {len(rows):,} rows are there, continuing")
+        started = time.monotonic()
+        counts: Counter[str] = Counter()
+        with open(partial, "ab") as handle:
+            for row in track(answer_rows(llm, rows[done:], params), "rows", total=len(rows) - done):
+                count(counts, row)
+                handle.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, out)
+        notes.unlink(missing_ok=True)
+    return summarise(counts, len(rows), done, time.monotonic() - started)
+
+
+def resume(partial: Path, notes: Path, identity: dict[str, Any]) -> int:
+    """Return how many rows an interrupted run has answered; other settings are a ConfigError."""
+    if not partial.exists() or not notes.exists():
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        write_json(notes, identity)
+        return 0
+    before = read_json(notes)
+    now = json.loads(json.dumps(identity))
+    for name in now:
+        if before.get(name) != now[name]:
+            raise ConfigError(
+                f"{partial} was begun with another {name}: run that again, or delete the file"
+            )
+    content = partial.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with open(partial, "r+b") as handle:
+            handle.truncate(whole)
+    return content.count(b"\n")
+
+
+def answer_rows(llm: LLM, rows: Sequence[Row], params: SamplingParams) -> Iterator[Row]:
+    """Yield each row with its answers, in order; a few more than can run are under way."""
+    engine = llm.engine
+    ahead = 2 * engine.config.max_num_seqs
+    under_way: deque[tuple[Row, list[Request]]] = deque()
+    waiting = deque(rows)
+    while waiting or under_way:
+        while waiting and len(under_way) < ahead:
+            row = waiting.popleft()
+            try:
+                ids, own = request_of(llm, row, params)
+                under_way.append((row, engine.add(ids, own)))
+            except GroundupError as err:
+                under_way.append((row | {"error": str(err)}, []))
+        if any(not request.finished for request in under_way[0][1]):
+            engine.step()
+            continue
+        row, requests = under_way.popleft()
+        if requests:
+            row = row | {"outputs": [as_json(output) for output in best(requests)]}
+        yield row
+
+
+def request_of(llm: LLM, row: Row, params: SamplingParams) -> tuple[list[int], SamplingParams]:
+    """Return a row's prompt as ids, and its sampling parameters."""
+    if isinstance(row.get("messages"), list):
+        ids = llm.chat_ids(row["messages"])
+    elif isinstance(row.get("prompt"), str):
+        ids = llm.encode(row["prompt"])
+    else:
+        raise ConfigError('a row needs "prompt" (text) or "messages" (a list)')
+    own = row.get("params") or {}
+    if not isinstance(own, dict):
+        raise ConfigError('"params" must be an object of sampling parameters')
+    given = {name: getattr(params, name) for name in params.__dataclass_fields__}
+    return ids, configs.load(SamplingParams, given | own, where="params") if own else params
+
+
+def as_json(output: CompletionOutput) -> Row:
+    """Return an answer as JSON values; what was not asked for is left out."""
+    found: Row = {
+        "text": output.text,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "token_ids": output.token_ids,
+    }
+    if output.logprobs is not None:
+        found["logprobs"] = output.logprobs
+    if output.score is not None:
+        found["score"] = output.score
+    return found
+
+
+def count(counts: Counter[str], row: Row) -> None:
+    """Count a row's answers by the reason of their end, and their tokens."""
+    if "error" in row:
+        counts["refused"] += 1
+    for output in row.get("outputs", []):
+        counts[output["finish_reason"]] += 1
+        counts["tokens"] += len(output["token_ids"])
+
+
+def summarise(counts: Counter[str], rows: int, done: int, seconds: float) -> dict[str, Any]:
+    """Print and return what was done."""
+    rate = counts["tokens"] / max(seconds, 1e-9)
+    reasons = {name: n for name, n in counts.items() if name != "tokens"}
+    summary: dict[str, Any] = {"rows": rows, "continued_from": done, "tokens": counts["tokens"]}
+    summary |= {"seconds": round(seconds, 2), "tokens_per_s": round(rate, 1)}
+    table = [(name, f"{value:,}") for name, value in (summary | reasons).items()]
+    show_table("Answered", ("", ""), table)
+    return summary | {"ended": reasons}
