@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,14 @@ def llama_cpp(file: Path, threads: int, parallel: int) -> Maker:
     server = xllamacpp.Server(params)
 
     def make(lengths: Sequence[int], answers: Sequence[int]) -> Run:
+        def one(ids: list[int]) -> None:
+            body = {"prompt": ids, "n_predict": max(answers), "ignore_eos": True, "temperature": 0}
+            answer = server.handle_completions(body | {"cache_prompt": False})
+            assert answer["usage"]["completion_tokens"] == max(answers), answer["usage"]
+
         def run() -> None:
-            body = {"prompt": draw(lengths), "n_predict": max(answers), "ignore_eos": True}
-            answer = server.handle_completions(body | {"temperature": 0, "cache_prompt": False})
-            written = answer["usage"]["completion_tokens"]
-            assert written == len(lengths) * max(answers), answer["usage"]
+            with ThreadPoolExecutor(len(lengths)) as pool:
+                list(pool.map(one, draw(lengths)))
 
         return run
 

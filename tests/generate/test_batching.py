@@ -1,5 +1,6 @@
 """The engine equals itself: paged, chunked, preempted, shared and batched change nothing."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -15,6 +16,8 @@ from groundup.generate.request import Request
 from groundup.generate.sampling import choose, draw_truncated, truncate
 from groundup.generate.stop import Stopping
 from groundup.model import Decoder
+from groundup.model.adapter import save_adapter
+from groundup.model.lora import LoraConfig, apply_lora, merge_lora
 
 PROMPTS = [[5, 9, 31], list(range(40, 61)), [7], list(range(100, 140)), list(range(100, 145))]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -293,3 +296,30 @@ def test_the_largest_u_draws_the_last_candidate_left():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
     almost = torch.tensor([[1 - 2**-53]], dtype=torch.float64)
     assert draw_truncated(logits, [SamplingParams(top_k=2)], almost).tolist() == [3]
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_invariant": True}])
+def test_adapters_chosen_by_request_equal_merged_ones(tiny, tok, tmp_path, settings):
+    merged = {}
+    for name, config in {
+        "plain": LoraConfig(r=3, target_modules=("q_proj", "down_proj")),
+        "dora": LoraConfig(r=2, use_dora=True),
+    }.items():
+        model = copy.deepcopy(tiny)
+        apply_lora(model, config)
+        for weight_name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.data += torch.randn_like(weight) * (0.1 if "magnitude" in weight_name else 1)
+        save_adapter(model, config, "base", tmp_path / name)
+        merge_lora(model)
+        merged[name] = model
+    llm = LLM(tiny, tok, block_size=4, **settings)
+    for name in merged:
+        llm.load_adapter(name, tmp_path / name)
+    names = ["plain", None, "dora", "plain", "dora"]
+    for _ in range(2):  # the second time from shared beginnings
+        found = llm.generate(PROMPTS, GREEDY, adapter=names)
+        for output, name, prompt in zip(found, names, PROMPTS, strict=True):
+            assert output.outputs[0].token_ids == alone(merged.get(name, tiny), prompt)
+    with pytest.raises(ConfigError, match=r"no adapter 'doro' is loaded.*'dora'"):
+        llm.generate(PROMPTS, GREEDY, adapter="doro")

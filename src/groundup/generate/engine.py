@@ -8,11 +8,12 @@ There is one forward, the model's; the engine owns the cache, and of the weights
 
 import bisect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, closest
 from groundup.core.types import SamplingParams
 from groundup.generate.blocks import BlockPool
 from groundup.generate.cache import Batch, Feed, KVCache, bytes_a_token
@@ -24,7 +25,10 @@ from groundup.generate.request import Request
 from groundup.generate.sampling import choose
 from groundup.generate.speculative import Speculator, make_speculator
 from groundup.generate.stop import Stopping
+from groundup.model.adapter import Adapter
+from groundup.model.adapter import load_adapter as read_adapter
 from groundup.model.decoder import Decoder
+from groundup.model.mixing import Mix, check_mixable, with_adapters
 from groundup.model.view import view_of
 from groundup.tokenizer import Tokenizer
 
@@ -67,7 +71,9 @@ class Engine:
         self.running: list[Request] = []
         self.arrivals = self.preemptions = 0
         self.weights_version: list[float] = []
-        self.model = model
+        self.adapters: dict[str, Adapter] = {}
+        self.mix = Mix()
+        self.model = self.mixed = model
         self.notice_new_weights()
         self.watch: Watch | None = None  # sees every token's logits before it is chosen
         self.speculator: Speculator | None = None
@@ -75,18 +81,35 @@ class Engine:
             rows = config.max_num_seqs
             self.speculator = make_speculator(speculative, model, tokenizer, rows, self.context)
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Read a LoRA adapter that requests may name; one of that name is replaced."""
+        if any(r.adapter == name for r in (*self.running, *self.waiting)):
+            raise ConfigError(f"the adapter {name!r} is in use: wait for its requests to end")
+        adapter = read_adapter(folder, self.source)
+        check_mixable(name, adapter)
+        self.adapters[name] = adapter
+        self.weights_version = []  # the views are made anew before the next step
+
     def add(
-        self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> list[Request]:
         """Queue a prompt, `n` times or `best_of`; a bad request is a ConfigError.
 
         Of two requests, the one with the lower `priority` goes first, then the earlier one.
+        `adapter` names one that was loaded.
         """
+        if adapter is not None and adapter not in self.adapters:
+            raise ConfigError(f"no adapter {adapter!r} is loaded{closest(adapter, self.adapters)}")
         prompt, processors, stopping = self.prepare(prompt, params)
         requests = []
         for n in range(params.best_of or params.n):
             own = (processors.fork(), stopping.fork()) if n else (processors, stopping)
-            requests.append(Request(prompt, n, *own, priority=priority))
+            requests.append(Request(prompt, n, *own, priority=priority, adapter=adapter))
         for request in requests:
             self.arrivals += 1
             request.arrival = self.arrivals
@@ -127,7 +150,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Request]:
         """Run one step's tokens; return the requests that got a new one."""
-        if not self.running:
+        if not self.running or not self.weights_version:
             self.notice_new_weights()
         plan = self.schedule()
         if not plan:
@@ -147,10 +170,14 @@ class Engine:
         version = stamp(self.source)
         if version != self.weights_version:
             self.weights_version = version
-            self.model = view_of(
-                self.source, self.config.quantization, exact=self.config.batch_invariant
-            )
+            self.model = self.mixed = self.view(self.source)
+            if self.adapters:
+                self.mixed = self.view(with_adapters(self.source, self.adapters, self.mix))
             self.pool.forget()
+
+    def view(self, model: Decoder) -> Decoder:
+        """Return a model as this engine runs it."""
+        return view_of(model, self.config.quantization, exact=self.config.batch_invariant)
 
     def schedule(self) -> list[tuple[Request, int]]:
         """Return who feeds how many tokens: single tokens first, then chunks."""
@@ -250,7 +277,8 @@ class Engine:
             start += count
         batch = Batch(self.cache, feeds)
         chosen = None if len(at) == start else torch.tensor(at, device=self.device).long()
-        logits_1NV = self.model(batch.ids_1T, positions=batch.positions_1T, cache=batch, at=chosen)
+        model = self.model_for(plan)
+        logits_1NV = model(batch.ids_1T, positions=batch.positions_1T, cache=batch, at=chosen)
         logits_NV = logits_1NV[0]
         ready, rows, guessed = [], [], []
         for (request, count), (first, last) in zip(plan, spans, strict=True):
@@ -269,6 +297,19 @@ class Engine:
         if ready:
             self.sample(ready, logits_NV if len(rows) == len(logits_NV) else logits_NV[rows])
         return [*ready, *guessed]
+
+    def model_for(self, plan: list[tuple[Request, int]]) -> Decoder:
+        """Return the model for a step, and tell it whose tokens go through which adapter."""
+        places: dict[str, list[int]] = {}
+        start = 0
+        for request, count in plan:
+            if request.adapter is not None:
+                places.setdefault(request.adapter, []).extend(range(start, start + count))
+            start += count
+        if not places and not (self.adapters and self.config.batch_invariant):
+            return self.model
+        self.mix.places = {n: torch.tensor(p, device=self.device) for n, p in places.items()}
+        return self.mixed
 
     def advance(self, request: Request, count: int) -> None:
         """Note that so many more tokens of a request are cached."""

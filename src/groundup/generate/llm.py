@@ -64,17 +64,29 @@ class LLM:
         """Return the number of tokens that prompt and answer may have together."""
         return self.engine.context
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Read a LoRA adapter in PEFT's format, which requests may then name."""
+        self.engine.load_adapter(name, folder)
+
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: Params = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: Params = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
-        """Complete prompts (texts or ids), all of them batched; outputs keep their order."""
+        """Complete prompts (texts or ids), all of them batched; outputs keep their order.
+
+        `adapter` names a loaded one for all prompts, or one or None for each.
+        """
         many = as_list(prompts)
+        named = [adapter] * len(many) if adapter is None or isinstance(adapter, str) else adapter
         each = as_params(params, len(many))
         encoded = [self.encode(prompt) for prompt in many]
         requests: list[list[Request]] = []
-        for number, (ids, own) in enumerate(zip(encoded, each, strict=True), start=1):
+        for number, (ids, own, low) in enumerate(zip(encoded, each, named, strict=True), start=1):
             try:
-                requests.append(self.engine.add(ids, own))
+                requests.append(self.engine.add(ids, own, adapter=low))
             except GroundupError as err:
                 self.engine.abort([request for group in requests for request in group])
                 raise type(err)(f"prompt {number}: {err}" if len(many) > 1 else str(err)) from err

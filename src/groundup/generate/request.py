@@ -26,8 +26,9 @@ class Request:
         stopping: Stopping,
         *,
         priority: int = 0,
+        adapter: str | None = None,
     ) -> None:
-        self.prompt, self.priority = list(prompt), priority
+        self.prompt, self.priority, self.adapter = list(prompt), priority, adapter
         self.params = params = processors.params
         self.processors, self.stopping = processors, stopping
         self.output = CompletionOutput(index=index, text="", token_ids=stopping.token_ids)
@@ -40,7 +41,7 @@ class Request:
         self.simple = params.order == "transformers" and TOGETHER.issuperset(processors.names)
         self.prompt_logprobs: list[dict[int, float] | None] | None = None
         self.taken = 0
-        self.holding = Holding()
+        self.holding = Holding(root=adapter)  # other adapters have other keys and values
         self.arrival = 0
         self.draft: list[int] = []  # guesses fed behind the newest token in this step
         self.draft_probs: Tensor | None = None
