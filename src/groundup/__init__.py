@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from groundup.core.types import SamplingParams
-    from groundup.generate import LLM
+    from groundup.generate import LLM, AsyncLLM
     from groundup.model import load_model, save_model
     from groundup.recipe.api import align, evaluate, finetune, pretrain
     from groundup.recipe.configs import AlignConfig, FinetuneConfig, PretrainConfig
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AlignConfig",
+    "AsyncLLM",
     "FinetuneConfig",
     "PretrainConfig",
     "SamplingParams",
@@ -31,6 +32,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "groundup.generate",
+    "AsyncLLM": "groundup.generate",
     "AlignConfig": "groundup.recipe.configs",
     "FinetuneConfig": "groundup.recipe.configs",
     "PretrainConfig": "groundup.recipe.configs",

@@ -21,7 +21,7 @@ from groundup.generate.config import EngineConfig, SpeculativeConfig
 from groundup.generate.logits import top
 from groundup.generate.params import check, check_room, tidy
 from groundup.generate.processors import LogitsProcessors, make_processors
-from groundup.generate.request import Request
+from groundup.generate.request import Pooling, Request
 from groundup.generate.sampling import choose
 from groundup.generate.speculative import Speculator, make_speculator
 from groundup.generate.stop import Stopping
@@ -97,11 +97,13 @@ class Engine:
         *,
         priority: int = 0,
         adapter: str | None = None,
+        pooling: Pooling | None = None,
     ) -> list[Request]:
         """Queue a prompt, `n` times or `best_of`; a bad request is a ConfigError.
 
         Of two requests, the one with the lower `priority` goes first, then the earlier one.
-        `adapter` names one that was loaded.
+        `adapter` names one that was loaded. With `pooling` nothing is written: the request ends
+        with its prompt, and `pooled` is the last or the mean hidden state, or the last logits.
         """
         if adapter is not None and adapter not in self.adapters:
             raise ConfigError(f"no adapter {adapter!r} is loaded{closest(adapter, self.adapters)}")
@@ -110,6 +112,7 @@ class Engine:
         for n in range(params.best_of or params.n):
             own = (processors.fork(), stopping.fork()) if n else (processors, stopping)
             requests.append(Request(prompt, n, *own, priority=priority, adapter=adapter))
+            requests[-1].pooling = pooling
         for request in requests:
             self.arrivals += 1
             request.arrival = self.arrivals
@@ -200,7 +203,7 @@ class Engine:
             left = budget - sum(plan.values())
             if not left or len(self.running) == self.config.max_num_seqs:
                 break
-            if self.pool.sharing and request.params.prompt_logprobs is None:
+            if self.pool.sharing and not self.reads_all(request):
                 self.pool.find(request.holding, request.tokens(0, request.length))
                 if self.shares_soon(request):
                     self.pool.give_back(request.holding)
@@ -240,7 +243,7 @@ class Engine:
     def preempt(self, request: Request) -> None:
         """Take a request's blocks and let it wait; its tokens so far are computed again later."""
         self.pool.give_back(request.holding)
-        request.draft = []
+        request.draft, request.pooled = [], None
         self.running.remove(request)
         bisect.insort(self.waiting, request, key=order)
         self.preemptions += 1
@@ -270,7 +273,7 @@ class Engine:
             ids = [*request.tokens(computed, count), *request.draft]
             feeds.append(Feed(request.holding.blocks, computed, ids))
             first = start
-            if not self.scores(request) and not request.draft:
+            if not self.scores(request) and not request.draft and request.pooling != "mean":
                 first = start + count - (computed + count == request.length)
             spans.append((len(at), len(at) + start + count - first))
             at += range(first, start + count)
@@ -278,25 +281,36 @@ class Engine:
         batch = Batch(self.cache, feeds)
         chosen = None if len(at) == start else torch.tensor(at, device=self.device).long()
         model = self.model_for(plan)
-        logits_1NV = model(batch.ids_1T, positions=batch.positions_1T, cache=batch, at=chosen)
-        logits_NV = logits_1NV[0]
-        ready, rows, guessed = [], [], []
+        states = any(request.pooling in ("last", "mean") for request, _ in plan)
+        found_1N = model(
+            batch.ids_1T,
+            positions=batch.positions_1T,
+            cache=batch,
+            at=chosen,
+            want="hidden" if states else "logits",
+        )
+        hidden_NE, logits_NV = found_1N[0], model.head(found_1N[0]) if states else found_1N[0]
+        ready, rows, done = [], [], []
         for (request, count), (first, last) in zip(plan, spans, strict=True):
             if request.draft and self.speculator:
                 self.advance(
                     request, self.speculator.verify(request, logits_NV[first:last], self.watch)
                 )
-                guessed.append(request)
+                done.append(request)
                 continue
             if self.scores(request):
                 self.score_prompt(request, logits_NV[first:last])
             self.advance(request, count)
-            if request.holding.computed == request.length:
+            if request.pooling is not None:
+                rows_N = logits_NV if request.pooling == "logits" else hidden_NE
+                if request.gather(rows_N[first:last]):
+                    done.append(request)
+            elif request.holding.computed == request.length:
                 ready.append(request)
                 rows.append(last - 1)
         if ready:
             self.sample(ready, logits_NV if len(rows) == len(logits_NV) else logits_NV[rows])
-        return [*ready, *guessed]
+        return [*ready, *done]
 
     def model_for(self, plan: list[tuple[Request, int]]) -> Decoder:
         """Return the model for a step, and tell it whose tokens go through which adapter."""
@@ -333,6 +347,10 @@ class Engine:
         for request, token in zip(ready, tokens, strict=True):
             if not request.finished:  # its processors may have failed
                 request.accept(token)
+
+    def reads_all(self, request: Request) -> bool:
+        """Return whether a request needs every position of its prompt computed for itself."""
+        return request.params.prompt_logprobs is not None or request.pooling == "mean"
 
     def scores(self, request: Request) -> bool:
         """Return whether log-probabilities of the prompt are wanted and not all there."""

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from groundup.core import config as configs
 from groundup.core import device as devices
@@ -15,9 +16,10 @@ from groundup.generate.beam import Beam, Observer, beam_search, completion
 from groundup.generate.branches import Branches
 from groundup.generate.config import BeamSearchParams, EngineConfig, SpeculativeConfig
 from groundup.generate.engine import Engine
-from groundup.generate.request import Request
+from groundup.generate.request import Pooling, Request
 from groundup.model.decoder import Decoder
-from groundup.model.hf import load_model, read_generation_ends
+from groundup.model.heads import HeadedDecoder
+from groundup.model.hf import load_network, need_decoder, read_generation_ends
 from groundup.model.view import lay_out
 from groundup.tokenizer import Tokenizer
 
@@ -43,6 +45,7 @@ class LLM:
         **settings: Any,
     ) -> None:
         config = configs.load(EngineConfig, settings, where="LLM")
+        self.labels: tuple[str, ...] = ()
         ends: Sequence[int] | None = None
         if isinstance(model, Decoder):
             if tokenizer is None:
@@ -52,7 +55,11 @@ class LLM:
             folder = resolve_model(model)
             chosen = devices.pick(device)
             dtype = chosen.dtype if chosen.device.type == "cuda" else torch.float32
-            decoder = load_model(folder, device=chosen.device, dtype=dtype)
+            network = load_network(folder, device=chosen.device, dtype=dtype)
+            if isinstance(network, HeadedDecoder) and network.task == "sequence":
+                self.labels = network.labels or tuple(map(str, range(network.num_labels)))
+                network = network.as_decoder()
+            decoder = need_decoder(network, folder)
             lay_out(decoder)
             tokenizer = tokenizer or Tokenizer.load(folder)
             ends = read_generation_ends(folder) or None
@@ -79,6 +86,8 @@ class LLM:
 
         `adapter` names a loaded one for all prompts, or one or None for each.
         """
+        if self.labels:
+            raise ConfigError("this model has a head for labels and writes no text: use classify()")
         many = as_list(prompts)
         named = [adapter] * len(many) if adapter is None or isinstance(adapter, str) else adapter
         each = as_params(params, len(many))
@@ -103,6 +112,65 @@ class LLM:
             )
             for n, (prompt, ids, group) in enumerate(zip(many, encoded, requests, strict=True))
         ]
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["last", "mean"] = "mean"
+    ) -> Tensor:
+        """Return a unit vector a prompt, [prompts, hidden size]: the mean or last hidden state."""
+        states_BE = self.pooled(prompts, pooling)
+        return torch.nn.functional.normalize(states_BE, dim=-1)
+
+    def classify(self, prompts: Prompt | Sequence[Prompt]) -> Tensor:
+        """Return log-probabilities of the labels, [prompts, labels], of a model with such a head.
+
+        `labels` names the columns.
+        """
+        if not self.labels:
+            raise ConfigError(
+                "this model writes text and has no head for labels: score() compares answers, "
+                "`groundup classify train` makes such a head"
+            )
+        return self.pooled(prompts, "logits").log_softmax(-1)
+
+    def pooled(self, prompts: Prompt | Sequence[Prompt], pooling: Pooling) -> Tensor:
+        """Return what the engine pools of each prompt, one row each."""
+        one = SamplingParams(max_tokens=1)
+        ids = [self.encode(prompt) for prompt in as_list(prompts)]
+        requests = [self.engine.add(row, one, pooling=pooling)[0] for row in ids]
+        while self.engine.busy:
+            self.engine.step()
+        rows = [request.pooled for request in requests if request.pooled is not None]
+        assert len(rows) == len(requests)
+        return torch.stack(rows)
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], answers: Prompt | Sequence[Prompt]
+    ) -> list[float]:
+        """Return the log-probability of each answer behind its prompt; one prompt serves many.
+
+        What prompts begin with is shared, so that many answers to one prompt cost little more.
+        """
+        ends = [list(self.answer_ids(answer)) for answer in as_list(answers)]
+        starts = [self.encode(prompt) for prompt in as_list(prompts)]
+        if len(starts) == 1:
+            starts *= len(ends)
+        if len(starts) != len(ends) or not all(ends):
+            raise ConfigError(
+                f"{len(starts)} prompts and {len(ends)} answers: give one prompt, or one for each "
+                "answer, and no empty answer"
+            )
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        rows = [start + end for start, end in zip(starts, ends, strict=True)]
+        outputs = self.generate(rows, params)
+        scores = []
+        for row, end, output in zip(rows, ends, outputs, strict=True):
+            found = (output.prompt_logprobs or [])[-len(end) :]
+            scores.append(sum((p or {})[i] for i, p in zip(row[-len(end) :], found, strict=True)))
+        return scores
+
+    def answer_ids(self, answer: Prompt) -> Sequence[int]:
+        """Return an answer's ids, without the token that begins a document."""
+        return self.tokenizer.encode(answer) if isinstance(answer, str) else answer
 
     def beam_search(
         self,

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from groundup.generate.logits import top
 from groundup.generate.processors import LogitsProcessors
 from groundup.generate.stop import Stopping
 
+Pooling = Literal["last", "mean", "logits"]
 TOGETHER = {"temperature", "top_k", "top_p", "min_p"}  # applied to all rows at once
 
 
@@ -45,6 +47,8 @@ class Request:
         self.arrival = 0
         self.draft: list[int] = []  # guesses fed behind the newest token in this step
         self.draft_probs: Tensor | None = None
+        self.pooling: Pooling | None = None
+        self.pooled: Tensor | None = None
 
     @property
     def finished(self) -> bool:
@@ -74,6 +78,20 @@ class Request:
         new = self.stopping.text[self.taken : end]
         self.taken = max(self.taken, end)
         return new
+
+    def gather(self, rows_TE: Tensor) -> bool:
+        """Pool the states of a chunk of the prompt; return whether the prompt was all read."""
+        last = self.holding.computed == self.length
+        if self.pooling == "mean":
+            sum_E = rows_TE.float().sum(0)
+            self.pooled = sum_E if self.pooled is None else self.pooled + sum_E
+        elif last:
+            self.pooled = rows_TE[-1].float()
+        if last and self.pooling == "mean" and self.pooled is not None:
+            self.pooled = self.pooled / self.length
+        if last:
+            self.end("stop")
+        return last
 
     def processed(self, logits_V: Tensor) -> Tensor:
         """Return logits after everything that the request asks for."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from groundup.core.errors import ConfigError, closest
 from groundup.model.config import ModelConfig
-from groundup.model.decoder import Stack
+from groundup.model.decoder import Decoder, Stack
 from groundup.model.encoder import mean_pooled
 from groundup.model.encoder_config import label_names, read_labels
 
@@ -41,6 +41,14 @@ class HeadedDecoder(nn.Module):
         if self.task == "token":
             return self.score(hidden_BTE)
         return self.score(pool(hidden_BTE, mask, "last"))
+
+    def as_decoder(self) -> Decoder:
+        """Return the same modules as a decoder whose "vocabulary" is the labels, for an engine."""
+        config = dataclasses.replace(self.config, final_logit_softcapping=None)
+        with torch.device("meta"):
+            made = Decoder(config)
+        made.model, made.lm_head = self.model, self.score
+        return made
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of config.json."""

@@ -51,7 +51,11 @@ def load_model(
 
     Missing, unknown or misshapen tensors are a CheckpointError that names the first of them.
     """
-    model = load_network(path, device=device, dtype=dtype)
+    return need_decoder(load_network(path, device=device, dtype=dtype), path)
+
+
+def need_decoder(model: Network, path: str | Path) -> Decoder:
+    """Return a causal language model; any other is a CheckpointError."""
     if not isinstance(model, Decoder):
         raise CheckpointError(
             f"{path} holds a {type(model).__name__}, which writes no text: "

@@ -12,8 +12,8 @@ from groundup.core.errors import GroundupError, ServeError, need
 from groundup.core.progress import say
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM, Request
+from groundup.generate.worker import Worker
 from groundup.serve import protocol
-from groundup.serve.worker import Worker
 
 
 class API:

@@ -1,4 +1,4 @@
-"""One thread runs the engine for all requests of the server."""
+"""One thread runs the engine for all requests of a server or an `AsyncLLM`."""
 
 import asyncio
 import queue
@@ -6,9 +6,9 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from groundup.core.errors import GroundupError
 from groundup.core.types import FinishReason, SamplingParams
-from groundup.generate import Engine, Request
+from groundup.generate.engine import Engine
+from groundup.generate.request import Request
 
 # the reason travels with the text: the engine may finish a request before its text is read
 Event = tuple[Request, str, FinishReason | None]
@@ -34,13 +34,13 @@ class Worker:
         self.inbox.put(("stop", None))
 
     async def submit(
-        self, prompt: Sequence[int], params: SamplingParams
+        self, prompt: Sequence[int], params: SamplingParams, **more: Any
     ) -> tuple[list[Request], asyncio.Queue[Event]]:
-        """Queue a prompt; a bad one raises the engine's error here."""
+        """Queue a prompt, with what else `Engine.add` takes; a bad one raises its error here."""
         assert self.loop is not None
         answer: asyncio.Future[tuple[list[Request], asyncio.Queue[Event]]]
         answer = self.loop.create_future()
-        self.inbox.put(("add", (prompt, params, answer)))
+        self.inbox.put(("add", (prompt, params, more, answer)))
         return await answer
 
     async def events(
@@ -69,8 +69,19 @@ class Worker:
                     self.handle(kind, body)
             except queue.Empty:
                 pass
-            for request in self.engine.step():
-                self.tell(request)
+            self.step()
+
+    def step(self) -> None:
+        """Step the engine; where a step fails, everyone in it is told, and the thread goes on."""
+        try:
+            progressed = self.engine.step()
+        except Exception as err:
+            progressed = [*self.engine.running, *self.engine.waiting]
+            for request in progressed:
+                request.end("error", f"{type(err).__name__}: {err}")
+            self.engine.release()
+        for request in progressed:
+            self.tell(request)
 
     def handle(self, kind: str, body: Any) -> None:
         """Add or abort requests."""
@@ -80,10 +91,10 @@ class Worker:
             for request in body:
                 self.listeners.pop(request, None)
             return
-        prompt, params, answer = body
+        prompt, params, more, answer = body
         try:
-            requests = self.engine.add(prompt, params)
-        except GroundupError as err:
+            requests = self.engine.add(prompt, params, **more)
+        except Exception as err:  # told to the one who asked; the others go on
             self.loop.call_soon_threadsafe(answer.set_exception, err)
             return
         events: asyncio.Queue[Event] = asyncio.Queue()
