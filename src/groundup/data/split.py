@@ -27,7 +27,7 @@ from groundup.data.keyed import (
 )
 
 LARGEST_SHARE = 1 / 8  # of a held-out split that one source may be
-PIECE_CHARACTERS = 8_000
+PIECE_CHARACTERS = 4_000
 
 Keys = NDArray[np.uint64]
 
@@ -154,7 +154,7 @@ def held_out(
 
 
 def pieces_of(document: Document) -> Iterator[Document]:
-    """Cut a large document at blank lines into pieces of about 8,000 characters."""
+    """Cut a large document at blank lines into pieces of about 4,000 characters."""
     part: list[str] = []
     size = number = 0
 
