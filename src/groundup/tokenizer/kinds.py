@@ -80,7 +80,7 @@ def byte_level(ranks: dict[bytes, int], cut: str) -> Backend:
     letters = {byte: letter for letter, byte in byte_letters().items()}
 
     def written(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
+        return token.decode("latin-1").translate(letters)
 
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -100,7 +100,17 @@ def byte_level(ranks: dict[bytes, int], cut: str) -> Backend:
 
 
 def parents(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the two tokens that were merged into this one: BPE with the merges before it."""
+    """Return the two tokens that were merged into this one: BPE with the merges before it.
+
+    Most tokens can be cut into two earlier ones at one place only, and that is it.
+    """
+    cuts = [
+        n
+        for n in range(1, len(token))
+        if ranks.get(token[:n], rank) < rank and ranks.get(token[n:], rank) < rank
+    ]
+    if len(cuts) == 1:
+        return token[: cuts[0]], token[cuts[0] :]
     parts = [token[n : n + 1] for n in range(len(token))]
     while len(parts) > 2:
         found = [(ranks.get(a + b, rank), n) for n, (a, b) in enumerate(pairwise(parts))]
