@@ -32,6 +32,7 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 # Words as BERT cuts them: punctuation marks and other ASCII signs one by one.
 BERT_WORD = regex.compile(r"[\p{P}$+<=>^`|~]|[^\s\p{P}$+<=>^`|~]+")
 COUNTED = 4_000_000  # distinct words in memory, at most
+BUFFER = 64  # texts that rustbpe is given at a time
 LONGEST_LINE = 2000  # characters in a row that SentencePiece is shown
 
 
@@ -64,7 +65,8 @@ def train_bpe(texts: Iterable[str], options: TrainOptions) -> Trained:
     trainer = rustbpe.Tokenizer()
     unified = (unify.normalize_str(text) for text in texts) if unify else texts
     try:
-        trainer.train_from_iterator(iter(unified), options.vocab_size - len(specials), pattern=cut)
+        size = options.vocab_size - len(specials)
+        trainer.train_from_iterator(iter(unified), size, BUFFER, cut)
     except ValueError as err:
         raise ConfigError(f"pattern {cut!r}: {str(err).splitlines()[-1]}") from err
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
@@ -79,15 +81,13 @@ def byte_level(ranks: dict[bytes, int], cut: str) -> Backend:
     """Return a `tokenizers` object for ranks: bytes by id, ids in the order of their merges."""
     letters = {byte: letter for letter, byte in byte_letters().items()}
 
-    def written(token: bytes) -> str:
-        return token.decode("latin-1").translate(letters)
-
+    written = {token: token.decode("latin-1").translate(letters) for token in ranks}
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             left, right = parents(token, rank, ranks)
-            pairs.append((written(left), written(right)))
-    vocab = {written(token): rank for token, rank in ranks.items()}
+            pairs.append((written[left], written[right]))
+    vocab = {written[token]: rank for token, rank in ranks.items()}
     backend = Backend(models.BPE(vocab=vocab, merges=pairs))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

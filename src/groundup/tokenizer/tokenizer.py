@@ -20,7 +20,7 @@ from groundup.core.files import read_json, write_json, write_text
 from groundup.core.types import Message
 from groundup.tokenizer import formats, sampling, spm
 from groundup.tokenizer.chat import Rendered, Vocabulary, render
-from groundup.tokenizer.encoders import ByteLevel, NotFast, Span, text_encoder
+from groundup.tokenizer.encoders import ByteLevel, NotFast, Span, TextEncoder, text_encoder
 from groundup.tokenizer.kinds import (
     BERT_SPECIALS,
     END_OF_TEXT,
@@ -52,7 +52,8 @@ class Tokenizer:
     ) -> None:
         self.backend, self.sentencepiece = backend, sentencepiece
         self.chat_template = chat_template
-        self.content: dict[str, Any] = json.loads(backend.to_str())
+        written = backend.to_str()
+        self.content: dict[str, Any] = json.loads(written)
         added = self.content["added_tokens"]
         self.specials: dict[str, int] = {t["content"]: t["id"] for t in added if t["special"]}
         self.added: dict[str, int] = {t["content"]: t["id"] for t in added}
@@ -64,8 +65,12 @@ class Tokenizer:
         self.sampling: dict[str, float] = self.settings.get(OWN_KEY, {}).get("sampling", {})
         unknown = self.content["model"].get("unk_token") or UNKNOWN
         self.silent = {i for name, i in self.specials.items() if name != unknown}
-        self.core = text_encoder(backend, sentencepiece, set(self.specials.values()))
-        self.fingerprint = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(written.encode()).hexdigest()
+
+    @cached_property
+    def core(self) -> TextEncoder:
+        """Return the fastest encoder with this tokenizer's ids, made when it is first needed."""
+        return text_encoder(self.backend, self.sentencepiece, set(self.specials.values()))
 
     @classmethod
     def train(
