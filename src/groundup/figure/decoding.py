@@ -67,7 +67,7 @@ def tree(nodes: Sequence[Node]) -> str:
     axes.set_xlim(-0.1, steps + 0.3)
     axes.set_ylim(rows - 0.4, -0.6)
     axes.set_yticks([])
-    axes.set_xticks(range(steps))
+    axes.set_xticks(range(steps), [str(n + 1) for n in range(steps)])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=8, color=FAINT)

@@ -206,9 +206,10 @@ def tree_section(llm: LLM, story: Story) -> tuple[str, str]:
         drawn.append(node)
         if candidate.fate != "dropped":
             nodes[(*candidate.parent, candidate.token)] = node
+    count = max(node.step for node in drawn) + 1
     caption = (
-        f"The first {min(TREE_STEPS, max(rows))} tokens: the best candidates of each step, with "
-        "their sums of log-probabilities; of the dropped ones two."
+        f"The first {count} tokens: the best candidates of each step, with their sums of "
+        "log-probabilities; of the dropped ones two."
     )
     return html.section("The tree of the beam search", html.picture(decoding.tree(drawn), caption))
 
