@@ -45,7 +45,7 @@ def train_flops_per_token(config: ModelConfig, context: int) -> float:
     return 6 * matrices + 12 * config.num_hidden_layers * heads * context
 
 
-def cache_bytes_per_token(config: ModelConfig, bytes_per_number: int = 4) -> int:
+def cache_bytes_per_token(config: ModelConfig, bytes_per_number: int) -> int:
     """Return the size of one token's keys and values over all layers."""
     narrow = config.num_key_value_heads * config.head_dim
     return 2 * config.num_hidden_layers * narrow * bytes_per_number

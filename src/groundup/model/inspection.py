@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from groundup.core.errors import ConfigError
 from groundup.model.config import ModelConfig
+from groundup.model.counts import cache_bytes_per_token
 from groundup.model.decoder import LOGITS_IN_ONE_PIECE, Decoder
 from groundup.model.encoder import Encoder
 from groundup.model.heads import HeadedDecoder
@@ -127,9 +128,7 @@ def cache_bytes(model: Network, bytes_per_number: int) -> int:
     """Return the size of one token's keys and values over all layers; 0 where none are kept."""
     if not isinstance(model, Decoder):
         return 0
-    config = model.config
-    narrow = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * narrow * bytes_per_number
+    return cache_bytes_per_token(model.config, bytes_per_number)
 
 
 def serve_memory(model: Network, length: int, batch: int, bytes_per_number: int) -> dict[str, int]:

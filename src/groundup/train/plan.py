@@ -255,16 +255,9 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     chosen = compiled_faster or chosen
     tokens = tokens_within(budget, config, chosen.tokens_per_s)
     wanted = step_law_tokens(tokens)
-    accumulation = max(1, round(wanted / (rows * context)))
-    while rows > 1 and tokens / (rows * context) < LEAST_STEPS:
-        rows //= 2  # small budgets: slower by the token, but a step at least now and then
+    rows, accumulation = batch_of(tokens, wanted, rows, context, budget)
     per_step = rows * context * accumulation
     steps = int(tokens / per_step)
-    if steps < LEAST_STEPS:
-        raise ConfigError(
-            f"the budget {budget.text} is worth {tokens:,.0f} tokens with the smallest fitting "
-            f"model here, {steps} steps of {per_step:,}: at least {LEAST_STEPS} steps are needed"
-        )
     weights = num_parameters(config, embeddings=False)
     law_rate = step_law_rate(weights, tokens)
     adam_rate = min(MOST_ADAM_RATE, max(LEAST_ADAM_RATE, law_rate))
@@ -310,6 +303,26 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
             "flops": steps * per_step * train_flops_per_token(config, context),
         },
     )
+
+
+def batch_of(
+    tokens: float, wanted: float, rows: int, context: int, budget: Budget
+) -> tuple[int, int]:
+    """Return rows and accumulation of a step of about `wanted` tokens; too few steps are an error.
+
+    Small budgets take fewer rows: slower by the token, but a step at least now and then.
+    """
+    accumulation = max(1, round(wanted / (rows * context)))
+    while rows > 1 and tokens / (rows * context) < LEAST_STEPS:
+        rows //= 2
+    per_step = rows * context * accumulation
+    if tokens / per_step < LEAST_STEPS:
+        raise ConfigError(
+            f"the budget {budget.text} is worth {tokens:,.0f} tokens with the smallest fitting "
+            f"model here, {int(tokens / per_step)} steps of {per_step:,}: at least {LEAST_STEPS} "
+            "steps are needed"
+        )
+    return rows, accumulation
 
 
 def try_compiling(
