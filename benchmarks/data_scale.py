@@ -1,9 +1,10 @@
 """A synthetic crawl with planted duplicates, personal data and contamination, built end to end.
 
-    python benchmarks/data_scale.py --mb 200 800            # two sizes: is memory flat?
+    python benchmarks/data_scale.py --mb 200 800            # is memory flat?
     python benchmarks/data_scale.py --mb 1000 --executor ray
 
-Pages are English sentences of random words, written as WARC (or JSONL) a file of 50 MB at a time.
+Pages are English sentences of random words in the markup of made-up sites, about nine parts markup
+to one of text, written as WARC (or JSONL, without markup) a file of 50 MB at a time.
 Prints what was planted and what was found, MB/s, and the peak memory of the largest process.
 """
 
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ POOL = 4_000  # pages that can be copied, so that a crawl of any size needs litt
 KINDS = {"exact": 0.04, "near-95": 0.02, "near-90": 0.02, "near-80": 0.02, "quiz": 0.01}
 PERSONAL = 0.02
 QUESTIONS = 200
+SITES = 97
 
 
 class Writer:
@@ -43,13 +46,13 @@ class Writer:
 
         words = Counter(re.findall(r"[a-z]{1,14}", " ".join(topics.values()).lower()))
         self.words = np.array(list(words))
-        self.chance = np.array(list(words.values()), float) ** 0.8
-        self.chance /= self.chance.sum()
+        often = np.cumsum(np.array(list(words.values()), float) ** 0.8)
+        self.upto = often / often[-1]
         self.rng = np.random.default_rng(seed)
 
     def draw(self, count: int) -> list[str]:
         """Return words in their usual frequencies."""
-        return self.rng.choice(self.words, count, p=self.chance).tolist()
+        return self.words[np.searchsorted(self.upto, self.rng.random(count))].tolist()
 
     def page(self) -> list[list[str]]:
         """Return paragraphs of sentences."""
@@ -83,12 +86,68 @@ class Writer:
         return result
 
 
-def html(page: list[list[str]]) -> str:
-    body = "".join(f"<p>{' '.join(part)}</p>\n" for part in page)
-    return (
-        "<!doctype html><html><head><title>A page</title></head><body><nav><a href='/'>Home</a>"
-        f"</nav><main><article>{body}</article></main><footer>Imprint</footer></body></html>"
-    )
+class Layout:
+    """A site's markup around its texts: styles, scripts, menus, related pages, footers.
+
+    Real pages are mostly markup (53 kB with 5 kB of text is usual), most of it the same on each
+    page of a site; addresses and attributes differ.
+    """
+
+    def __init__(self, writer: Writer, site: int, markup_bytes: int) -> None:
+        rng = writer.rng
+        share = markup_bytes // 8
+
+        def words(count: int) -> str:
+            return " ".join(writer.draw(count))
+
+        def filled(size: int, piece: Callable[[int], str]) -> str:
+            parts: list[str] = []
+            while sum(map(len, parts)) < size:
+                parts.append(piece(len(parts)))
+            return "".join(parts)
+
+        def rule(n: int) -> str:
+            color = f"{rng.integers(1 << 24):06x}"
+            return f".{words(1)}-{n}>.col{{margin:{rng.integers(99)}px;color:#{color}}}\n"
+
+        def statement(n: int) -> str:
+            return (
+                f"window.{words(1)}{n}=function(a){{return a[{rng.integers(99)}]||'{words(2)}'}};\n"
+            )
+
+        def entry(n: int) -> str:
+            return (
+                f'<li class="menu-item item-{rng.integers(9999)}"><a href="/{words(1)}/{n}" '
+                f'data-track="{rng.integers(1 << 40):x}"><span>{words(2)}</span></a></li>\n'
+            )
+
+        def card(n: int) -> str:
+            return (
+                f'<div class="card"><a href="/PAGE/{n}"><img loading="lazy" alt="" width="320" '
+                f'src="/media/{rng.integers(1 << 40):x}.jpg" srcset="/media/large.jpg 2x">'
+                f"</a><div class=title>{words(4)}</div></div>\n"
+            )
+
+        self.head = (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>A page</title>'
+            f"<style>{filled(2 * share, rule)}</style>"
+            f"<script>{filled(2 * share, statement)}</script>"
+            f'</head><body class="site-{site}"><header><nav><ul>{filled(share, entry)}</ul></nav>'
+            '</header><div class="wrap"><main><article>'
+        )
+        self.tail = (
+            f'</article></main><aside class="sidebar">{filled(share, card)}</aside></div>'
+            f"<footer><ul>{filled(share, entry)}</ul></footer>"
+            f"<script>{filled(share, statement)}</script></body></html>"
+        )
+
+    def html(self, page: list[list[str]], number: int) -> str:
+        """Return the page around these paragraphs."""
+        body = "".join(
+            f'<p class="text" data-n="{number}-{n}">{" ".join(part)}</p>\n'
+            for n, part in enumerate(page)
+        )
+        return f"{self.head}{body}{self.tail.replace('PAGE', str(number))}"
 
 
 def record(url: str, page: str) -> bytes:
@@ -108,10 +167,11 @@ def record(url: str, page: str) -> bytes:
     return gzip.compress(whole, 1)
 
 
-def crawl(folder: Path, size_bytes: int, kind: str, seed: int) -> Counter[str]:
-    """Write a crawl of so many bytes of text; return what was planted."""
+def crawl(folder: Path, size_bytes: int, kind: str, markup: int, seed: int) -> Counter[str]:
+    """Write a crawl of so many bytes (of HTML in WARC); return what was planted."""
     folder.mkdir(parents=True)
     writer, planted = Writer(seed), Counter()
+    layouts = [Layout(writer, site, markup) for site in range(SITES)]
     questions = [" ".join(writer.draw(24)) for _ in range(QUESTIONS)]
     quiz = "".join(json.dumps({"question": q}) + "\n" for q in questions)
     (folder.parent / f"{folder.name}-quiz.jsonl").write_text(quiz)
@@ -149,14 +209,17 @@ def crawl(folder: Path, size_bytes: int, kind: str, seed: int) -> Counter[str]:
                 pool.append((str(n), page))
             elif writer.rng.uniform() < 0.2:
                 pool[writer.rng.integers(POOL)] = (str(n), page)
-        url = f"http://site-{n % 997}.test/{name}/{n}"
+        url = f"http://site-{n % SITES}.test/{name}/{n}"
         if kind == "warc":
-            content = record(url, html(page))
+            content = layouts[n % SITES].html(page, n)
+            size = len(content)
+            content = record(url, content)
         else:
             text = "\n".join(" ".join(part) for part in page)
+            size = len(text)
             content = (json.dumps({"text": text, "id": url}) + "\n").encode()
         handle.write(content)
-        size = sum(len(s) + 1 for part in page for s in part)
+        planted["text bytes"] += sum(len(s) + 1 for part in page for s in part)
         total, written, n = total + size, written + size, n + 1
     handle.close()
     planted["pages"] = n
@@ -229,7 +292,8 @@ def judge(out: Path, planted: Counter[str]) -> None:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--mb", type=int, nargs="+", default=[100], help="megabytes of text")
+    flags.add_argument("--mb", type=int, nargs="+", default=[100], help="megabytes of HTML")
+    flags.add_argument("--markup-kb", type=float, default=45, help="markup of a page of 5 kB text")
     flags.add_argument("--format", choices=("warc", "jsonl"), default="warc")
     flags.add_argument("--steps", nargs="+", default=["web"])
     flags.add_argument("--workers", type=int, default=os.cpu_count())
@@ -243,18 +307,20 @@ def main() -> None:
         return
     place = arguments.folder or Path(tempfile.mkdtemp(prefix="crawl-"))
     place.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines, markup = [], int(arguments.markup_kb * 1000)
     for size in arguments.mb:
         folder, out = place / f"crawl-{size}", place / f"corpus-{size}"
         for old in (folder, out):
             shutil.rmtree(old, ignore_errors=True)
-        planted = crawl(folder, size * 1_000_000, arguments.format, seed=1)
-        print(f"{size} MB: {planted['pages']:,} pages")
+        planted = crawl(folder, size * 1_000_000, arguments.format, markup, seed=1)
+        text = planted["text bytes"] / 1e6
+        print(f"{size} MB: {planted['pages']:,} pages with {text:,.0f} MB of text")
         seconds, driver, worker = build(folder, out, arguments)
         judge(out, planted)
         lines.append(
-            f"{size:>7} MB  {seconds:8.1f} s  {size / seconds:6.2f} MB/s  peak: largest worker "
-            f"{worker / 1e6:,.0f} MB, driver {driver / 1e6:,.0f} MB"
+            f"{size:>7} MB  {seconds:8.1f} s  {size / seconds:6.2f} MB/s, "
+            f"{text / seconds:.2f} of text; peaks: largest worker {worker / 1e6:,.0f} MB, "
+            f"driver {driver / 1e6:,.0f} MB"
         )
         if not arguments.folder:
             shutil.rmtree(folder)

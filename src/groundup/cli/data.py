@@ -1,4 +1,4 @@
-"""`groundup data build|report|shards|mix`."""
+"""`groundup data build|classifier|buckets|report|shards|mix`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +10,8 @@ from groundup.core.progress import say
 
 COMMANDS = {
     "build": "files and folders to a corpus: read, clean, deduplicate, split",
+    "classifier": "good and bad texts, or scored ones, to a quality classifier for build",
+    "buckets": "an n-gram and a sample to perplexity buckets for build (head, middle, tail)",
     "report": "a page on a corpus: the funnel, and examples of what each rule left out",
     "shards": "a corpus to memory-mapped token ids",
     "mix": "what a mixture (YAML) takes of each source in each phase of training",
@@ -21,6 +23,8 @@ def data(argv: Sequence[str]) -> None:
     rest = subcommand("data", argv, COMMANDS)
     run: dict[str, Callable[[Sequence[str]], None]] = {
         "build": build,
+        "classifier": classifier,
+        "buckets": buckets,
         "report": report,
         "shards": shards,
         "mix": mix,
@@ -31,6 +35,16 @@ def data(argv: Sequence[str]) -> None:
 def build(argv: Sequence[str]) -> None:
     """Run `groundup data build PATH... --out DIR`."""
     stage_command("data build", "corpus", argv, positional="paths")
+
+
+def classifier(argv: Sequence[str]) -> None:
+    """Run `groundup data classifier --good PATH... --bad PATH... --out DIR`."""
+    stage_command("data classifier", "classifier", argv)
+
+
+def buckets(argv: Sequence[str]) -> None:
+    """Run `groundup data buckets PATH... --ngram DIR --tokenizer DIR --out DIR`."""
+    stage_command("data buckets", "buckets", argv, positional="paths")
 
 
 def report(argv: Sequence[str]) -> None:

@@ -14,7 +14,12 @@ from groundup.recipe.stages import STAGES
 
 
 def stage_command(
-    prog: str, stage_name: str, argv: Sequence[str], *, positional: str, model: bool = False
+    prog: str,
+    stage_name: str,
+    argv: Sequence[str],
+    *,
+    positional: str | None = None,
+    model: bool = False,
 ) -> None:
     """Parse the stage's config from flags and run it into --out; again: resumes or skips."""
     stage = STAGES[stage_name]
@@ -25,7 +30,7 @@ def stage_command(
     flags.add_argument("--json", action="store_true", help="print the summary as JSON")
     args = parse(flags, argv)
     values = config_values(args, cls)
-    if model:
+    if model and positional:
         values[positional] = resolve_model(values[positional])
         say(f"model: {values[positional]}")
     config = configs.load(cls, values, where=f"groundup {prog}")

@@ -12,7 +12,7 @@ of workers, the executor, the memory, or on how often a run was killed.
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from groundup.data.config import CorpusConfig, check, steps_of
 from groundup.data.ledger import EXAMPLES, Ledger, show_steps
 from groundup.data.notes import LOGGED, UNREADABLE
 from groundup.data.sources import group_sources, list_sources, no_text
+from groundup.data.steps import STEPS, Kind
 from groundup.data.tasks import executor_of, run_job
 
 JUDGED_FROM = 100  # records, from which on the share of bad ones can stop a run
@@ -35,11 +36,17 @@ SMALL_BYTES = 64_000_000  # below, starting processes costs more than it saves
 
 
 def build_corpus(
-    config: CorpusConfig, out: Path, count_tokens: pipeline.CountTokens | None = None
+    config: CorpusConfig,
+    out: Path,
+    count_tokens: pipeline.CountTokens | None = None,
+    kinds: Mapping[str, Kind] = STEPS,
 ) -> dict[str, Any]:
-    """Write Parquet files for train, validation and test, and stats.json; return the statistics."""
+    """Write Parquet files for train, validation and test, and stats.json; return the statistics.
+
+    `kinds` are the steps that the config may name.
+    """
     check(config)
-    steps = steps_of(config)
+    steps = steps_of(config, kinds)
     counts: Counter[str] = Counter()
     sources = list_sources(config.paths, counts)
     work = start_work(config, [asdict(source) for source in sources], out)

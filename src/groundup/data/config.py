@@ -1,5 +1,6 @@
 """The config of a corpus, and the steps that it names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from groundup.core.progress import say
 from groundup.data.blocks import corpus_files
 from groundup.data.decontaminate import Decontaminate, decontaminate, describe
 from groundup.data.extract import Mode
-from groundup.data.steps import FINEWEB, STEPS, Step, make_step
+from groundup.data.steps import FINEWEB, STEPS, Kind, Step, make_step
 from groundup.data.tasks import executor_of
 
 DECONTAMINATE = "decontaminate"
@@ -89,7 +90,9 @@ def check(config: CorpusConfig) -> None:
         corpus_files(Path(corpus), "train")
 
 
-def steps_of(config: CorpusConfig) -> tuple[tuple[str, Step], ...]:
+def steps_of(
+    config: CorpusConfig, kinds: Mapping[str, Kind] = STEPS
+) -> tuple[tuple[str, Step], ...]:
     """Return the named steps with their settings; presets stand for several."""
     names = [name for step in config.steps for name in PRESETS.get(step, (step,))]
     options: dict[str, dict[str, Any]] = {}
@@ -99,10 +102,10 @@ def steps_of(config: CorpusConfig) -> tuple[tuple[str, Step], ...]:
         if not found or not dot:
             raise ConfigError(f"setting {setting!r} is not of the form step.key=value")
         if step not in names:
-            wrong = "is not among the steps" if step in STEPS else "names no step"
+            wrong = "is not among the steps" if step in kinds else "names no step"
             raise ConfigError(f"setting {setting!r} {wrong}: {', '.join(names)}")
         options.setdefault(step, {})[key] = yaml.safe_load(text)
-    steps = [(name, make_step(name, options.get(name))) for name in names]
+    steps = [(name, make_step(name, options.get(name), kinds)) for name in names]
     if config.benchmarks:
         wanted = Decontaminate(benchmarks=config.benchmarks)
         say(describe(wanted))

@@ -30,6 +30,7 @@ NESTING = re.compile(
     re.I,
 )
 MOST_LINKS = 100
+SIMPLE_PATH = re.compile(r"/[\w%~-][\w%~/.-]*(?:\?[\w%&=+.-]+)?", re.ASCII)
 HIDDEN_TEXT = frozenset(("script", "style", "noscript", "template", "nav", "footer", "svg"))
 BREAKS = frozenset(
     ("p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "section", "article")
@@ -128,12 +129,7 @@ def page_metadata(tree: Any, page: str, url: str) -> dict[str, Any]:
     html = tree.document.query_selector("html")
     found["html_language"] = (html.getattr("lang", "") or "") if html else ""
     found["date"] = page_date(tree, page)
-    links = []
-    for anchor in tree.document.get_elements_by_tag_name("a")[: 4 * MOST_LINKS]:
-        href = (anchor.getattr("href", "") or "").strip()
-        if href and not href.startswith(("#", "javascript:", "mailto:", "tel:", "data:")):
-            links.append(absolute(url, href))
-    found["links"] = list(dict.fromkeys(filter(None, links)))[:MOST_LINKS]
+    found["links"] = page_links(tree, url)
     return {key: value for key, value in found.items() if value}
 
 
@@ -147,8 +143,23 @@ def page_date(tree: Any, page: str) -> str:
     return in_json[1] if in_json else ""
 
 
-def absolute(url: str, href: str) -> str:
+def page_links(tree: Any, url: str) -> list[str]:
+    """Return the first distinct links of a page, as absolute addresses."""
+    links: dict[str, None] = {}
+    origin = "/".join(url.split("/", 3)[:3])
+    for anchor in tree.document.get_elements_by_tag_name("a")[: 4 * MOST_LINKS]:
+        href = (anchor.getattr("href", "") or "").strip()
+        if href and not href.startswith(("#", "javascript:", "mailto:", "tel:", "data:")):
+            links[absolute(url, origin, href)] = None
+            if len(links) > MOST_LINKS:
+                break
+    return [link for link in links if link][:MOST_LINKS]
+
+
+def absolute(url: str, origin: str, href: str) -> str:
     """Return a link as an absolute address, or nothing where it is none."""
+    if origin and SIMPLE_PATH.fullmatch(href) and "/." not in href and "//" not in href:
+        return origin + href
     try:
         link = urljoin(url, href)
     except ValueError:

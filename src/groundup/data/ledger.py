@@ -47,7 +47,10 @@ class Ledger:
 
     def step(self, name: str) -> Step:
         """Return a step's row; rows stay in the order in which they were first asked for."""
-        return self.steps.setdefault(name, Step())
+        row = self.steps.get(name)
+        if row is None:
+            row = self.steps[name] = Step()
+        return row
 
     def enter(self, name: str, size: int, tokens: int = 0) -> None:
         """Count a document into a step."""

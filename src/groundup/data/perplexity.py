@@ -7,7 +7,6 @@ clean text is the usual one. The bounds are the terciles of a sample; languages 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -49,11 +48,6 @@ def bucket(config: Perplexity, document: Document, counts: Counter[str]) -> Docu
     name = BUCKETS[int(np.searchsorted(config.bounds, found))]
     counts[f"bucket: {name}"] += 1
     if name not in config.keep:
-        return f"perplexity: {name}"
+        return f"perplexity in the {name}: {found:,.1f}"
     meta = document.meta | {"perplexity": round(found, 2), "bucket": name}
     return replace(document, meta=meta)
-
-
-def make_perplexity(config: Perplexity) -> partial[Document | str]:
-    """Return the step of a model; it travels to other processes if the model does."""
-    return partial(bucket, config)

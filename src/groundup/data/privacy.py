@@ -7,7 +7,7 @@ only when its country's length and the remainder modulo 97 do, and so on. Names 
 import ipaddress
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
@@ -17,33 +17,40 @@ from groundup.core.types import Document
 
 Kind = Literal["email", "ip", "phone", "card", "iban", "secret"]
 
+# Each pattern begins with a set of characters, so that the search can skip to them; what must not
+# stand before it is asked one character later.
 EMAIL = re.compile(
     r"(?<![\w.+%/@-])[A-Za-z0-9][\w.+%'-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}"
     r"[A-Za-z]{2,24}\b(?![@:(])",
     re.ASCII,
 )
+LONGEST_NAME, LONGEST_HOST = 64, 600  # characters of an address before and behind its @
 FILE_ENDS = frozenset(
     ["png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "pdf", "zip"]
 )  # icon@2x.png
-IPV4 = re.compile(r"(?<![\w.\-+/])(?:\d{1,3}\.){3}\d{1,3}(?![\w\-+]|\.\w)", re.ASCII)
-IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-f]{3}(?::{1,2}[0-9a-f]{1,4}){2,7}(?:::)?(?![\w:])", re.I)
+IPV4 = re.compile(r"\d(?<![\w.\-+/]\d)\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?![\w\-+]|\.\w)", re.ASCII)
+IPV6 = re.compile(r"[23](?<![\w:.].)[0-9a-f]{3}(?::{1,2}[0-9a-f]{1,4}){2,7}(?:::)?(?![\w:])", re.I)
 VERSION_BEFORE = re.compile(r"(?:versions?|release|build|firmware|\bv|section|§|rev)\.?\s*$", re.I)
 PHONE = re.compile(
-    r"(?<![\w.+/-])(?:\+[1-9]\d{0,2}(?:[ .\-]?\(?\d{1,5}\)?){2,6}"
-    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])[2-9]\d\d[-. ]\d{4})(?![\w/]|[.\-]\d)",
+    r"[+(1-9](?<![\w.+/-].)(?:(?<=\+)[1-9]\d{0,2}(?:[ .\-]?\(?\d{1,5}\)?){2,6}"
+    r"|(?:(?<=1)[ .-](?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])|(?<=\()[2-9]\d\d\) ?|(?<=[2-9])\d\d[-.])"
+    r"[2-9]\d\d[-. ]\d{4})(?![\w/]|[.\-]\d)",
     re.ASCII,
 )
-NAMED_PHONE = re.compile(
-    r"\b(?:tel(?:ephone)?|phone|fax|mobile|cell)(?: number)?[.:]{0,2} {0,2}"
-    r"(?P<number>\(?\d{2,5}\)?(?:[ ./-]?\d{2,5}){1,4})(?![\w/]|[.\-]\d)",
+PHONE_NUMBER = re.compile(
+    r"[(\d](?<!\d.)(?:(?<=\()\d{2,5}|(?<=\d)\d{1,4})\)?(?:[ ./-]?\d{2,5}){1,4}(?![\w/]|[.\-]\d)",
+    re.ASCII,
+)
+PHONE_BEFORE = re.compile(
+    r"\b(?:tel(?:ephone)?|phone|fax|mobile|cell)(?: number)?[.:]{0,2} {0,2}$",
     re.ASCII | re.IGNORECASE,
 )
-CARD = re.compile(r"(?<![\w.\-+])(?:\d[ -]?){12,18}\d(?![\w]|[.\-]\d)", re.ASCII)
+CARD = re.compile(r"\d(?<![\w.\-+]\d)[ -]?(?:\d[ -]?){11,17}\d(?![\w]|[.\-]\d)", re.ASCII)
 ISSUERS = re.compile(
     r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]|2[2-7])\d{14}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}"
     r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|(?:62|35)\d{14}"
 )
-IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}(?![A-Za-z0-9])")
+IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9].)[A-Z]\d{2}(?: ?[A-Z0-9]){11,30}(?![A-Za-z0-9])")
 IBAN_LENGTHS = {
     country: int(length)
     for length, countries in (
@@ -56,26 +63,33 @@ IBAN_LENGTHS = {
     )
     for country in countries.split()
 }  # fmt: skip
-SECRET = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY[A-Z ]*-----.*?(?:-----END [A-Z ]*PRIVATE KEY[A-Z ]*-----|\Z)"
-    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
-    r"|\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{60,}|glpat-[\w-]{20,})"
-    r"|\bxox[abeoprs]-[A-Za-z0-9-]{10,}"
-    r"|\bAIza[\w-]{35}\b"
-    r"|\b[rs]k_live_[A-Za-z0-9]{16,}"
-    r"|\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}"
-    r"|\bhf_[A-Za-z]{30,}\b|\bnpm_[A-Za-z0-9]{36}\b"
-    r"|\bSG\.[\w-]{20,}\.[\w-]{40,}"
-    r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
-    r"|(?i:\b(?:api[_-]?key|secret(?:[_-]?key)?|access[_-]?token|auth[_-]?token|passw(?:or)?d|pwd))"
-    r"""["']?\s{0,3}[:=]\s{0,3}["']?(?P<value>[A-Za-z0-9_/+=.-]{16,}\b)""",
-    re.ASCII | re.DOTALL,
+# by what stands in every text that holds one, each the pattern of a key of a known form
+SECRETS = {
+    "PRIVATE KEY": r"-----BEGIN [A-Z ]*PRIVATE KEY[A-Z ]*-----.*?"
+    r"(?:-----END [A-Z ]*PRIVATE KEY[A-Z ]*-----|\Z)",
+    "AKIA": r"\bAKIA[0-9A-Z]{16}\b",
+    "ASIA": r"\bASIA[0-9A-Z]{16}\b",
+    **{f"gh{kind}_": rf"\bgh{kind}_[A-Za-z0-9]{{36,}}" for kind in "pousr"},
+    "github_pat_": r"\bgithub_pat_[A-Za-z0-9_]{60,}",
+    "glpat-": r"\bglpat-[\w-]{20,}",
+    "xox": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
+    "AIza": r"\bAIza[\w-]{35}\b",
+    "k_live_": r"\b[rs]k_live_[A-Za-z0-9]{16,}",
+    "sk-": r"\bsk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,}",
+    "hf_": r"\bhf_[A-Za-z]{30,}\b",
+    "npm_": r"\bnpm_[A-Za-z0-9]{36}\b",
+    "SG.": r"\bSG\.[\w-]{20,}\.[\w-]{40,}",
+    "eyJ": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
+}
+KEYS = {hint: re.compile(pattern, re.ASCII | re.DOTALL) for hint, pattern in SECRETS.items()}
+ASSIGNED = re.compile(r"[:=]")
+NAME_BEFORE = re.compile(
+    r"\b(?:api[_-]?key|secret(?:[_-]?key)?|access[_-]?token|auth[_-]?token|passw(?:or)?d|pwd)"
+    r"""["']?\s{0,3}$""",
+    re.ASCII | re.IGNORECASE,
 )
-SECRET_HINTS = (
-    "PRIVATE KEY", "AKIA", "ASIA", "gh", "glpat", "xox", "AIza", "k_live_", "sk-", "hf_", "npm_",
-    "SG.", "eyJ", "key", "KEY", "Key", "secret", "SECRET", "Secret", "token", "TOKEN",
-    "Token", "passw", "PASSW", "Passw", "pwd", "PWD",
-)  # fmt: skip
+VALUE = re.compile(r"""[:=]\s{0,3}["']?(?P<value>[A-Za-z0-9_/+=.-]{16,}\b)""", re.ASCII)
+LOOK_BACK = 32  # longer than any name that stands before a number or a secret
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +134,15 @@ def replace_spans(text: str, spans: Sequence[Span], placeholder: str) -> str:
 
 def find_emails(text: str) -> list[Span]:
     """Return where e-mail addresses stand; icon@2x.png and git@host: are none."""
-    if "@" not in text:
-        return []
-    return [
-        found.span()
-        for found in EMAIL.finditer(text)
-        if found[0].rpartition(".")[2].lower() not in FILE_ENDS
-    ]
+    spans: list[Span] = []
+    free, at = 0, text.find("@")
+    while at >= 0:
+        found = EMAIL.search(text, max(free, at - LONGEST_NAME), at + LONGEST_HOST)
+        if found and found[0].rpartition(".")[2].lower() not in FILE_ENDS:
+            spans.append(found.span())
+        free = max(at + 1, found.end() if found else 0)
+        at = text.find("@", free)
+    return spans
 
 
 def find_ips(text: str) -> list[Span]:
@@ -151,9 +167,21 @@ def is_public(address: str) -> bool:
 def find_phones(text: str) -> list[Span]:
     """Return where telephone numbers stand: international, North American, or behind "tel"."""
     spans = [found.span() for found in PHONE.finditer(text)]
-    spans += [found.span("number") for found in NAMED_PHONE.finditer(text)]
-    spans = [(a, b) for a, b in sorted(spans) if 7 <= sum(map(str.isdigit, text[a:b])) <= 15]
-    return [span for n, span in enumerate(spans) if not n or span[0] >= spans[n - 1][1]]
+    spans += [
+        found.span()
+        for found in PHONE_NUMBER.finditer(text)
+        if PHONE_BEFORE.search(text[max(0, found.start() - LOOK_BACK) : found.start()])
+    ]
+    return apart((a, b) for a, b in spans if 7 <= sum(map(str.isdigit, text[a:b])) <= 15)
+
+
+def apart(spans: Iterable[Span]) -> list[Span]:
+    """Return spans in order, without those that begin inside the one before."""
+    kept: list[Span] = []
+    for span in sorted(spans):
+        if not kept or span[0] >= kept[-1][1]:
+            kept.append(span)
+    return kept
 
 
 def find_cards(text: str) -> list[Span]:
@@ -195,23 +223,26 @@ def mod_97(iban: str) -> int:
 
 def find_secrets(text: str) -> list[Span]:
     """Return where keys, tokens and passwords stand; prose and variable names are none."""
-    if not any(hint in text for hint in SECRET_HINTS):
-        return []
-    spans = []
-    for found in SECRET.finditer(text):
-        value = found["value"]
-        if value is None:
-            spans.append(found.span())
-        elif any(map(str.isdigit, value)) and any(map(str.isalpha, value)) and is_random(value):
+    spans = [
+        found.span()
+        for hint, pattern in KEYS.items()
+        if hint in text
+        for found in pattern.finditer(text)
+    ]
+    for sign in ASSIGNED.finditer(text):
+        if not NAME_BEFORE.search(text[max(0, sign.start() - LOOK_BACK) : sign.start()]):
+            continue
+        found = VALUE.match(text, sign.start())
+        if found and is_random(found["value"]):
             spans.append(found.span("value"))
-    return spans
+    return apart(spans)
 
 
 def is_random(value: str) -> bool:
     """Return whether a value changes between letters and digits as keys do and names do not."""
     kinds = ["d" if c.isdigit() else "u" if c.isupper() else "l" for c in value if c.isalnum()]
     changes = sum(a != b for a, b in pairwise(kinds))
-    return changes >= len(kinds) / 4
+    return "d" in kinds and len(set(kinds)) > 1 and changes >= len(kinds) / 4
 
 
 FINDERS: dict[Kind, Callable[[str], list[Span]]] = {

@@ -98,9 +98,13 @@ def top_characters(hash_S: NDArray[np.uint64], ends_W: NDArray[np.int64], n: int
 
     Of equally frequent ones the first in the text counts.
     """
-    _, first, frequency = np.unique(hash_S, return_index=True, return_counts=True)
+    order_S = np.sort(hash_S)
+    bounds = np.flatnonzero(np.r_[True, order_S[1:] != order_S[:-1], True])
+    frequency = np.diff(bounds)
     most = int(frequency.max())
-    start = int(first[frequency == most].min())
+    start = 0
+    if most > 1:
+        start = int(np.isin(hash_S, order_S[bounds[:-1][frequency == most]]).argmax())
     return (int(ends_W[start + n] - ends_W[start]) + n - 1) * most
 
 
@@ -112,8 +116,10 @@ def recurring_starts(
     Only starts of recurring (n - 1)-grams can be: `within` narrows the search.
     """
     starts = np.arange(len(hash_S)) if within is None else within[within < len(hash_S)]
-    _, inverse, frequency = np.unique(hash_S[starts], return_inverse=True, return_counts=True)
-    return starts[frequency[inverse] > 1]
+    found = hash_S[starts]
+    order = np.sort(found)
+    twice = order[1:][order[1:] == order[:-1]]
+    return starts[np.isin(found, twice)] if len(twice) else starts[:0]
 
 
 def repeated_in_order(

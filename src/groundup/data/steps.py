@@ -2,16 +2,18 @@
 
 A step is `step(document, counts) -> Document | str`: the document, changed or not, or the reason to
 drop it; `counts` collects what else happened ("email replaced"). `make_step(name, options)` binds a
-function to its config; the result can be sent to other processes.
+function to its config; the result can be sent to other processes. A step of your own is named
+"module:function" or "file.py:function" and has no settings.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from groundup.core.config import load
 from groundup.core.errors import ConfigError, closest
+from groundup.core.run import load_object
 from groundup.core.types import Document
 from groundup.data import clean, language, privacy, quality, repetition, scoring
 
@@ -25,12 +27,32 @@ class Kind(NamedTuple):
     run: Callable[[Any, Document, Counter[str]], Document | str]
 
 
-def make_step(name: str, options: Mapping[str, Any] | None = None) -> Step:
-    """Return the step of that name with these settings; a ConfigError names what is unknown."""
-    if name not in STEPS:
-        raise ConfigError(f"there is no step {name!r}{closest(name, STEPS)}")
-    kind = STEPS[name]
+def make_step(
+    name: str, options: Mapping[str, Any] | None = None, kinds: Mapping[str, "Kind"] | None = None
+) -> Step:
+    """Return the step of that name with these settings; a ConfigError names what is unknown.
+
+    `kinds` are the steps there are: STEPS, unless more are given.
+    """
+    if ":" in name:
+        own_step(name)
+        return partial(run_own, name)
+    found = STEPS if kinds is None else kinds
+    if name not in found:
+        raise ConfigError(f"there is no step {name!r}{closest(name, found)}")
+    kind = found[name]
     return partial(kind.run, load(kind.config, options or {}, where=f"step {name}"))
+
+
+@cache
+def own_step(spec: str) -> Step:
+    """Import a step "module:function", once in a process."""
+    return load_object(spec)  # type: ignore[no-any-return]
+
+
+def run_own(spec: str, document: Document, counts: Counter[str]) -> Document | str:
+    """Run a step that was named "module:function"."""
+    return own_step(spec)(document, counts)
 
 
 def apply_steps(document: Document, steps: Iterable[Step], counts: Counter[str]) -> Document | str:

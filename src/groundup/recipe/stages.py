@@ -13,6 +13,18 @@ STAGES = {
             version=2,
         ),
         Stage(
+            name="classifier",
+            config="groundup.data.classifier:ClassifierConfig",
+            run="groundup.data.classifier:train_classifier",
+            help="train a quality classifier of texts",
+        ),
+        Stage(
+            name="buckets",
+            config="groundup.recipe.buckets:BucketsConfig",
+            run="groundup.recipe.buckets:make_buckets",
+            help="find the perplexities that cut a text's documents into head, middle and tail",
+        ),
+        Stage(
             name="tokenizer",
             config="groundup.recipe.configs:TokenizerConfig",
             run="groundup.recipe.texts:train_tokenizer",
