@@ -216,7 +216,7 @@ def test_a_killed_worker_is_replaced(built, source, tmp_path, monkeypatch):
 
     monkeypatch.setenv("KILL_MARK", str(tmp_path / "mark"))
     steps = module.steps_of
-    monkeypatch.setattr(module, "steps_of", lambda config: (*steps(config), ("killing", kill_once)))
+    monkeypatch.setattr(module, "steps_of", lambda *a: (*steps(*a), ("killing", kill_once)))
     stats = build(source, tmp_path / "c", workers=2)
     assert (tmp_path / "mark").exists()
     assert stats["steps"][-3:] == built[1]["steps"][-3:]
@@ -245,7 +245,7 @@ def broken(document, counts):
 def test_a_step_that_breaks_is_counted_and_too_many_stop_the_run(source, tmp_path, monkeypatch):
     from groundup.data import build as module
 
-    monkeypatch.setattr(module, "steps_of", lambda config: (("mine", broken),))
+    monkeypatch.setattr(module, "steps_of", lambda *a: (("mine", broken),))
     with pytest.raises(DataError, match=r"of \d+ records cannot be used \(100%"):
         build(source, tmp_path / "c")
 
