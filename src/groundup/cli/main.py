@@ -19,6 +19,7 @@ COMMANDS = {
         "groundup.cli.tokenizers:tokenizer",
     ),
     "pretrain": ("train a model on a corpus", "groundup.cli.stages:pretrain"),
+    "ngram": ("count an n-gram model: the baseline to beat", "groundup.cli.stages:ngram"),
     "ladder": ("three small runs foretell a large one", "groundup.cli.stages:ladder"),
     "finetune": ("teach a model from conversations", "groundup.cli.stages:finetune"),
     "align": ("teach a model preferences (DPO)", "groundup.cli.stages:align"),

@@ -57,6 +57,11 @@ def pretrain(argv: Sequence[str]) -> None:
     stage_command("pretrain", "pretrain", argv, positional="corpus")
 
 
+def ngram(argv: Sequence[str]) -> None:
+    """Run `groundup ngram CORPUS --tokenizer DIR --out DIR`."""
+    stage_command("ngram", "ngram", argv, positional="corpus")
+
+
 def ladder(argv: Sequence[str]) -> None:
     """Run `groundup ladder CORPUS --tokenizer DIR --budget 2h --out DIR`."""
     stage_command("ladder", "ladder", argv, positional="corpus")

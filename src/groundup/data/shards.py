@@ -41,6 +41,13 @@ class Shard:
     vocab_size: int
     tokenizer: str
 
+    def pieces(self, tokens: int = 1 << 20) -> Iterator[NDArray[np.integer]]:
+        """Yield neighbouring documents joined, about so many tokens at a time."""
+        first, ends = 0, self.offsets[1:]
+        while first < len(self.tokens):
+            at = min(int(np.searchsorted(ends, first + tokens)), len(ends) - 1)
+            yield self.tokens[first : (first := int(ends[at]))]
+
     def documents(self) -> list[NDArray[np.integer]]:
         """Return every document's ids, eos included."""
         return [self.tokens[a:b] for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]

@@ -39,6 +39,23 @@ def summary(logprobs: Sequence[NDArray[np.float64]], shard: Shard) -> dict[str, 
     }
 
 
+def perplexities(
+    logprobs: Sequence[NDArray[np.float64]], seen: Sequence[NDArray[np.bool_]]
+) -> dict[str, float]:
+    """Return an n-gram's perplexity as KenLM's `query` counts it.
+
+    `perplexity` is exp(-mean log p) over all tokens, the end of every document (KenLM's `</s>`)
+    included and its beginning (`<s>`) not; tokens that training never saw are out of vocabulary:
+    each has the probability of `<unk>`, and `without_unseen` leaves them out of sum and count.
+    """
+    values, known = np.concatenate(logprobs), np.concatenate(seen)
+    return {
+        "perplexity": float(np.exp(-values.mean())),
+        "without_unseen": float(np.exp(-values[known].mean())) if known.any() else float("nan"),
+        "unseen_tokens": int((~known).sum()),
+    }
+
+
 def compare_three(ngram: NGram, network: LM, shard: Shard) -> dict[str, Any]:
     """Score the n-gram, the network and their cross-fitted mixture on one split.
 

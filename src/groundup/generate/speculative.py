@@ -291,7 +291,7 @@ def make_speculator(
 
 def ngram_folder(place: Path) -> Path:
     """Return the n-gram folder meant by an n-gram folder or by a run folder."""
-    return place / "ngram" if (place / "ngram" / "ngram.json").is_file() else place
+    return place / "ngram" if (place / "ngram" / "config.json").is_file() else place
 
 
 def check_vocabulary(config: SpeculativeConfig, found: int, wanted: int) -> None:

@@ -1,39 +1,50 @@
 """Interpolated modified Kneser-Ney n-grams (Chen & Goodman 1999; Heafield et al. 2013, sec. 3).
 
+The model is KenLM's: p(token | context) interpolates all orders down to the uniform distribution
+over the vocabulary. eos is both of KenLM's sentence marks: `</s>`, a token like others, behind a
+document, and `<s>`, context alone, before it; no n-gram reaches across.
+
 An n-gram is a row number in the table of its order; it is found by its context's row number in
-the table below and its last token, so that any vocabulary fits 64-bit keys. All counting and
-all queries are array operations. Documents start behind order - 1 end-of-document tokens,
-which are context only, and n-grams never cross documents.
+the table below and its last token, so that any vocabulary fits 64-bit keys. The tables are files,
+memory-mapped; all queries are array operations.
 """
 
-from collections.abc import Iterable, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.core.errors import CheckpointError, DataError
+from groundup.core.errors import CheckpointError, ConfigError
 from groundup.core.files import read_json, write_json
+from groundup.model.kneser_ney import COUNT_BUCKETS, Estimate, estimate
+from groundup.model.ngram_counts import THREADS, count
+from groundup.model.windows import Ints
 
-Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 MISSING = -1
-FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # KenLM's, where too little text gives no estimate
-COUNT_BUCKETS = (1, 2, 4, 8, 32)
+MODEL_TYPE, CONFIG = "ngram", "config.json"
+QUERY_TOKENS = 1 << 20  # tokens looked up at a time
+LONGEST_ORDER = 16
 
 
 @dataclass(frozen=True)
 class Table:
     """All n-grams of one order, sorted by key = context row * vocabulary + last token.
 
-    `probs` are interpolated already; `gammas` and `totals` speak of the n-gram as a context.
+    `probs` are interpolated already. `gammas`, what an n-gram as context leaves to shorter ones,
+    and `seen`, how often it was one in steps of COUNT_BUCKETS, are empty for the longest order.
     """
 
     keys: Ints
     probs: NDArray[np.float32]
     gammas: NDArray[np.float32]
-    totals: NDArray[np.int64]
+    seen: NDArray[np.uint8]
 
 
 class NGram:
@@ -58,53 +69,99 @@ class NGram:
         order: int = 5,
         vocab_size: int,
         eos_token_id: int,
+        folder: Path | None = None,
+        memory_mb: float = 1024,
     ) -> "NGram":
-        """Count documents and estimate; tokens outside 0..vocab_size-1 are a DataError."""
-        tokens, real = padded(documents, order, eos_token_id)
-        if not real.any():
-            raise DataError("there are no tokens to count: give more text")
-        if tokens.max() >= vocab_size or tokens.min() < 0:
-            raise DataError(f"token {tokens.max()} does not fit a vocabulary of {vocab_size}")
-        keys, counts, suffixes = count(tokens, real, order, vocab_size)
-        return cls(*estimate(keys, counts, suffixes, vocab_size), vocab_size, eos_token_id)
+        """Count documents and estimate, in about `memory_mb` megabytes and on the folder's disk.
+
+        An array may hold several documents, each ended by eos. The model stays in `folder`,
+        memory-mapped; without one it is read into memory. Tokens outside 0..vocab_size-1 are a
+        DataError. The result does not depend on `memory_mb`.
+        """
+        if not 1 <= order <= LONGEST_ORDER:
+            raise ConfigError(f"order = {order}: n-grams have 1 to {LONGEST_ORDER} tokens")
+        if memory_mb <= 0:
+            raise ConfigError(f"memory_mb = {memory_mb:g} must be positive")
+        if folder is None:
+            with tempfile.TemporaryDirectory(prefix="groundup-ngram-") as aside:
+                made = cls.train(
+                    documents,
+                    order=order,
+                    vocab_size=vocab_size,
+                    eos_token_id=eos_token_id,
+                    folder=Path(aside),
+                    memory_mb=memory_mb,
+                )
+                return made.in_memory()
+        (folder / CONFIG).unlink(missing_ok=True)
+        work, budget = folder / "checkpoints", int(memory_mb * 1e6)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        with ThreadPoolExecutor(THREADS) as pool:
+            tables = count(
+                documents,
+                work,
+                order=order,
+                vocab_size=vocab_size,
+                eos=eos_token_id,
+                memory_bytes=budget,
+                pool=pool,
+            )
+            estimate(tables, work, vocab_size=vocab_size, memory_bytes=budget, pool=pool)
+        sizes = [len(table.keys) for table in tables]
+        for column in (c for n in range(order + 1) for c in Estimate.at(work, n).columns):
+            column.file.touch()
+            column.file.replace(folder / column.file.name)
+        shutil.rmtree(work)
+        write_settings(folder, vocab_size, eos_token_id, sizes)
+        return cls.load(folder)
+
+    def in_memory(self) -> "NGram":
+        """Return the same model with all tables in memory."""
+        root, *tables = (
+            Table(np.array(t.keys), np.array(t.probs), np.array(t.gammas), np.array(t.seen))
+            for t in (self.root, *self.tables)
+        )
+        return NGram(tables, root, self.vocab_size, self.eos_token_id)
 
     def save(self, folder: Path) -> None:
-        """Write one .npy file an array, and ngram.json last."""
+        """Write one file an array, and config.json last."""
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
         for n, table in enumerate([self.root, *self.tables]):
-            for name in ("keys", "probs", "gammas", "totals"):
-                np.save(folder / f"{n}.{name}.npy", getattr(table, name))
-        settings = {
-            "order": self.order,
-            "vocab_size": self.vocab_size,
-            "eos_token_id": self.eos_token_id,
-            "ngrams": [len(table.keys) for table in self.tables],
-        }
-        write_json(folder / "ngram.json", settings)
+            arrays: list[NDArray[Any]] = [table.keys, table.probs, table.gammas, table.seen]
+            for column, values in zip(Estimate.at(folder, n).columns, arrays, strict=True):
+                column.file.unlink(missing_ok=True)
+                column.put(0, values)
+        sizes = [len(table.keys) for table in self.tables]
+        write_settings(folder, self.vocab_size, self.eos_token_id, sizes)
 
     @classmethod
     def load(cls, folder: Path) -> "NGram":
         """Memory-map a saved model; a missing or damaged file is a CheckpointError."""
-        if not (folder / "ngram.json").is_file():
-            raise CheckpointError(f"{folder} holds no n-gram model: ngram.json is missing")
-        settings = read_json(folder / "ngram.json")
+        settings = read_settings(folder)
+        sizes = [1, *settings["ngrams"]]
         tables = []
-        for n in range(settings["order"] + 1):
-            try:
-                arrays = [
-                    np.load(folder / f"{n}.{name}.npy", mmap_mode="r")
-                    for name in ("keys", "probs", "gammas", "totals")
-                ]
-            except (OSError, ValueError) as err:
-                raise CheckpointError(f"{folder} is damaged ({err}): count it again") from err
-            tables.append(Table(*arrays))
+        for n, size in enumerate(sizes):
+            made = Estimate.at(folder, n)
+            context = size if n < len(sizes) - 1 else 0
+            gram = size if n else 0
+            for column, rows in zip(made.columns, (gram, gram, context, context), strict=True):
+                if len(column) != rows:
+                    raise CheckpointError(
+                        f"{folder} is damaged: {column.file.name} should hold {rows:,} numbers and "
+                        f"has {len(column):,}; count it again"
+                    )
+            tables.append(Table(*(column.mapped() for column in made.columns)))
         return cls(tables[1:], tables[0], settings["vocab_size"], settings["eos_token_id"])
 
     def token_logprobs(self, documents: Iterable[NDArray[np.integer]]) -> list[Floats]:
         """Return ln p(token | up to order - 1 tokens before it) for every token."""
-        documents = list(documents)
-        probs, _, real = self.query(documents)
-        return split_like(np.log(probs[real]), documents)
+        found: list[Floats] = []
+        for part in portions(documents):
+            probs, _, real = self.query(part)
+            found += split_like(np.log(probs[real]), part)
+        return found
 
     def buckets(self, documents: Iterable[NDArray[np.integer]]) -> list[Ints]:
         """Return how well each token's context is known, as a small integer.
@@ -112,22 +169,28 @@ class NGram:
         It grows with the longest context that was seen and with how often it was seen; it
         never looks at the token itself, so weights chosen by it keep a mixture normalised.
         """
-        documents = list(documents)
-        _, known, real = self.query(documents)
-        return split_like(known[real], documents)
+        found: list[Ints] = []
+        for part in portions(documents):
+            _, known, real = self.query(part)
+            found += split_like(known[real], part)
+        return found
+
+    def known(self, tokens: NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Return which tokens training saw; the others are KenLM's out-of-vocabulary words."""
+        ids = np.asarray(tokens, np.int64)
+        return find(self.tables[0].keys, np.zeros_like(ids), ids, self.vocab_size) != MISSING
 
     def next_probs(self, context: Sequence[int]) -> Floats:
-        """Return p(token | context) for the whole vocabulary.
-
-        Fewer than order - 1 tokens of context stand in the middle of a document.
-        """
+        """Return p(token | context) for the whole vocabulary; an eos begins a document anew."""
         reach = self.order - 1
         context = list(context)[max(0, len(context) - reach) :]
+        if self.eos_token_id in context:
+            context = context[len(context) - 1 - context[::-1].index(self.eos_token_id) :]
         probs = np.full(self.vocab_size, 1.0 / self.vocab_size)
         below = self.root
         for n, table in enumerate(self.tables[: len(context) + 1], start=1):
             row = self.row(context[len(context) - n + 1 :])
-            if row == MISSING or below.totals[row] == 0:
+            if row == MISSING or not below.seen[row]:
                 break  # a longer context is unknown too
             first, last = np.searchsorted(
                 table.keys, [row * self.vocab_size, (row + 1) * self.vocab_size]
@@ -152,39 +215,77 @@ class NGram:
     def query(
         self, documents: Sequence[NDArray[np.integer]]
     ) -> tuple[Floats, Ints, NDArray[np.bool_]]:
-        """Return probabilities, buckets and which padded positions are tokens of documents."""
-        tokens, real = padded(documents, self.order, self.eos_token_id)
+        """Return probabilities, buckets and which positions of the joined texts are tokens."""
+        tokens, real = joined(documents, self.eos_token_id)
         probs = np.full(len(tokens), 1.0 / self.vocab_size)
         known = np.zeros(len(tokens), dtype=np.int64)
         ending_here = np.zeros(len(tokens), dtype=np.int64)  # rows of the (n-1)-grams ending here
         below = self.root
         for n, table in enumerate(self.tables, start=1):
             context = np.concatenate(([MISSING if n > 1 else 0], ending_here[:-1]))
-            rows = find(table.keys, context, tokens, self.vocab_size)
-            usable = np.flatnonzero((context != MISSING) & (below.totals[context] > 0))
+            usable = np.flatnonzero(context != MISSING)
+            usable = usable[below.seen[context[usable]] > 0]
             at = context[usable]
-            hit = rows[usable] != MISSING
+            found = find(table.keys, at, tokens[usable], self.vocab_size)
+            hit = found != MISSING
             probs[usable[~hit]] *= below.gammas[at[~hit]]
-            probs[usable[hit]] = table.probs[rows[usable[hit]]]
-            seen = np.searchsorted(COUNT_BUCKETS, below.totals[at], side="right")
-            known[usable] = (n - 1) * (len(COUNT_BUCKETS) + 1) + seen
+            probs[usable[hit]] = table.probs[found[hit]]
+            known[usable] = (n - 1) * (len(COUNT_BUCKETS) + 1) + below.seen[at]
+            rows = np.full(len(tokens), MISSING)
+            rows[usable] = found
+            if n > 1:
+                rows[~real] = MISSING  # no n-gram reaches into the document before
             ending_here, below = rows, table
         return probs, known, real
 
 
-def padded(
-    documents: Iterable[NDArray[np.integer]], order: int, eos_token_id: int
-) -> tuple[Ints, NDArray[np.bool_]]:
-    """Return all documents behind order - 1 eos each, and which positions are their tokens."""
-    pad = np.full(order - 1, eos_token_id, dtype=np.int64)
-    parts: list[Ints] = []
-    flags: list[NDArray[np.bool_]] = []
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return an n-gram model's config.json; anything else is a CheckpointError."""
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} holds no n-gram model: {CONFIG} is missing")
+    settings: dict[str, Any] = read_json(folder / CONFIG)
+    if settings.get("model_type") != MODEL_TYPE:
+        kind = settings.get("model_type")
+        raise CheckpointError(f"{folder} holds no n-gram model: its model_type is {kind!r}")
+    return settings
+
+
+def write_settings(folder: Path, vocab_size: int, eos_token_id: int, sizes: list[int]) -> None:
+    """Write config.json, which says that all else is there."""
+    settings = {
+        "model_type": MODEL_TYPE,
+        "order": len(sizes),
+        "vocab_size": vocab_size,
+        "eos_token_id": eos_token_id,
+        "ngrams": sizes,
+    }
+    write_json(folder / CONFIG, settings)
+
+
+def portions(documents: Iterable[NDArray[np.integer]]) -> Iterator[list[NDArray[np.integer]]]:
+    """Yield the documents in lists of about QUERY_TOKENS tokens."""
+    part: list[NDArray[np.integer]] = []
+    size = 0
     for document in documents:
-        parts += [pad, np.asarray(document, dtype=np.int64)]
-        flags += [np.zeros(len(pad), dtype=bool), np.ones(len(document), dtype=bool)]
-    if not parts:
-        return np.zeros(0, np.int64), np.zeros(0, bool)
-    return np.concatenate(parts), np.concatenate(flags)
+        part.append(document)
+        size += len(document)
+        if size >= QUERY_TOKENS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def joined(
+    documents: Sequence[NDArray[np.integer]], eos_token_id: int
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """Return all documents behind an eos each, and which positions are their tokens."""
+    begin = np.array([eos_token_id])
+    parts = [part for document in documents for part in (begin, document)]
+    real = np.ones(sum(map(len, parts)), dtype=bool)
+    ends = np.cumsum([len(document) + 1 for document in documents])
+    real[np.concatenate(([0], ends[:-1]))] = False
+    return np.concatenate(parts).astype(np.int64), real
 
 
 def split_like(values: NDArray, documents: Sequence[NDArray[np.integer]]) -> list[NDArray]:
@@ -193,81 +294,14 @@ def split_like(values: NDArray, documents: Sequence[NDArray[np.integer]]) -> lis
 
 
 def find(keys: Ints, context: Ints, tokens: Ints, vocab_size: int) -> Ints:
-    """Return the rows of n-grams, MISSING where the context or the n-gram is unknown."""
-    wanted = context * vocab_size + tokens
-    rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where((context != MISSING) & (keys[rows] == wanted), rows, MISSING)
+    """Return the rows of n-grams whose contexts are known, MISSING where they are not there.
 
-
-def count(
-    tokens: Ints, real: NDArray[np.bool_], order: int, vocab_size: int
-) -> tuple[list[Ints], list[Ints], list[Ints]]:
-    """Return for each order the sorted keys, adjusted counts, and rows of the suffixes below.
-
-    The adjusted count of the longest n-grams is how often they occur; of shorter ones, how
-    many different tokens they follow (Heafield et al. 2013, eq. 2).
+    Many are looked up in order, which reads the table from front to back.
     """
-    keys: list[Ints] = []
-    counts: list[Ints] = []
-    suffixes: list[Ints] = []
-    ending_here = np.zeros(len(tokens), dtype=np.int64)
-    for n in range(1, order + 1):
-        # the first positions have too short a past; whatever they get is padding's own n-gram
-        context = np.concatenate(([0], ending_here[:-1]))
-        unique, first, rows = np.unique(
-            context * vocab_size + tokens, return_index=True, return_inverse=True
-        )
-        keys.append(unique)
-        suffixes.append(ending_here[first])
-        occurrences = np.bincount(rows[real], minlength=len(unique))
-        counts.append(occurrences)
-        if n > 1:
-            distinct = np.flatnonzero(occurrences)
-            counts[n - 2] = np.bincount(suffixes[n - 1][distinct], minlength=len(keys[n - 2]))
-        ending_here = rows
-    return keys, counts, suffixes
-
-
-def discounts(counts: Ints) -> tuple[float, float, float]:
-    """Return D1, D2, D3+ from the counts of counts (Chen & Goodman 1999, eq. 26)."""
-    n1, n2, n3, n4 = (int((counts == k).sum()) for k in (1, 2, 3, 4))
-    if min(n1, n2, n3, n4) == 0:
-        return FALLBACK_DISCOUNTS
-    y = n1 / (n1 + 2 * n2)
-    found = (1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)
-    sound = all(0 <= d <= k for k, d in enumerate(found, start=1))
-    return found if sound else FALLBACK_DISCOUNTS
-
-
-def estimate(
-    keys: list[Ints], counts: list[Ints], suffixes: list[Ints], vocab_size: int
-) -> tuple[list[Table], Table]:
-    """Return the tables of every order and the empty context's."""
-    order = len(keys)
-    sizes = [1, *(len(k) for k in keys)]
-    probs: list[Floats] = [np.full(1, 1.0 / vocab_size)]
-    gammas: list[Floats] = []
-    totals: list[Ints] = []
-    for n in range(1, order + 1):
-        adjusted = counts[n - 1]
-        context = keys[n - 1] // vocab_size
-        by_count = np.array([0.0, *discounts(adjusted)])
-        discount = by_count[np.minimum(adjusted, 3)]
-        total = np.bincount(context, weights=adjusted, minlength=sizes[n - 1])
-        left = np.bincount(context, weights=discount, minlength=sizes[n - 1])
-        safe = np.maximum(total, 1)
-        gamma = np.where(total > 0, left / safe, 1.0)
-        lower = probs[n - 1][suffixes[n - 1]] if n > 1 else np.full(len(adjusted), probs[0][0])
-        probs.append((adjusted - discount) / safe[context] + gamma[context] * lower)
-        gammas.append(gamma)
-        totals.append(total.astype(np.int64))
-    gammas.append(np.ones(sizes[order]))
-    totals.append(np.zeros(sizes[order], dtype=np.int64))
-    tables = [
-        Table(keys[n - 1], probs[n].astype(np.float32), gammas[n].astype(np.float32), totals[n])
-        for n in range(1, order + 1)
-    ]
-    root = Table(
-        np.zeros(1, np.int64), probs[0].astype(np.float32), gammas[0].astype(np.float32), totals[0]
-    )
-    return tables, root
+    wanted = context * vocab_size + tokens
+    by = np.argsort(wanted)
+    wanted = wanted[by]
+    rows = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    found = np.empty(len(wanted), np.int64)
+    found[by] = np.where(keys[rows] == wanted, rows, MISSING)
+    return found

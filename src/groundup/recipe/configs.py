@@ -53,8 +53,12 @@ class ShardsConfig:
 class NGramConfig:
     """Count a modified Kneser-Ney n-gram model on the training split."""
 
-    shards: Path = field(help="token shard folder", input=True)
-    order: int = field(5, help="longest n-gram")
+    corpus: Path = field(help="corpus folder or token shard folder", input=True)
+    tokenizer: Path = field(help="tokenizer folder", input=True)
+    order: int = field(5, help="longest n-gram in tokens")
+    memory_mb: float = field(
+        1024, help="memory for counting; the rest lies on the disk of --out", semantic=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from groundup.core.errors import ConfigError
 from groundup.core.files import read_json
 from groundup.data import write_shards
 from groundup.figure import LiveTraining
-from groundup.recipe.configs import LadderConfig, PretrainConfig
+from groundup.recipe.configs import LadderConfig, NGramConfig, PretrainConfig
 from groundup.tokenizer import Tokenizer
 from groundup.train import FitConfig, LoopOptions, State
 
@@ -19,7 +19,9 @@ def fit_settings(config: LoopOptions, **others: Any) -> FitConfig:
     return FitConfig(**{name: getattr(config, name) for name in names} | others)
 
 
-def shards_of(config: PretrainConfig | LadderConfig, tok: Tokenizer, out: Path) -> Path:
+def shards_of(
+    config: PretrainConfig | LadderConfig | NGramConfig, tok: Tokenizer, out: Path
+) -> Path:
     """Return a folder of shards made by this tokenizer: the one given, or one made of a corpus."""
     if not (config.corpus / "index.json").is_file():
         if not (out / "shards" / "index.json").is_file():

@@ -42,6 +42,7 @@ STAGES = {
             config="groundup.recipe.configs:NGramConfig",
             run="groundup.recipe.texts:count_ngrams",
             help="count the modified Kneser-Ney n-gram: the line to beat",
+            version=2,
         ),
         Stage(
             name="plan",

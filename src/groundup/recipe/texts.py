@@ -1,5 +1,6 @@
 """Stages on text: tokenizer, token shards, n-gram counts."""
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from groundup.core.types import Split
 from groundup.data import open_shard, read_corpus, read_documents, write_shards
 from groundup.model.ngram import NGram
 from groundup.recipe.configs import NGramConfig, ShardsConfig, TokenizerConfig
+from groundup.recipe.shared import shards_of
 from groundup.tokenizer import Tokenizer, sampling
 
 
@@ -74,16 +76,38 @@ def tokenize(config: ShardsConfig, out: Path) -> dict[str, Any]:
 
 def count_ngrams(config: NGramConfig, out: Path) -> dict[str, Any]:
     """Count the training split and measure the model on the validation split."""
-    from groundup.evaluate import bits_per_byte
+    from groundup.evaluate.perplexity import perplexities, summary
 
-    train = open_shard(config.shards, "train")
+    tok = Tokenizer.load(config.tokenizer)
+    shards = shards_of(config, tok, out)
+    train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
+    started = time.perf_counter()
     model = NGram.train(
-        train.documents(),
+        train.pieces(),
         order=config.order,
         vocab_size=train.vocab_size,
         eos_token_id=train.eos_token_id,
+        folder=out,
+        memory_mb=config.memory_mb,
     )
-    model.save(out)
-    score = bits_per_byte(model, open_shard(config.shards, "validation"))
-    say(f"  {config.order}-gram: {score['bits_per_byte']:.3f} bits per byte on validation text")
-    return {"bits_per_byte": score["bits_per_byte"], "order": config.order}
+    seconds = time.perf_counter() - started
+    tok.save(out)
+    sizes = [len(table.keys) for table in model.tables]
+    say(
+        f"  {len(train.tokens):,} tokens counted in {seconds:.1f} s; n-grams of 1 to "
+        f"{config.order} tokens: {', '.join(f'{size:,}' for size in sizes)}"
+    )
+    counts = {"order": config.order, "tokens": len(train.tokens), "ngrams": sizes}
+    if not len(validation.tokens):
+        say("  no validation text: groundup evaluate measures the model on any other")
+        return counts
+    documents = validation.documents()
+    logprobs = model.token_logprobs(documents)
+    score = summary(logprobs, validation)
+    score |= perplexities(logprobs, [model.known(document) for document in documents])
+    say(
+        f"  validation text: {score['bits_per_byte']:.3f} bits per byte, perplexity "
+        f"{score['perplexity']:.1f} ({score['without_unseen']:.1f} without "
+        f"{score['unseen_tokens']:,} tokens that training never saw)"
+    )
+    return counts | score
