@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from groundup.model import attention
 from groundup.model.config import ModelConfig
 from groundup.model.fused import RMSNormed, SwiGLU, worthwhile
 from groundup.model.loss import IGNORE, linear_cross_entropy
@@ -74,12 +75,12 @@ def norm_of(config: ModelConfig, size: int) -> RMSNorm:
 
 @dataclass
 class Context:
-    """What every layer of one forward shares: rotary tables, masks, the cache."""
+    """What every layer of one forward shares: rotary tables, what is looked at, the cache."""
 
     rotary: tuple[Tensor, Tensor]
     local_rotary: tuple[Tensor, Tensor]
-    mask: Tensor | None
-    window_mask: Tensor | None
+    reach: attention.Reach
+    local_reach: attention.Reach
     cache: Cache | None
     routing: list[Tensor] | None
 
@@ -109,15 +110,21 @@ class Attention(nn.Module):
             self.k_norm = norm_of(config, config.head_dim if by_head else narrow)
 
     def forward(self, x_BTE: Tensor, context: Context) -> Tensor:
-        """Attend causally, or where the context's mask [B, 1, T, S] is True."""
+        """Attend as far as the context reaches."""
         q_BTHD, k_BTKD, v_BTKD = self.heads(x_BTE)
-        rotary = context.local_rotary if self.window is not None else context.rotary
+        local = self.window is not None
+        rotary = context.local_rotary if local else context.rotary
         if context.cache is not None:
             return self.o_proj(context.cache.attend(self, q_BTHD, k_BTKD, v_BTKD, rotary))
-        mask = context.window_mask if self.window is not None else context.mask
+        reach = context.local_reach if local else context.reach
         q_BHTD = rotate(q_BTHD.transpose(1, 2), *rotary)
         k_BKTD = rotate(k_BTKD.transpose(1, 2), *rotary)
-        out_BHTD = self.attend(q_BHTD, k_BKTD, v_BTKD.transpose(1, 2), mask, causal=mask is None)
+        v_BKTD = v_BTKD.transpose(1, 2)
+        if self.softcap is None and attention.takes(q_BHTD, k_BKTD, v_BKTD):
+            out_BHTD = attention.causal_attention(q_BHTD, k_BKTD, v_BKTD, reach.first(), self.scale)
+        else:
+            mask = reach.mask()
+            out_BHTD = self.attend(q_BHTD, k_BKTD, v_BKTD, mask, causal=mask is None)
         return self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
 
     def heads(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -314,14 +321,17 @@ class Stack(nn.Module):
         B, T = ids_BT.shape
         if positions is None:
             positions = torch.arange(T, device=ids_BT.device).expand(B, T)
-        mask = segment_mask(segments)
-        rotary = rotary_table(positions, config, cached=cache is not None)
-        context = Context(rotary, rotary, mask, None, cache, routing)
-        if config.sliding_window is not None:
-            if config.rope_local_base_freq is not None:
-                context.local_rotary = rotary_table(positions, config, local=True)
-            if cache is None:
-                context.window_mask = sliding_mask(positions, mask, config.sliding_window)
+        rotary = local_rotary = rotary_table(positions, config, cached=cache is not None)
+        if config.sliding_window is not None and config.rope_local_base_freq is not None:
+            local_rotary = rotary_table(positions, config, local=True)
+        context = Context(
+            rotary,
+            local_rotary,
+            attention.Reach(ids_BT, segments),
+            attention.Reach(ids_BT, segments, config.sliding_window),
+            cache,
+            routing,
+        )
         x_BTE = self.embed_tokens(ids_BT)
         if config.family.gemma:  # in the embedding's dtype, as Gemma was trained
             x_BTE = x_BTE * torch.tensor(config.hidden_size**0.5, dtype=x_BTE.dtype)
@@ -336,7 +346,7 @@ class Decoder(nn.Module):
     """A causal language model; always used through its call.
 
     ids_BT are token ids. `positions_BT` default to 0..T-1. `segments_BT` confine attention to
-    equal numbers (packed documents). A `cache` brings earlier keys and attends over them.
+    runs of equal numbers (packed documents). A `cache` brings earlier keys and attends over them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -438,21 +448,3 @@ class Decoder(nn.Module):
         """Return fp32 log-probabilities of the targets of one piece; 0 where IGNORE."""
         logits_NV = self.head(hidden_NE)
         return -F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE, reduction="none")
-
-
-def segment_mask(segments_BT: Tensor | None) -> Tensor | None:
-    """Return [B, 1, T, T], True where a position may look: backwards within its segment."""
-    if segments_BT is None:
-        return None
-    T = segments_BT.shape[1]
-    causal_TT = torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril()
-    return ((segments_BT[:, :, None] == segments_BT[:, None, :]) & causal_TT)[:, None]
-
-
-def sliding_mask(positions_BT: Tensor, mask: Tensor | None, window: int) -> Tensor:
-    """Return [B, 1, T, T], True where `mask` is (or causally) and less than `window` back."""
-    if mask is None:
-        T = positions_BT.shape[1]
-        mask = torch.ones(T, T, dtype=torch.bool, device=positions_BT.device).tril()[None, None]
-    near_BTS = positions_BT[:, :, None] - positions_BT[:, None, :] < window
-    return mask & near_BTS[:, None]

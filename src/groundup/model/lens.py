@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from groundup.model.attention import looked_at
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
 from groundup.model.hf import Network
@@ -38,6 +39,11 @@ class Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.maps.append(attention_weights(*args, **kwargs)[0])
+        elif func is torch.ops.groundup.causal_attention.default:
+            q_BHTD, k_BKTD, v_BKTD, first_BT, scale = args
+            mask = None if first_BT is None else looked_at(first_BT)
+            plain = {"attn_mask": mask, "is_causal": mask is None, "scale": scale}
+            self.maps.append(attention_weights(q_BHTD, k_BKTD, v_BKTD, **plain)[0])
         elif func is Tensor.softmax and args[0].dim() == 4:
             self.maps.append(result[0])
         return result

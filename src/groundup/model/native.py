@@ -1,0 +1,63 @@
+"""C++ sources of this package, compiled for this processor on first use.
+
+g++ takes a few seconds, once: a library is kept in the user's cache folder under the hash of
+source, compiler and processor.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from groundup.core.progress import say
+
+FLAGS = "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math"
+
+
+@cache
+def library(source: Path) -> ctypes.CDLL | None:
+    """Return a source's library, built if need be; None, and one line why, if it cannot be."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        say(f"no g++ here: torch does, more slowly, what {source.name} is for")
+        return None
+    try:
+        return ctypes.CDLL(str(build(source, compiler)))
+    except (OSError, subprocess.SubprocessError) as err:
+        said = getattr(err, "stderr", None) or str(err)
+        say(f"{compiler} could not build {source.name}, torch is used: {said.strip()[:300]}")
+        return None
+
+
+def build(source: Path, compiler: str) -> Path:
+    """Return the library's file, compiled unless it is there; complete or absent."""
+    version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True)
+    key = hashlib.sha256(source.read_bytes())
+    for part in (version.stdout, processor(), FLAGS):
+        key.update(part.encode())
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = home / "groundup"
+    file = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            made = Path(aside) / file.name
+            command = [compiler, *FLAGS.split(), str(source), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.replace(file)
+    return file
+
+
+def processor() -> str:
+    """Return what -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))

@@ -1,0 +1,316 @@
+// The hot loops of training on a CPU that torch has no fast operator for: causal attention with its
+// gradients, and the softmax of the vocabulary. Built on first use by native.py, called through
+// ctypes. Tensors are float32 or bfloat16, arithmetic is float32.
+//
+// Names: B rows, H query heads, K key/value heads, T positions, D head size (a multiple of 16).
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+typedef float v16 __attribute__((vector_size(64), aligned(4)));  // any CPU: the compiler splits it
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+
+constexpr long LANES = 16, BLOCK = 48;  // queries that are scored at a time
+
+inline v16 load(const float* x) { return *(const v16*)x; }
+inline void store(float* x, v16 v) { *(v16*)x = v; }
+
+inline float sum(v16 v) {
+    for (int width = 8; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) v[i] += v[i + width];
+    return v[0];
+}
+
+inline float largest(v16 v) {
+    for (int width = 8; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) v[i] = std::max(v[i], v[i + width]);
+    return v[0];
+}
+
+// e^x to two units in the last place: x = n ln 2 + r, a polynomial in r, n added to the exponent.
+inline v16 exponential(v16 x) {
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits behind the point
+    v16 low = x - x - 87.0f;
+    x = x < low ? low : x;
+    v16 n = (x * 1.44269504f + round) - round;
+    v16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    v16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    i16 bits = (__builtin_convertvector(n, i16) + 127) << 23;
+    v16 power;
+    std::memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+inline float from_bf16(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+inline uint16_t to_bf16(float x) {  // to nearest, ties to even, as torch rounds
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;  // not a number
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// ---------------------------------------------------------------- products
+
+// C[M, 16 N] (+)= A B, where A(m, k) lies at a[m * row + k * column]: as it is, or transposed.
+template <int M, int N>
+void tile(const float* a, long row, long column, const float* b, long ldb, float* c, long ldc,
+          long K, bool add) {
+    v16 acc[M][N];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) acc[m][n] = add ? load(c + m * ldc + n * LANES) : v16{};
+    for (long k = 0; k < K; k++) {
+        v16 right[N];
+        for (int n = 0; n < N; n++) right[n] = load(b + k * ldb + n * LANES);
+        for (int m = 0; m < M; m++) {
+            float left = a[m * row + k * column];
+            for (int n = 0; n < N; n++) acc[m][n] += left * right[n];
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) store(c + m * ldc + n * LANES, acc[m][n]);
+}
+
+template <int N>
+void rows_of_tiles(long M, const float* a, long row, long column, const float* b, long ldb,
+                   float* c, long ldc, long K, bool add) {
+    long m = 0;
+    for (; m + 6 <= M; m += 6)
+        tile<6, N>(a + m * row, row, column, b, ldb, c + m * ldc, ldc, K, add);
+    for (; m < M; m++) tile<1, N>(a + m * row, row, column, b, ldb, c + m * ldc, ldc, K, add);
+}
+
+// C[M, N] (+)= A B; N is a multiple of 16.
+void product(long M, long N, long K, const float* a, long row, long column, const float* b,
+             long ldb, float* c, long ldc, bool add) {
+    long n = 0;
+    for (; n + 64 <= N; n += 64) rows_of_tiles<4>(M, a, row, column, b + n, ldb, c + n, ldc, K, add);
+    for (; n < N; n += 16) rows_of_tiles<1>(M, a, row, column, b + n, ldb, c + n, ldc, K, add);
+}
+
+// ---------------------------------------------------------------- attention
+
+// A tensor [B, heads, T, D], the last dimension dense; attention.py fills these in.
+struct Tensor {
+    void* data;
+    long batch, head, time;  // steps between neighbours, in elements
+    int bf16;
+};
+
+struct Shape {
+    long B, H, K, T, D;
+    float scale;
+    const int32_t* first;  // [B, T], the first key that a query looks at; null: all before it
+};
+
+// `count` positions of a head from `start` on, as float32 [count, D] times `factor`.
+void read(const Tensor& x, const Shape& s, long b, long h, long start, long count, float factor,
+          float* out) {
+    long at = b * x.batch + h * x.head + start * x.time;
+    for (long t = 0; t < count; t++, at += x.time, out += s.D) {
+        if (x.bf16) {
+            const uint16_t* row = (const uint16_t*)x.data + at;
+            for (long d = 0; d < s.D; d++) out[d] = from_bf16(row[d]) * factor;
+        } else {
+            const float* row = (const float*)x.data + at;
+            for (long d = 0; d < s.D; d++) out[d] = row[d] * factor;
+        }
+    }
+}
+
+void write(const float* x, const Shape& s, long b, long h, long start, long count, float factor,
+           const Tensor& out) {
+    long at = b * out.batch + h * out.head + start * out.time;
+    for (long t = 0; t < count; t++, at += out.time, x += s.D) {
+        if (out.bf16) {
+            uint16_t* row = (uint16_t*)out.data + at;
+            for (long d = 0; d < s.D; d++) row[d] = to_bf16(x[d] * factor);
+        } else {
+            float* row = (float*)out.data + at;
+            for (long d = 0; d < s.D; d++) row[d] = x[d] * factor;
+        }
+    }
+}
+
+void transpose(const float* x, long T, long D, float* out, long wide) {  // [T, D] to [D, wide]
+    for (long t = 0; t < T; t++)
+        for (long d = 0; d < D; d++) out[d * wide + t] = x[t * D + d];
+    for (long d = 0; d < D; d++) std::fill(out + d * wide + T, out + (d + 1) * wide, 0.0f);
+}
+
+// A block of queries: which they are, and the keys that any of them looks at, padded to lanes.
+struct Block {
+    long start, count, low, width;
+    Block(const Shape& s, long b, long start) : start(start), count(std::min(BLOCK, s.T - start)) {
+        low = 0;
+        if (s.first) low = *std::min_element(s.first + b * s.T + start, s.first + b * s.T + start + count);
+        width = (start + count - low + LANES - 1) / LANES * LANES;
+    }
+    // The columns [from, to) of row i that its query looks at.
+    long from(const Shape& s, long b, long i) const {
+        return s.first ? s.first[b * s.T + start + i] - low : 0;
+    }
+    long to(long i) const { return start + i + 1 - low; }
+};
+
+// Columns of a score that lie within [from, to) out of 16 from c on.
+inline i16 within(long c, long from, long to) {
+    i16 column = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    column += int32_t(c);
+    return (column >= int32_t(from)) & (column < int32_t(to));
+}
+
+// Turn a row of scores into e^(score - shift), zero outside [from, to); return their sum.
+float weigh(float* row, long width, long from, long to, float shift) {
+    v16 total = {}, zero = {};
+    for (long c = 0; c < width; c += LANES) {
+        v16 weight = exponential(load(row + c) - shift);
+        if (c < from || c + LANES > to) weight = within(c, from, to) ? weight : zero;
+        total += weight;
+        store(row + c, weight);
+    }
+    return sum(total);
+}
+
+float top(const float* row, long width, long from, long to) {
+    v16 most = v16{} - INFINITY, none = most;
+    for (long c = 0; c < width; c += LANES) {
+        v16 score = load(row + c);
+        if (c < from || c + LANES > to) score = within(c, from, to) ? score : none;
+        most = score > most ? score : most;
+    }
+    return largest(most);
+}
+
+// The fp32 copies that a thread works on.
+struct Scratch {
+    long wide;  // between rows of scores: a little more than T, so that rows do not share a cache set
+    std::vector<float> q, k, v, kt, vt, d_out, weights, slopes, out, dk, dv;
+    Scratch(const Shape& s, bool backward) : wide((s.T + LANES - 1) / LANES * LANES + LANES) {
+        long all = s.T * s.D, block = BLOCK * s.D, turned = s.D * wide;
+        q.resize(block), out.resize(block), k.resize(all), v.resize(all), kt.resize(turned);
+        weights.resize(BLOCK * wide);
+        if (!backward) return;
+        d_out.resize(block), vt.resize(turned), slopes.resize(BLOCK * wide);
+        dk.resize(all), dv.resize(all);
+    }
+};
+
+void forward_head(const Shape& s, long b, long g, const Tensor& q, const Tensor& k, const Tensor& v,
+                  const Tensor& out, float* log_z, Scratch& own) {
+    read(k, s, b, g, 0, s.T, 1.0f, own.k.data());
+    read(v, s, b, g, 0, s.T, 1.0f, own.v.data());
+    transpose(own.k.data(), s.T, s.D, own.kt.data(), own.wide);
+    for (long h = g * s.H / s.K; h < (g + 1) * s.H / s.K; h++)
+        for (long start = 0; start < s.T; start += BLOCK) {
+            Block block(s, b, start);
+            read(q, s, b, h, start, block.count, s.scale, own.q.data());
+            product(block.count, block.width, s.D, own.q.data(), s.D, 1, own.kt.data() + block.low,
+                    own.wide, own.weights.data(), own.wide, false);
+            float totals[BLOCK];
+            for (long i = 0; i < block.count; i++) {
+                float* row = own.weights.data() + i * own.wide;
+                long from = block.from(s, b, i), to = block.to(i);
+                float shift = top(row, block.width, from, to);
+                totals[i] = weigh(row, block.width, from, to, shift);
+                log_z[(b * s.H + h) * s.T + start + i] = shift + std::log(totals[i]);
+            }
+            long keys = start + block.count - block.low;
+            product(block.count, s.D, keys, own.weights.data(), own.wide, 1,
+                    own.v.data() + block.low * s.D, s.D, own.out.data(), s.D, false);
+            for (long i = 0; i < block.count; i++)
+                for (long d = 0; d < s.D; d++) own.out[i * s.D + d] /= totals[i];
+            write(own.out.data(), s, b, h, start, block.count, 1.0f, out);
+        }
+}
+
+// Slopes of the scores: weight * (d_weight - mean of d_weight), the mean being the weighted one.
+void soften(float* weights, float* slopes, long width) {
+    v16 mean = {};
+    for (long c = 0; c < width; c += LANES) mean += load(weights + c) * load(slopes + c);
+    float shift = sum(mean);
+    for (long c = 0; c < width; c += LANES)
+        store(slopes + c, load(weights + c) * (load(slopes + c) - shift));
+}
+
+void backward_head(const Shape& s, long b, long g, const Tensor& q, const Tensor& k,
+                   const Tensor& v, const Tensor& d_out, const float* log_z, const Tensor& dq,
+                   const Tensor& dk, const Tensor& dv, Scratch& own) {
+    read(k, s, b, g, 0, s.T, 1.0f, own.k.data());
+    read(v, s, b, g, 0, s.T, 1.0f, own.v.data());
+    transpose(own.k.data(), s.T, s.D, own.kt.data(), own.wide);
+    transpose(own.v.data(), s.T, s.D, own.vt.data(), own.wide);
+    std::fill(own.dk.begin(), own.dk.end(), 0.0f);
+    std::fill(own.dv.begin(), own.dv.end(), 0.0f);
+    float *weights = own.weights.data(), *slopes = own.slopes.data();
+    for (long h = g * s.H / s.K; h < (g + 1) * s.H / s.K; h++)
+        for (long start = 0; start < s.T; start += BLOCK) {
+            Block block(s, b, start);
+            long keys = start + block.count - block.low, at = block.low * s.D;
+            read(q, s, b, h, start, block.count, s.scale, own.q.data());
+            read(d_out, s, b, h, start, block.count, 1.0f, own.d_out.data());
+            product(block.count, block.width, s.D, own.q.data(), s.D, 1, own.kt.data() + block.low,
+                    own.wide, weights, own.wide, false);
+            product(block.count, block.width, s.D, own.d_out.data(), s.D, 1,
+                    own.vt.data() + block.low, own.wide, slopes, own.wide, false);
+            for (long i = 0; i < block.count; i++) {
+                float* row = weights + i * own.wide;
+                weigh(row, block.width, block.from(s, b, i), block.to(i),
+                      log_z[(b * s.H + h) * s.T + start + i]);
+                soften(row, slopes + i * own.wide, block.width);
+            }
+            product(keys, s.D, block.count, weights, 1, own.wide, own.d_out.data(), s.D,
+                    own.dv.data() + at, s.D, true);
+            product(keys, s.D, block.count, slopes, 1, own.wide, own.q.data(), s.D,
+                    own.dk.data() + at, s.D, true);
+            product(block.count, s.D, keys, slopes, own.wide, 1, own.k.data() + at, s.D,
+                    own.out.data(), s.D, false);
+            write(own.out.data(), s, b, h, start, block.count, s.scale, dq);
+        }
+    write(own.dk.data(), s, b, g, 0, s.T, 1.0f, dk);
+    write(own.dv.data(), s, b, g, 0, s.T, 1.0f, dv);
+}
+
+}  // namespace
+
+extern "C" {
+
+void attention(const Shape* s, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* out,
+               float* log_z, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch own(*s, false);
+#pragma omp for schedule(dynamic)
+        for (long n = 0; n < s->B * s->K; n++)
+            forward_head(*s, n / s->K, n % s->K, *q, *k, *v, *out, log_z, own);
+    }
+}
+
+void attention_backward(const Shape* s, const Tensor* q, const Tensor* k, const Tensor* v,
+                        const Tensor* d_out, const float* log_z, const Tensor* dq, const Tensor* dk,
+                        const Tensor* dv, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch own(*s, true);
+#pragma omp for schedule(dynamic)
+        for (long n = 0; n < s->B * s->K; n++)
+            backward_head(*s, n / s->K, n % s->K, *q, *k, *v, *d_out, log_z, *dq, *dk, *dv, own);
+    }
+}
+
+}
