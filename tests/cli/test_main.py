@@ -1,5 +1,6 @@
 """The command line: exit codes, one-line errors, help without torch."""
 
+import json
 import subprocess
 import sys
 
@@ -63,3 +64,27 @@ def test_a_bug_of_ours_is_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr("groundup.cli.main.dispatch", lambda args: 1 / 0)
     assert main([]) == 1
     assert "bug in groundup" in capsys.readouterr().err
+
+
+def test_a_token_without_a_row_is_one_line(tiny, tok, text_folder, tmp_path, capsys):
+    from groundup.model import save_model
+    from groundup.tokenizer.surgery import extend
+
+    model, out = str(tmp_path / "m"), str(tmp_path / "out")
+    save_model(tiny, tok, tmp_path / "m")
+    larger, _ = extend(tok, ["<one>", "<more>"], special=True)
+    larger.save(tmp_path / "m")
+    chats = tmp_path / "chats.jsonl"
+    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    chats.write_text(json.dumps({"messages": [question, answer]}) + "\n")
+    for argv in (
+        ["generate", model, "--prompt", "a"],
+        ["finetune", model, "--data", str(chats), "--steps", "1", "--out", out],
+        ["evaluate", model, "--data", str(text_folder)],
+        ["inspect", model, "--prompt", "a"],
+        ["export", model, "--format", "gguf", "--out", out],
+    ):
+        assert main(argv) == 2, argv
+        err = capsys.readouterr().err
+        assert "'<more>' has id" in err
+        assert "and the embedding has" in err

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from groundup.core.errors import CheckpointError
+from groundup.core.errors import CheckpointError, DataError
 from groundup.model import Decoder, Encoder, EncoderConfig, ModelConfig, load_network, save_model
 from groundup.model import hf as folders
 from groundup.model.weights import read_weights
@@ -237,5 +237,8 @@ def test_pickles_are_never_loaded(folder, name):
 
 
 def test_texts_beyond_the_positions_are_refused():
-    with pytest.raises(CheckpointError, match="80 tokens, and the model has 64 positions"):
-        encoder()(torch.zeros(1, 80, dtype=torch.long))
+    modern = EncoderConfig(**SIZES | {"model_type": "modernbert", "task": "mlm"})
+    causal = ModelConfig(**SIZES | {"head_dim": 8})
+    for model in (encoder(), Encoder(modern), Decoder(causal)):
+        with pytest.raises(DataError, match="80 tokens, and the model has 64 positions"):
+            model(torch.zeros(1, 80, dtype=torch.long))

@@ -114,7 +114,7 @@ def load_classifier(path: str | Path, *, device: str | torch.device = "cpu") -> 
     if (folder / "bayes.json").is_file():
         return NaiveBayes.load(folder)
     model = load_network(folder, device=device)
-    tok = Tokenizer.load(folder)
+    tok = Tokenizer.load(folder).need_rows(model.config.vocab_size, folder)
     if isinstance(model, Decoder):
         if not (folder / LABELS).is_file():
             raise CheckpointError(

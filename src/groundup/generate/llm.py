@@ -62,6 +62,7 @@ class LLM:
             decoder = need_decoder(network, folder)
             lay_out(decoder)
             tokenizer = tokenizer or Tokenizer.load(folder)
+            tokenizer.need_rows(decoder.config.vocab_size, folder)
             ends = read_generation_ends(folder) or None
         self.tokenizer = tokenizer
         self.engine = Engine(decoder, tokenizer, config, ends=ends, speculative=speculative)

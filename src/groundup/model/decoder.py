@@ -22,7 +22,7 @@ from groundup.model import attention
 from groundup.model.config import ModelConfig
 from groundup.model.fused import RMSNormed, SwiGLU, worthwhile
 from groundup.model.loss import IGNORE, linear_cross_entropy
-from groundup.model.rope import rotary_table, rotate
+from groundup.model.rope import check_length, rotary_table, rotate
 
 LOGITS_IN_ONE_PIECE = 2**26  # more logits than this (256 MB in fp32) are computed in pieces
 
@@ -320,6 +320,8 @@ class Stack(nn.Module):
         config = self.config
         B, T = ids_BT.shape
         if positions is None:
+            if config.rope_type != "dynamic":  # which is for longer texts
+                check_length(T, config.max_position_embeddings)
             positions = torch.arange(T, device=ids_BT.device).expand(B, T)
         rotary = local_rotary = rotary_table(positions, config, cached=cache is not None)
         if config.sliding_window is not None and config.rope_local_base_freq is not None:

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groundup.core.errors import CheckpointError
 from groundup.model.encoder_config import EncoderConfig
 from groundup.model.loss import IGNORE
-from groundup.model.rope import rotate
+from groundup.model.rope import check_length, rotate
 
 Want = Literal["auto", "hidden", "logits", "nsp", "logprobs", "pairs", "embedding"]
 
@@ -86,11 +85,8 @@ class BertBody(nn.Module):
     def forward(self, ids_BT: Tensor, mask_BT: Tensor | None, types_BT: Tensor | None) -> Tensor:
         """Return hidden_BTE."""
         tables = self.embeddings
-        T, most = ids_BT.shape[1], tables["position_embeddings"].num_embeddings
-        if most < T:
-            raise CheckpointError(
-                f"a text has {T} tokens, and the model has {most} positions: shorten it"
-            )
+        T = ids_BT.shape[1]
+        check_length(T, tables["position_embeddings"].num_embeddings)
         if types_BT is None:
             types_BT = torch.zeros_like(ids_BT)
         places_T = torch.arange(T, device=ids_BT.device)
@@ -159,6 +155,7 @@ class ModernBody(nn.Module):
     def forward(self, ids_BT: Tensor, mask_BT: Tensor | None, types_BT: Tensor | None) -> Tensor:
         """Return hidden_BTE; token types have no place here."""
         config = self.config
+        check_length(ids_BT.shape[1], config.max_position_embeddings)
         places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
         mask = None if mask_BT is None else mask_BT.bool()[:, None, None]
         near_TT = (places_T[:, None] - places_T).abs() <= config.local_attention // 2

@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, DataError
 from groundup.model.config import ModelConfig
 from groundup.model.fused import Rotated, worthwhile
+
+
+def check_length(T: int, most: int) -> None:
+    """Raise where a text has more tokens than a model has positions."""
+    if most < T:
+        raise DataError(f"a text has {T:,} tokens, and the model has {most:,} positions: shorten it")
 
 
 def rotary_table(

@@ -220,7 +220,8 @@ def train_lm(bench: Bench, sample: list[Labelled], out: Path) -> tuple[Classifie
         model = Decoder(small_decoder(config, tok))
     else:
         folder = resolve_model(config.lm)
-        model, tok = load_model(folder), Tokenizer.load(folder)
+        model = load_model(folder)
+        tok = Tokenizer.load(folder).need_rows(model.config.vocab_size, folder)
     rows = []
     for row in sample:
         name, text = LMClassifier.parts(tok, row.label, row.text)
@@ -255,8 +256,8 @@ def train_encoder(bench: Bench, sample: list[Labelled], out: Path) -> tuple[Clas
         model = Encoder(small_encoder(config, tok, labels))
     else:
         folder = resolve_model(config.encoder)
-        tok = Tokenizer.load(folder)
         model = load_network(folder, task="sequence", num_labels=len(labels))
+        tok = Tokenizer.load(folder).need_rows(model.config.vocab_size, folder)
     if isinstance(model, HeadedDecoder):
         model.labels = tuple(labels)
     else:

@@ -228,7 +228,9 @@ def evaluate_texts(
         vocab_size=tok.vocab_size,
         tokenizer=tok.fingerprint,
     )
-    network = NeuralLM(load_model(model, device=chosen.device), tok.eos_token_id)
+    decoder = load_model(model, device=chosen.device)
+    tok.need_rows(decoder.config.vocab_size, model)
+    network = NeuralLM(decoder, tok.eos_token_id)
     return bits_per_byte(network, shard)
 
 
@@ -242,7 +244,9 @@ def evaluate_tasks(
     tasks = [read_task(path, limit=limit) for path in paths]
     tok = Tokenizer.load(model)
     chosen = devices.pick(device, "fp32")
-    network = NeuralLM(load_model(model, device=chosen.device), tok.eos_token_id)
+    decoder = load_model(model, device=chosen.device)
+    tok.need_rows(decoder.config.vocab_size, model)
+    network = NeuralLM(decoder, tok.eos_token_id)
     scores = {task.name: run_task(network, tok, task) for task in tasks}
     rows = [
         (

@@ -57,8 +57,9 @@ def export_gguf(model_folder: Path, out: Path, *, dtype: str = "f16") -> dict[st
     gguf = need("gguf", extra="export", purpose="writing GGUF")
     if dtype not in TYPES:
         raise ConfigError(f"dtype {dtype!r}{closest(dtype, TYPES)}")
-    model, tok = load_model(model_folder), Tokenizer.load(model_folder)
+    model = load_model(model_folder)
     config = model.config
+    tok = Tokenizer.load(model_folder).need_rows(config.vocab_size, model_folder)
     if config.model_type not in ARCHITECTURES:
         raise CheckpointError(
             f"{config.model_type} is not written as GGUF{closest(config.model_type, ARCHITECTURES)}"

@@ -207,7 +207,8 @@ def size_text(size: float) -> str:
 
 def draw(folder: Path, prompt: str, out: Path) -> None:
     """Write a page of pictures: attention, the logit lens, embedding neighbours."""
-    model, tok = load_network(folder), Tokenizer.load(folder)
+    model = load_network(folder)
+    tok = Tokenizer.load(folder).need_rows(model.config.vocab_size, folder)
     ids = tok.encode(prompt)
     if isinstance(model, Decoder):
         ids = [tok.bos_token_id, *ids]

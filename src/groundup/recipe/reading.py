@@ -30,6 +30,7 @@ def read_spans(config: ReadingConfig, out: Path) -> dict[str, Any]:
     device = devices.pick(config.device, config.dtype)
     torch.manual_seed(config.seed)
     model = span_model(config.model)
+    tok.need_rows(model.config.vocab_size, config.model)
     longest = min(config.max_length, model.config.max_position_embeddings)
     train, test, counts = read_splits(config)
     windows, cut = cut_windows(train, tok, max_length=longest, doc_stride=config.doc_stride)
@@ -155,7 +156,8 @@ def evaluate_reading(
 ) -> dict[str, Any]:
     """Score a model with a span head on files in SQuAD's form."""
     network: Any = load_network(model, device=devices.pick(device, "fp32").device)
-    reader = SpanReader(network, Tokenizer.load(model))
+    tok = Tokenizer.load(model).need_rows(network.config.vocab_size, model)
+    reader = SpanReader(network, tok)
     questions: list[Question] = []
     for path in data:
         found, counts = read_squad(Path(path))

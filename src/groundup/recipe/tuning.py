@@ -49,6 +49,7 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config.plan))
     model = load_model(config.model, device=device.device)
+    tok.need_rows(model.config.vocab_size, config.model)
     adapter = adapt(model, config)
     longest = config.max_length or model.config.max_position_embeddings
     chats = list(read_chats(config.data, "train"))
@@ -131,6 +132,7 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config.plan))
     model = load_model(config.model, device=device.device)
+    tok.need_rows(model.config.vocab_size, config.model)
     adapter = adapt(model, config)
     longest = config.max_length or model.config.max_position_embeddings
     preferences = list(read_preferences(config.data, "train"))

@@ -217,6 +217,17 @@ class Tokenizer:
         """Return the number of ids, special tokens included."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
+    def need_rows(self, rows: int, where: str | Path) -> "Tokenizer":
+        """Return the tokenizer; raise where an embedding of `rows` rows has none for a token."""
+        if self.vocab_size > rows:
+            last = self.backend.id_to_token(self.vocab_size - 1)
+            raise TokenizerError(
+                f"{where}: the tokenizer's token {last!r} has id {self.vocab_size - 1:,}, and the "
+                f"embedding has {rows:,} rows: drop it from tokenizer.json, or give it a row with "
+                "`groundup pretrain CORPUS --init MODEL --tokenizer MODEL`"
+            )
+        return self
+
     def token_id(self, *keys: str) -> int:
         """Return the id of the first of these special roles that the tokenizer has."""
         for key in keys:
