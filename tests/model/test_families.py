@@ -80,7 +80,7 @@ CASES |= {
     f"llama, {kind}": {
         "model_type": "llama",
         "rope_scaling": {"rope_type": kind, **values},
-        "max_position_embeddings": 32,
+        "max_position_embeddings": 32 if kind == "dynamic" else 64,
     }
     for kind, values in SCALED.items()
 }
@@ -112,15 +112,13 @@ def pairs(tmp_path_factory):
 
 
 def relative(found, wanted):
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_equal_transformers(pairs, case, tmp_path):
     ours, theirs, _ = pairs[case]
-    beyond = ours.config.rope_type == "dynamic"  # whose scaling begins behind the positions
-    length = 40 if beyond else min(40, ours.config.max_position_embeddings)
-    ids = torch.randint(0, 97, (2, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
     found, wanted = ours(ids), theirs(ids).logits
     assert relative(found, wanted) < 1e-5
     weight = torch.randn_like(found)
@@ -136,7 +134,7 @@ def test_logits_and_gradients_equal_transformers(pairs, case, tmp_path):
     own = model_tensors(ours)
     assert own.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        assert relative(own[name], gradient) < 3e-5, name
+        assert float((own[name] - gradient).norm() / gradient.norm()) < 1e-5, name
     pairs[case] = None  # weights are gone
 
 

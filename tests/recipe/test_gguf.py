@@ -6,7 +6,7 @@ import torch
 from groundup.cli.main import main
 from groundup.core.errors import CheckpointError, ConfigError
 from groundup.model import Decoder, ModelConfig, save_model
-from groundup.recipe.gguf import export_gguf
+from groundup.recipe.gguf import architecture_of, export_gguf
 from groundup.tokenizer import Tokenizer
 
 TEXTS = [
@@ -20,22 +20,27 @@ def texts(text_folder):
     return [file.read_text() for file in sorted(text_folder.iterdir())] + TEXTS
 
 
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+}
+
+
 def make(tok, model_type, **more):
     torch.manual_seed(0)
-    config = ModelConfig(
-        model_type=model_type,
-        vocab_size=tok.vocab_size + 5,  # padded, as real embeddings are
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        **more,
-    )
-    return Decoder(config).eval()
+    size = tok.vocab_size + 5  # padded, as real embeddings are
+    model = Decoder(ModelConfig(**SIZES | {"model_type": model_type, "vocab_size": size} | more))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:  # norms and biases too must matter
+                weight.add_(0.2 * torch.randn_like(weight))
+    return model.eval()
 
 
 def in_llama_cpp(file, prompt, letter):
@@ -60,14 +65,50 @@ def in_llama_cpp(file, prompt, letter):
     return answer["usage"]["prompt_tokens"], found
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "sliding_window": 16}
+GEMMA2 = GEMMA | {
+    "layer_types": (SLIDING, FULL),
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA3 = GEMMA | {
+    "num_hidden_layers": 6,
+    "layer_types": (*(SLIDING,) * 5, FULL),
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+UNTIED = {"tie_word_embeddings": False}
+
+
 @pytest.mark.parametrize(
     ("model_type", "dtype", "options", "tolerance"),
     [
-        ("llama", "f32", {}, 1e-3),
-        ("llama", "f16", {"tie_word_embeddings": False}, 2e-2),
-        ("qwen3", "f32", {}, 1e-3),
-        ("qwen2", "f32", {}, 1e-3),
+        ("llama", "f32", {"attention_bias": True, "mlp_bias": True}, 1e-4),
+        ("llama", "f32", {"rope_scaling": LLAMA3}, 1e-4),
+        ("llama", "f16", UNTIED, 2e-2),
         ("llama", "q8_0", {}, 0.3),
+        ("mistral", "f32", {}, 1e-4),
+        ("qwen2", "f32", {}, 1e-4),
+        ("qwen3", "f32", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1e-4),
+        ("qwen3", "f32", {"rope_scaling": YARN}, 1e-4),
+        ("olmo2", "f32", {}, 1e-4),
+        ("olmo2", "f16", UNTIED, 2e-2),
+        ("mixtral", "f32", EXPERTS, 1e-4),
+        ("mixtral", "q8_0", EXPERTS, 0.3),
+        ("qwen3_moe", "f32", EXPERTS | {"moe_intermediate_size": 32}, 1e-4),
+        ("gemma2", "f32", GEMMA2, 5e-3),  # llama.cpp looks GELU up in a table of f16
+        ("gemma3_text", "f32", GEMMA3, 5e-3),
+        ("gemma3_text", "f16", GEMMA3 | UNTIED, 3e-2),
     ],
 )
 def test_probabilities_equal_llama_cpp(tok, tmp_path, model_type, dtype, options, tolerance):
@@ -112,14 +153,27 @@ def test_text_has_the_same_tokens_in_llama_cpp(texts, tmp_path, kind, pattern):
 
 
 def test_what_llama_cpp_would_do_otherwise_is_refused(tok, texts, tmp_path):
-    save_model(make(tok, "olmo2"), tok, tmp_path / "olmo")
-    with pytest.raises(CheckpointError, match="olmo2 is not written as GGUF"):
-        export_gguf(tmp_path / "olmo", tmp_path / "x.gguf")
+    cases = (
+        ("mistral", {"sliding_window": 8}, "no sliding windows"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is gelu, there always silu"),
+        ("gemma2", GEMMA2 | {"layer_types": (FULL, SLIDING)}, "not on the layers"),
+        ("gemma2", GEMMA2 | {"query_pre_attn_scalar": 32}, "there always head_dim = 16"),
+        ("gemma2", GEMMA2 | UNTIED, "not tied"),
+        ("gemma2", GEMMA2 | {"final_logit_softcapping": None}, "always caps"),
+        ("gemma3_text", GEMMA3 | {"rope_local_base_freq": 5e3}, "there always 10000"),
+        ("mixtral", EXPERTS | {"norm_topk_prob": False}, "norm_topk_prob is false"),
+        ("qwen3_moe", EXPERTS | {"mlp_only_layers": (0,)}, "some layers have no experts"),
+        ("qwen3", {"rope_scaling": LLAMA3}, "rope type 'llama3' for llama only"),
+    )
+    for model_type, options, message in cases:
+        config = ModelConfig(**SIZES | {"model_type": model_type} | options)
+        with pytest.raises(CheckpointError, match=message):
+            architecture_of(config)
     save_model(make(tok, "mistral", sliding_window=8), tok, tmp_path / "window")
     with pytest.raises(CheckpointError, match="no sliding windows"):
         export_gguf(tmp_path / "window", tmp_path / "x.gguf")
     with pytest.raises(ConfigError, match="did you mean 'q8_0'"):
-        export_gguf(tmp_path / "olmo", tmp_path / "x.gguf", dtype="q8")
+        export_gguf(tmp_path / "window", tmp_path / "x.gguf", dtype="q8")
     words = Tokenizer.train(texts, kind="word", vocab_size=300)
     save_model(make(words, "llama"), words, tmp_path / "word")
     with pytest.raises(CheckpointError, match="no tokenizer like this word one"):

@@ -17,7 +17,9 @@ from groundup.model.fused import Rotated, worthwhile
 def check_length(T: int, most: int) -> None:
     """Raise where a text has more tokens than a model has positions."""
     if most < T:
-        raise DataError(f"a text has {T:,} tokens, and the model has {most:,} positions: shorten it")
+        raise DataError(
+            f"a text has {T:,} tokens, and the model has {most:,} positions: shorten it"
+        )
 
 
 def rotary_table(

@@ -1,9 +1,13 @@
-"""GGUF files for llama.cpp: a decoder and its tokenizer in one file, f32, f16 or q8_0."""
+"""GGUF files for llama.cpp: a decoder and its tokenizer in one file, f32, f16 or q8_0.
 
-import json
-import re
+What llama.cpp would compute otherwise than we do is refused by name: its graphs fix for each
+architecture what our configs leave open (activations, windows, scales, how experts are weighted).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,15 +20,39 @@ from groundup.model.config import ModelConfig
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model
 from groundup.model.rope import llama3
-from groundup.tokenizer import PATTERNS, Tokenizer, spm
+from groundup.recipe.gguf_vocabulary import add_vocabulary
+from groundup.tokenizer import Tokenizer
 
+Floats = NDArray[np.float32]
 TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
-# model_type: llama.cpp's name, and whether it pairs neighbouring dimensions in rotary positions
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """llama.cpp's graph for a model_type, and what it takes for granted."""
+
+    name: str
+    paired: bool = False  # rotary positions pair neighbouring dimensions, not halves of a head
+    activation: str = "silu"
+    windows: int | None = None  # every so many layers one looks back without bounds; None: all do
+    head: Literal["either", "tied", "own"] = "either"  # the output matrix, in the file
+
+
 ARCHITECTURES = {
-    "llama": ("llama", True),
-    "mistral": ("llama", True),
-    "qwen2": ("qwen2", False),
-    "qwen3": ("qwen3", False),
+    "llama": Architecture("llama", paired=True),
+    "mistral": Architecture("llama", paired=True),
+    "mixtral": Architecture("llama", paired=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3"),
+    "qwen3_moe": Architecture("qwen3moe"),
+    "olmo2": Architecture("olmo2", head="own"),
+    "gemma2": Architecture("gemma2", activation="gelu_pytorch_tanh", windows=2, head="tied"),
+    "gemma3_text": Architecture("gemma3", activation="gelu_pytorch_tanh", windows=6),
+}
+OUTER_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
 }
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -38,15 +66,17 @@ LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
-OUTER_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
+# Where a block's outputs are normalised too, the norm behind attention has another name.
+NORMS_BEHIND = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
-# Our patterns under the names by which llama.cpp has them built in.
-PRE_TOKENIZERS = {"gpt2": "gpt-2", "gpt4": "dbrx", "gpt4o": "gpt-4o", "qwen2": "qwen2"}
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 def export_gguf(model_folder: Path, out: Path, *, dtype: str = "f16") -> dict[str, Any]:
@@ -60,18 +90,12 @@ def export_gguf(model_folder: Path, out: Path, *, dtype: str = "f16") -> dict[st
     model = load_model(model_folder)
     config = model.config
     tok = Tokenizer.load(model_folder).need_rows(config.vocab_size, model_folder)
-    if config.model_type not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{config.model_type} is not written as GGUF{closest(config.model_type, ARCHITECTURES)}"
-        )
-    if config.sliding_window is not None and config.sliding_window < config.max_position_embeddings:
-        raise CheckpointError("llama.cpp has no sliding windows for this family: not written")
-    architecture, paired = ARCHITECTURES[config.model_type]
+    architecture = architecture_of(config)
     with atomic_file(out) as aside:
-        writer = gguf.GGUFWriter(str(aside), architecture)
-        add_shape(writer, gguf, config, dtype)
+        writer = gguf.GGUFWriter(str(aside), architecture.name)
+        add_shape(writer, gguf, config, architecture, dtype)
         add_vocabulary(writer, tok, config.vocab_size)
-        count = add_tensors(writer, gguf, model, dtype, paired)
+        count = add_tensors(writer, gguf, model, architecture, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -81,7 +105,71 @@ def export_gguf(model_folder: Path, out: Path, *, dtype: str = "f16") -> dict[st
     return {"tensors": count, "bytes": size, "dtype": dtype}
 
 
-def add_shape(writer: Any, gguf: Any, config: ModelConfig, dtype: str) -> None:
+def architecture_of(config: ModelConfig) -> Architecture:
+    """Return llama.cpp's graph for a config; a CheckpointError says what it computes otherwise."""
+    found = ARCHITECTURES[config.model_type]
+    layers = range(config.num_hidden_layers)
+    windows = [config.window(n) for n in layers]
+    bounded = [window is not None and window < config.max_position_embeddings for window in windows]
+    if found.windows is None:
+        wanted = [False for _ in layers]
+    else:
+        wanted = [(n + 1) % found.windows != 0 for n in layers]
+    scalar = config.query_pre_attn_scalar or config.head_dim
+    local = config.rope_local_base_freq
+    rules = (
+        (
+            config.hidden_act == found.activation,
+            f"hidden_act is {config.hidden_act}, there always {found.activation}",
+        ),
+        (
+            not any(bounded) or bounded == wanted,
+            "the sliding windows are not on the layers where it has them"
+            if found.windows
+            else "it has no sliding windows for this family",
+        ),
+        (
+            not config.family.gemma or scalar == config.head_dim,
+            f"query_pre_attn_scalar is {scalar}, there always head_dim = {config.head_dim}",
+        ),
+        (
+            found.head != "tied" or config.tie_word_embeddings,
+            "the output matrix is not tied to the embedding",
+        ),
+        (
+            not config.family.experts or config.norm_topk_prob,
+            "norm_topk_prob is false, and it always divides by the chosen experts' sum",
+        ),
+        (
+            not config.family.experts or all(map(config.is_sparse, layers)),
+            "some layers have no experts",
+        ),
+        (
+            local is None or not any(bounded) or local == 10_000.0,
+            f"rope_local_base_freq is {local}, there always 10000",
+        ),
+        (
+            config.model_type != "gemma2"
+            or None not in (config.attn_logit_softcapping, config.final_logit_softcapping),
+            "it always caps Gemma 2's logits",
+        ),
+        (config.rope_type != "dynamic", "it has no rope type 'dynamic'"),
+        (
+            config.rope_type in ("default", "linear", "yarn") or found.name == "llama",
+            f"it reads rope type {config.rope_type!r} for llama only",
+        ),
+    )
+    for sound, fault in rules:
+        if not sound:
+            raise CheckpointError(
+                f"{config.model_type}: llama.cpp would compute otherwise ({fault}): not written"
+            )
+    return found
+
+
+def add_shape(
+    writer: Any, gguf: Any, config: ModelConfig, architecture: Architecture, dtype: str
+) -> None:
     """Add the config under GGUF's keys."""
     writer.add_name("groundup")
     writer.add_context_length(config.max_position_embeddings)
@@ -98,6 +186,18 @@ def add_shape(writer: Any, gguf: Any, config: ModelConfig, dtype: str) -> None:
     writer.add_vocab_size(config.vocab_size)
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[kinds[dtype]])
+    if config.family.experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        width = config.moe_intermediate_size or config.intermediate_size
+        writer.add_expert_feed_forward_length(width)
+    if architecture.windows is not None:  # a window as long as the context bounds nothing
+        window = config.sliding_window or config.max_position_embeddings
+        writer.add_sliding_window(window)
+    if config.attn_logit_softcapping is not None:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if config.final_logit_softcapping is not None:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     scaling = config.rope_scaling or {}
     if config.rope_type in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType[config.rope_type.upper()])
@@ -108,31 +208,36 @@ def add_shape(writer: Any, gguf: Any, config: ModelConfig, dtype: str) -> None:
         plain = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
         factors = plain / llama3(torch.from_numpy(plain), scaling).numpy()
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
-    elif config.rope_type != "default":
-        raise CheckpointError(f"rope type {config.rope_type!r} is not written as GGUF")
 
 
-def add_tensors(writer: Any, gguf: Any, model: Decoder, dtype: str, paired: bool) -> int:
-    """Add every weight under GGUF's name; matrices in `dtype`, vectors in f32."""
+def add_tensors(
+    writer: Any, gguf: Any, model: Decoder, architecture: Architecture, dtype: str
+) -> int:
+    """Add every weight under GGUF's name; matrices in `dtype`, vectors and routers in f32."""
     count = 0
-    config = model.config
-    for name, parameter in track(list(model.named_parameters()), "writing tensors"):
-        weight = parameter.detach().float().cpu().numpy()
+    tensors = list(named_tensors(model, own_head=architecture.head == "own"))
+    for name, weight in track(tensors, "writing tensors"):
         stem, _, kind = name.rpartition(".")
         if stem in OUTER_NAMES:
             target = OUTER_NAMES[stem]
         else:
             _, _, layer, inner = stem.split(".", 3)
-            target = f"blk.{layer}.{LAYER_NAMES[inner]}"
-            if paired and inner in ("self_attn.q_proj", "self_attn.k_proj"):
-                heads = config.num_attention_heads
-                heads = heads if "q_proj" in inner else config.num_key_value_heads
+            renamed = (
+                LAYER_NAMES | NORMS_BEHIND if model.config.family.norms != "before" else LAYER_NAMES
+            )
+            target = f"blk.{layer}.{renamed[inner]}"
+            if architecture.paired and inner in ("self_attn.q_proj", "self_attn.k_proj"):
+                heads = model.config.num_attention_heads
+                heads = heads if "q_proj" in inner else model.config.num_key_value_heads
                 weight = neighbours(weight, heads)
+        if model.config.family.gemma and weight.ndim == 1 and kind == "weight":
+            weight = weight + 1  # Gemma's norms count from one
         stored: Any = weight.astype(np.float32)
         raw = None
-        if weight.ndim > 1 and dtype == "f16":
+        narrow = weight.ndim > 1 and not stem.endswith("mlp.gate")
+        if narrow and dtype == "f16":
             stored = weight.astype(np.float16)
-        elif weight.ndim > 1 and dtype == "q8_0":
+        elif narrow and dtype == "q8_0":
             if weight.shape[-1] % 32:
                 raise CheckpointError(
                     f"{name} has rows of {weight.shape[-1]}, and q8_0 needs multiples of 32: "
@@ -145,82 +250,28 @@ def add_tensors(writer: Any, gguf: Any, model: Decoder, dtype: str, paired: bool
     return count
 
 
-def neighbours(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+def named_tensors(model: Decoder, *, own_head: bool) -> Iterator[tuple[str, Floats]]:
+    """Yield the weights by name; the experts of a layer as one tensor [X, rows, columns].
+
+    With `own_head` the output matrix comes by itself, tied or not.
+    """
+    if own_head and model.config.tie_word_embeddings:
+        yield "lm_head.weight", model.lm_head.weight.detach().float().cpu().numpy()
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach().float().cpu().numpy()
+        before, inside, after = name.partition(".mlp.experts.")
+        if not inside:
+            yield name, weight
+            continue
+        number, _, rest = after.partition(".")
+        if number == "0":
+            experts = model.get_submodule(before + ".mlp.experts")
+            each = [expert.get_parameter(rest) for expert in experts.children()]
+            stacked = torch.stack([w.detach().float().cpu() for w in each]).numpy()
+            yield f"{before}.mlp.experts.{rest}", stacked
+
+
+def neighbours(weight: Floats, heads: int) -> Floats:
     """Reorder rows so that rotary pairs stand side by side instead of half a head apart."""
     halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def add_vocabulary(writer: Any, tok: Tokenizer, size: int) -> None:
-    """Add tokens, scores or merges, types and special ids; ids without a token are unused."""
-    content = tok.content["model"]
-    vocab = tok.backend.get_vocab(with_added_tokens=True)
-    names = [f"[PAD{n}]" for n in range(size)]
-    types = [UNUSED] * size
-    for name, i in vocab.items():
-        names[i] = name
-        types[i] = (
-            CONTROL if name in tok.specials else USER_DEFINED if name in tok.added else NORMAL
-        )
-    if tok.kind == "bpe":
-        if tok.lossy_normalizer:
-            raise CheckpointError("llama.cpp has no normalizer for byte-level BPE: not written")
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre_tokenizer_name(tok))
-        merges = content["merges"]
-        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    elif tok.sentencepiece is not None and not tok.lossy_normalizer:
-        pieces = tok.sentencepiece.pieces
-        if tok.kind == "unigram" and tok.sentencepiece.ids_of(spm.BYTE):
-            raise CheckpointError(
-                "llama.cpp's unigram tokenizer does not fall back on bytes: train with "
-                "--no-byte-fallback, or as sentencepiece-bpe"
-            )
-        kinds = {spm.BYTE: BYTE, spm.UNKNOWN: UNKNOWN, spm.USER_DEFINED: USER_DEFINED}
-        for i, piece in enumerate(pieces):
-            types[i] = kinds.get(piece.type, types[i])
-        writer.add_tokenizer_model("t5" if tok.kind == "unigram" else "llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_scores([p.score for p in pieces] + [0.0] * (size - len(pieces)))
-        writer.add_add_space_prefix(tok.sentencepiece.add_dummy_prefix)
-        writer.add_remove_extra_whitespaces(tok.sentencepiece.remove_extra_whitespaces)
-        if tok.sentencepiece.charsmap:
-            writer.add_precompiled_charsmap(tok.sentencepiece.charsmap)
-        if unknown := tok.sentencepiece.ids_of(spm.UNKNOWN):
-            writer.add_unk_token_id(unknown[0])
-    else:
-        raise CheckpointError(
-            f"llama.cpp has no tokenizer like this {tok.kind} one: bpe, unigram and "
-            "sentencepiece-bpe can be written"
-        )
-    writer.add_token_list([name.encode() for name in names])
-    writer.add_token_types(types)
-    writer.add_bos_token_id(tok.bos_token_id)
-    writer.add_eos_token_id(tok.end_of_turn_id)
-    writer.add_eot_token_id(tok.end_of_turn_id)
-    writer.add_pad_token_id(tok.pad_token_id)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    if tok.chat_template:
-        writer.add_chat_template(without_marks(tok.chat_template))
-
-
-def without_marks(template: str) -> str:
-    """Return a chat template without {% generation %}, which llama.cpp does not know."""
-    return re.sub(r"{%-?\s*(end)?generation\s*-?%}\n?", "", template)
-
-
-def pre_tokenizer_name(tok: Tokenizer) -> str:
-    """Return llama.cpp's name for how this tokenizer cuts text."""
-    found = json.dumps(tok.content.get("pre_tokenizer"))
-    for name, llama_name in PRE_TOKENIZERS.items():
-        if json.dumps(PATTERNS[name]) in found:
-            # Llama 3 takes a word that is a token whole; "dbrx" cuts alike and merges
-            whole = llama_name == "dbrx" and tok.content["model"].get("ignore_merges")
-            return "llama-bpe" if whole else llama_name
-    if '"use_regex": true' in found:
-        return "gpt-2"
-    known = ", ".join(PRE_TOKENIZERS)
-    raise CheckpointError(
-        f"llama.cpp cannot cut text as this tokenizer does: train with --pattern {known}"
-    )

@@ -1,0 +1,87 @@
+"""A tokenizer inside a GGUF file: tokens, scores or merges, types, special ids, the template."""
+
+import json
+import re
+from typing import Any
+
+from groundup.core.errors import CheckpointError
+from groundup.tokenizer import PATTERNS, Tokenizer, spm
+
+# Our patterns under the names by which llama.cpp has them built in.
+PRE_TOKENIZERS = {"gpt2": "gpt-2", "gpt4": "dbrx", "gpt4o": "gpt-4o", "qwen2": "qwen2"}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def add_vocabulary(writer: Any, tok: Tokenizer, size: int) -> None:
+    """Add tokens, scores or merges, types and special ids; ids without a token are unused."""
+    content = tok.content["model"]
+    vocab = tok.backend.get_vocab(with_added_tokens=True)
+    names = [f"[PAD{n}]" for n in range(size)]
+    types = [UNUSED] * size
+    for name, i in vocab.items():
+        names[i] = name
+        types[i] = (
+            CONTROL if name in tok.specials else USER_DEFINED if name in tok.added else NORMAL
+        )
+    if tok.kind == "bpe":
+        if tok.lossy_normalizer:
+            raise CheckpointError("llama.cpp has no normalizer for byte-level BPE: not written")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer_name(tok))
+        merges = content["merges"]
+        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    elif tok.sentencepiece is not None and not tok.lossy_normalizer:
+        pieces = tok.sentencepiece.pieces
+        if tok.kind == "unigram" and tok.sentencepiece.ids_of(spm.BYTE):
+            raise CheckpointError(
+                "llama.cpp's unigram tokenizer does not fall back on bytes: train with "
+                "--no-byte-fallback, or as sentencepiece-bpe"
+            )
+        kinds = {spm.BYTE: BYTE, spm.UNKNOWN: UNKNOWN, spm.USER_DEFINED: USER_DEFINED}
+        for i, piece in enumerate(pieces):
+            types[i] = kinds.get(piece.type, types[i])
+        writer.add_tokenizer_model("t5" if tok.kind == "unigram" else "llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([p.score for p in pieces] + [0.0] * (size - len(pieces)))
+        writer.add_add_space_prefix(tok.sentencepiece.add_dummy_prefix)
+        writer.add_remove_extra_whitespaces(tok.sentencepiece.remove_extra_whitespaces)
+        if tok.sentencepiece.charsmap:
+            writer.add_precompiled_charsmap(tok.sentencepiece.charsmap)
+        if unknown := tok.sentencepiece.ids_of(spm.UNKNOWN):
+            writer.add_unk_token_id(unknown[0])
+    else:
+        raise CheckpointError(
+            f"llama.cpp has no tokenizer like this {tok.kind} one: bpe, unigram and "
+            "sentencepiece-bpe can be written"
+        )
+    writer.add_token_list([name.encode() for name in names])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(tok.bos_token_id)
+    writer.add_eos_token_id(tok.end_of_turn_id)
+    writer.add_eot_token_id(tok.end_of_turn_id)
+    writer.add_pad_token_id(tok.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    if tok.chat_template:
+        writer.add_chat_template(without_marks(tok.chat_template))
+
+
+def without_marks(template: str) -> str:
+    """Return a chat template without {% generation %}, which llama.cpp does not know."""
+    return re.sub(r"{%-?\s*(end)?generation\s*-?%}\n?", "", template)
+
+
+def pre_tokenizer_name(tok: Tokenizer) -> str:
+    """Return llama.cpp's name for how this tokenizer cuts text."""
+    found = json.dumps(tok.content.get("pre_tokenizer"))
+    for name, llama_name in PRE_TOKENIZERS.items():
+        if json.dumps(PATTERNS[name]) in found:
+            # Llama 3 takes a word that is a token whole; "dbrx" cuts alike and merges
+            whole = llama_name == "dbrx" and tok.content["model"].get("ignore_merges")
+            return "llama-bpe" if whole else llama_name
+    if '"use_regex": true' in found:
+        return "gpt-2"
+    known = ", ".join(PRE_TOKENIZERS)
+    raise CheckpointError(
+        f"llama.cpp cannot cut text as this tokenizer does: train with --pattern {known}"
+    )
