@@ -14,7 +14,6 @@ run again, and it is not repeated. A tenth of each text is held out.
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
