@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from groundup.model import Decoder, ModelConfig
-from groundup.model.attention import Reach, causal_attention, library, takes
+from groundup.model import Decoder, ModelConfig, native
+from groundup.model.attention import Reach, causal_attention, takes
 
-needs_kernels = pytest.mark.skipif(library() is None, reason="no compiler here")
+needs_kernels = pytest.mark.skipif(native.training() is None, reason="no compiler here")
 
 SEGMENTS = torch.tensor([[0] * 70 + [1] + [2] * 29, [5] * 100])
 REACHES = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from groundup.model import loss
+from groundup.model import loss, native
 from groundup.model.loss import linear_cross_entropy
 
 
@@ -27,6 +27,25 @@ def test_pieces_equal_all_logits(pieces, z_loss, softcap, monkeypatch):
     torch.testing.assert_close(sums.detach(), torch.stack((total, nll)).detach())
     wanted = torch.autograd.grad(total * 0.37, (hidden, head))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(native.training() is None, reason="no compiler here")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_the_kernel_equals_the_formula(dtype, tolerance, z_loss):
+    torch.manual_seed(0)
+    logits = (torch.randn(21, 77) * 5).to(dtype)
+    targets = torch.randint(0, 77, (21,))
+    slopes, nll, log_z = loss.plain(logits.double(), targets, z_loss, 0.0, True)
+    plain_nll, _ = loss.kernel(kept := logits.clone(), targets, z_loss, False)
+    assert torch.equal(kept, logits)
+    found_nll, found_log_z = loss.kernel(logits, targets, z_loss, True)
+    assert torch.equal(plain_nll, found_nll)
+    torch.testing.assert_close(found_nll, nll.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_log_z, log_z.float(), rtol=1e-6, atol=1e-6)
+    assert (logits - slopes).abs().max() < tolerance * slopes.abs().max()
+    with pytest.raises(IndexError):
+        loss.kernel(logits, targets + 77, z_loss, True)
 
 
 def test_bf16_products_give_fp32_sums_and_gradients():

@@ -8,8 +8,6 @@ Shape suffixes: B batch, H query heads, K key/value heads, T positions, D size o
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from torch import Tensor
 
 from groundup.model import native
 
-SOURCE = Path(__file__).with_name("training.cpp")
 DTYPES = (torch.float32, torch.bfloat16)
 P, L, N, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
@@ -75,16 +72,6 @@ class Shape(ctypes.Structure):
     _fields_ = (*((name, L) for name in "BHKTD"), ("scale", F), ("first", P))
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """Return the compiled kernels, if they can be had."""
-    loaded = native.library(SOURCE)
-    if loaded is not None:
-        loaded.attention.argtypes = (P,) * 6 + (N,)
-        loaded.attention_backward.argtypes = (P,) * 9 + (N,)
-    return loaded
-
-
 def takes(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> bool:
     """Say whether `causal_attention` is for these tensors; a thread takes a whole head."""
     B, K = k_BKTD.shape[:2]
@@ -101,7 +88,7 @@ def heads_wanted() -> float:
     """Return how many heads there must be to keep all threads busy; infinitely many where the
     kernels cannot be had.
     """
-    return torch.get_num_threads() if library() is not None else float("inf")
+    return torch.get_num_threads() if native.training() is not None else float("inf")
 
 
 def causal_attention(
@@ -123,7 +110,7 @@ def attended(
     out = laid_out_like(q, v.dtype)
     log_z_BHT = q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = [strided(x) for x in (q, k, v, out)]
-    found = library()
+    found = native.training()
     assert found is not None
     found.attention(
         ctypes.byref(shape(q, k, first_BT, scale)),
@@ -146,7 +133,7 @@ def slopes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by q, k and v."""
     given = [dense(x) for x in (q_BHTD, k_BKTD, v_BKTD)]
-    found = library()
+    found = native.training()
     assert found is not None
     grads = [laid_out_like(x, x.dtype) for x in given]
     d_out = dense(d_out_BHTD)

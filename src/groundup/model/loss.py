@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groundup.model import native
+
 IGNORE = -100  # a target that counts for nothing, as in torch's cross-entropy
 PIECE_LOGITS = {"cpu": 2**21, "cuda": 2**27}  # logits alive at a time: what stays in a cache
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def linear_cross_entropy(
@@ -60,24 +63,18 @@ def losses_and_gradients(
         kept_N = (targets_N != IGNORE).nonzero().squeeze(-1)
         rows = max(1, PIECE_LOGITS.get(hidden_NE.device.type, 2**24) // len(head_VE))
         for kept_n in kept_N.split(rows):
-            hidden_nE, targets_n1 = hidden_NE[kept_n], targets_N[kept_n, None]
-            logits_nV = (hidden_nE @ head_VE.mT).to(wide)
-            if softcap:
-                logits_nV = logits_nV.div_(softcap).tanh_().mul_(softcap)
-            picked_n1 = logits_nV.gather(1, targets_n1)
-            slope_nV = (1 - (logits_nV / softcap).square()) if softcap and wanted else None
-            top_n1 = logits_nV.amax(-1, keepdim=True)
-            d_nV = logits_nV.sub_(top_n1).exp_()
-            z_n1 = d_nV.sum(-1, keepdim=True)
-            log_z_n1 = z_n1.log() + top_n1
-            nll = (log_z_n1 - picked_n1).sum()
-            sums += torch.stack((nll + z_loss * log_z_n1.square().sum(), nll))
+            hidden_nE, targets_n = hidden_NE[kept_n], targets_N[kept_n]
+            logits_nV = hidden_nE @ head_VE.mT
+            in_kernel = not softcap and logits_nV.dtype in KERNEL_DTYPES
+            if in_kernel and logits_nV.device.type == "cpu" and native.training() is not None:
+                nll_n, log_z_n = kernel(logits_nV, targets_n, z_loss, wanted)
+                d_nV = logits_nV
+            else:
+                d_nV, nll_n, log_z_n = plain(logits_nV.to(wide), targets_n, z_loss, softcap, wanted)
+            nll = nll_n.sum()
+            sums += torch.stack((nll + z_loss * log_z_n.square().sum(), nll))
             if not wanted:
                 continue
-            d_nV *= (1 + 2 * z_loss * log_z_n1) / z_n1
-            d_nV.scatter_add_(1, targets_n1, d_nV.new_full((1, 1), -1.0).expand_as(targets_n1))
-            if slope_nV is not None:
-                d_nV *= slope_nV
             d_nV = d_nV.to(head_VE.dtype)
             d_hidden_NE[kept_n] = d_nV @ head_VE
             if d_head_VE.dtype == d_nV.dtype:
@@ -85,6 +82,52 @@ def losses_and_gradients(
             else:
                 d_head_VE += d_nV.mT @ hidden_nE
         return sums, d_hidden_NE, d_head_VE
+
+
+def kernel(
+    logits_nV: Tensor, targets_n: Tensor, z_loss: float, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """Turn logits into gradients where they lie, if wanted; return losses and log(Z) in fp32."""
+    n, V = logits_nV.shape
+    if n and not (targets_n.amin() >= 0 and targets_n.amax() < V):
+        raise IndexError(f"a target is not one of {V} tokens")
+    nll_n, log_z_n = torch.empty(n), torch.empty(n)
+    found = native.training()
+    assert found is not None
+    found.cross_entropy(
+        logits_nV.data_ptr(),
+        targets_n.data_ptr(),
+        n,
+        V,
+        z_loss,
+        nll_n.data_ptr(),
+        log_z_n.data_ptr(),
+        logits_nV.dtype == torch.bfloat16,
+        wanted,
+        torch.get_num_threads(),
+    )
+    return nll_n, log_z_n
+
+
+def plain(
+    logits_nV: Tensor, targets_n: Tensor, z_loss: float, softcap: float, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients by logits, if wanted, losses and log(Z); overwrites the logits."""
+    targets_n1 = targets_n[:, None]
+    if softcap:
+        logits_nV = logits_nV.div_(softcap).tanh_().mul_(softcap)
+    picked_n1 = logits_nV.gather(1, targets_n1)
+    slope_nV = (1 - (logits_nV / softcap).square()) if softcap and wanted else None
+    top_n1 = logits_nV.amax(-1, keepdim=True)
+    d_nV = logits_nV.sub_(top_n1).exp_()
+    z_n1 = d_nV.sum(-1, keepdim=True)
+    log_z_n1 = z_n1.log() + top_n1
+    if wanted:
+        d_nV *= (1 + 2 * z_loss * log_z_n1) / z_n1
+        d_nV.scatter_add_(1, targets_n1, d_nV.new_full((1, 1), -1.0).expand_as(targets_n1))
+        if slope_nV is not None:
+            d_nV *= slope_nV
+    return d_nV, (log_z_n1 - picked_n1).squeeze(1), log_z_n1.squeeze(1)
 
 
 @losses_and_gradients.register_fake

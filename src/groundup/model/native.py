@@ -16,7 +16,20 @@ from pathlib import Path
 
 from groundup.core.progress import say
 
+TRAINING = Path(__file__).with_name("training.cpp")
+P, N, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math"
+
+
+@cache
+def training() -> ctypes.CDLL | None:
+    """Return the kernels of training.cpp, if they can be had."""
+    found = library(TRAINING)
+    if found is not None:
+        found.attention.argtypes = (P,) * 6 + (N,)
+        found.attention_backward.argtypes = (P,) * 9 + (N,)
+        found.cross_entropy.argtypes = (P, P, ctypes.c_long, ctypes.c_long, F, P, P, N, N, N)
+    return found
 
 
 @cache

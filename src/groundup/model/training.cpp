@@ -286,9 +286,46 @@ void backward_head(const Shape& s, long b, long g, const Tensor& q, const Tensor
     write(own.dv.data(), s, b, g, 0, s.T, 1.0f, dv);
 }
 
+// ---------------------------------------------------------------- cross-entropy
+
+// One row of V logits becomes the gradient of its loss -log p(target) + z_loss log(Z)^2, in place.
+template <class Number, class Read, class Write>
+void loss_row(Number* row, long V, long target, float z_loss, float* room, float* nll, float* log_z,
+              bool wanted, Read wide, Write narrow) {
+    long padded = (V + LANES - 1) / LANES * LANES;
+    for (long v = 0; v < V; v++) room[v] = wide(row[v]);
+    std::fill(room + V, room + padded, -INFINITY);
+    float picked = room[target], most = top(room, padded, 0, V);
+    float total = weigh(room, padded, 0, V, most);
+    *log_z = most + std::log(total);
+    *nll = *log_z - picked;
+    if (!wanted) return;
+    float slope = (1.0f + 2.0f * z_loss * *log_z), share = slope / total;
+    float own = room[target] * share - 1.0f;
+    for (long v = 0; v < V; v++) row[v] = narrow(room[v] * share);
+    row[target] = narrow(own);
+}
+
 }  // namespace
 
 extern "C" {
+
+void cross_entropy(void* logits, const int64_t* targets, long N, long V, float z_loss, float* nll,
+                   float* log_z, int bf16, int wanted, int threads) {
+    auto same = [](float x) { return x; };
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> room(V + LANES);
+#pragma omp for schedule(static)
+        for (long n = 0; n < N; n++)
+            if (bf16)
+                loss_row((uint16_t*)logits + n * V, V, targets[n], z_loss, room.data(), nll + n,
+                         log_z + n, wanted, from_bf16, to_bf16);
+            else
+                loss_row((float*)logits + n * V, V, targets[n], z_loss, room.data(), nll + n,
+                         log_z + n, wanted, same, same);
+    }
+}
 
 void attention(const Shape* s, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* out,
                float* log_z, int threads) {
