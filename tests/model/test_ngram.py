@@ -86,7 +86,7 @@ ASKED = ["the cat sat on the log", "a fish saw the dog", "mat"]
 KENLM = """-0.21276261 -0.9836513 -0.7594107 -0.559265 -0.16946174 -0.93669236 -0.28298742
 -1.1529888 -1.7903837 -1.2304488 -0.57218635 -0.25615793 -1.189324
 -1.6810491 -0.71134174"""
-KENLM_PERPLEXITY = {"perplexity": 6.800498521087642, "without_unseen": 5.80929455062071}
+KENLM_PERPLEXITY = {"perplexity": 6.800498521087642, "perplexity_without_unseen": 5.80929455062071}
 
 
 def test_probabilities_and_perplexity_are_kenlms():

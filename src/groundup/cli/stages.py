@@ -101,14 +101,22 @@ def evaluate(argv: Sequence[str]) -> None:
     flags.add_argument(
         "--tasks", nargs="+", type=Path, default=(), metavar="FILE", help="tasks as .jsonl(.gz)"
     )
+    flags.add_argument(
+        "--ngram", metavar="FOLDER", help="an n-gram: score it, and both interpolated, on --data"
+    )
+    flags.add_argument(
+        "--out", type=Path, metavar="DIR", help="keep the mixture with --ngram as a model"
+    )
     flags.add_argument("--limit", type=int, metavar="N", help="rows of a task; unset: all")
     flags.add_argument("--device", help="cpu, cuda or mps; unset: the best there is")
     flags.add_argument("--json", action="store_true", help="print JSON")
     args = parse(flags, argv)
     if not args.data and not args.tasks:
         raise ConfigError("groundup evaluate: give texts with --data, or tasks with --tasks")
+    if (args.ngram and not args.data) or (args.out and not args.ngram):
+        raise ConfigError("groundup evaluate: --out needs --ngram, and --ngram needs --data")
     from groundup.data.squad import is_squad
-    from groundup.recipe.evaluation import evaluate_tasks, evaluate_texts
+    from groundup.recipe.evaluation import evaluate_mixture, evaluate_tasks, evaluate_texts
 
     model = resolve_model(args.model)
     scores: dict[str, Any] = {}
@@ -116,6 +124,9 @@ def evaluate(argv: Sequence[str]) -> None:
         from groundup.recipe.reading import evaluate_reading
 
         scores = evaluate_reading(model, args.data, device=args.device)
+    elif args.ngram:
+        ngram = resolve_model(args.ngram)
+        scores = evaluate_mixture(model, ngram, args.data, out=args.out, device=args.device)
     elif args.data:
         scores = evaluate_texts(model, args.data, device=args.device)
     if args.tasks:
@@ -124,7 +135,7 @@ def evaluate(argv: Sequence[str]) -> None:
         print(json.dumps(scores))
         return
     for name, value in scores.items():
-        if name != "tasks":
+        if not isinstance(value, dict | list):
             print(
                 f"{name:<16} {value:,.4f}" if isinstance(value, float) else f"{name:<16} {value:,}"
             )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from groundup.core.types import LM
 from groundup.data import Shard
 from groundup.evaluate.statistics import bootstrap_ratio
-from groundup.model.mixture import cross_fitted
+from groundup.model.mixture import cross_fitted, fit_weights
 from groundup.model.ngram import NGram
 
 LN2 = float(np.log(2.0))
@@ -46,14 +46,25 @@ def perplexities(
 
     `perplexity` is exp(-mean log p) over all tokens, the end of every document (KenLM's `</s>`)
     included and its beginning (`<s>`) not; tokens that training never saw are out of vocabulary:
-    each has the probability of `<unk>`, and `without_unseen` leaves them out of sum and count.
+    each has the probability of `<unk>`; `perplexity_without_unseen` leaves them out of sum and
+    count.
     """
     values, known = np.concatenate(logprobs), np.concatenate(seen)
     return {
         "perplexity": float(np.exp(-values.mean())),
-        "without_unseen": float(np.exp(-values[known].mean())) if known.any() else float("nan"),
+        "perplexity_without_unseen": float(np.exp(-values[known].mean()))
+        if known.any()
+        else float("nan"),
         "unseen_tokens": int((~known).sum()),
     }
+
+
+def ngram_scores(ngram: NGram, shard: Shard) -> dict[str, float]:
+    """Return an n-gram's bits per byte and KenLM's perplexities on a split."""
+    documents = shard.documents()
+    logprobs = ngram.token_logprobs(documents)
+    seen = [ngram.known(document) for document in documents]
+    return summary(logprobs, shard) | perplexities(logprobs, seen)
 
 
 def compare_three(ngram: NGram, network: LM, shard: Shard) -> dict[str, Any]:
@@ -61,10 +72,12 @@ def compare_three(ngram: NGram, network: LM, shard: Shard) -> dict[str, Any]:
 
     `gain` is the network's bits per byte minus the mixture's, with its 95 % interval over
     documents: both models are scored on the same documents, so the difference is paired.
+    `weights` are fitted on all documents, to be used on others.
     """
     documents = shard.documents()
     a, b = network.token_logprobs(documents), ngram.token_logprobs(documents)
-    mixed = cross_fitted(a, b, ngram.buckets(documents), ngram.num_buckets)
+    buckets = ngram.buckets(documents)
+    mixed = cross_fitted(a, b, buckets, ngram.num_buckets)
     gains = [float((m - x).sum()) for m, x in zip(mixed, a, strict=True)]
     tokens = [len(x) for x in a]
     scale = sum(tokens) / LN2 / max(1, shard.num_bytes)
@@ -78,4 +91,7 @@ def compare_three(ngram: NGram, network: LM, shard: Shard) -> dict[str, Any]:
             "low": low * scale,
             "high": high * scale,
         },
+        "weights": fit_weights(
+            np.concatenate(a), np.concatenate(b), np.concatenate(buckets), ngram.num_buckets
+        ).tolist(),
     }

@@ -17,9 +17,11 @@ from groundup.generate.branches import Branches
 from groundup.generate.config import BeamSearchParams, EngineConfig, SpeculativeConfig
 from groundup.generate.engine import Engine
 from groundup.generate.request import Pooling, Request
+from groundup.generate.statistical import NGramDecoder
 from groundup.model.decoder import Decoder
 from groundup.model.heads import HeadedDecoder
 from groundup.model.hf import load_network, need_decoder, read_generation_ends
+from groundup.model.ngram import NGram, is_ngram
 from groundup.model.view import lay_out
 from groundup.tokenizer import Tokenizer
 
@@ -53,19 +55,27 @@ class LLM:
             decoder = model
         else:
             folder = resolve_model(model)
-            chosen = devices.pick(device)
-            dtype = chosen.dtype if chosen.device.type == "cuda" else torch.float32
-            network = load_network(folder, device=chosen.device, dtype=dtype)
-            if isinstance(network, HeadedDecoder) and network.task == "sequence":
-                self.labels = network.labels or tuple(map(str, range(network.num_labels)))
-                network = network.as_decoder()
-            decoder = need_decoder(network, folder)
-            lay_out(decoder)
             tokenizer = tokenizer or Tokenizer.load(folder)
+            if is_ngram(folder):
+                decoder = NGramDecoder(NGram.load(folder), tokenizer.bos_token_id)
+            else:
+                decoder = self.load_decoder(folder, device)
+                ends = read_generation_ends(folder) or None
             tokenizer.need_rows(decoder.config.vocab_size, folder)
-            ends = read_generation_ends(folder) or None
         self.tokenizer = tokenizer
         self.engine = Engine(decoder, tokenizer, config, ends=ends, speculative=speculative)
+
+    def load_decoder(self, folder: Path, device: str | None) -> Decoder:
+        """Return a folder's network, laid out for inference; a head for labels names them."""
+        chosen = devices.pick(device)
+        dtype = chosen.dtype if chosen.device.type == "cuda" else torch.float32
+        network = load_network(folder, device=chosen.device, dtype=dtype)
+        if isinstance(network, HeadedDecoder) and network.task == "sequence":
+            self.labels = network.labels or tuple(map(str, range(network.num_labels)))
+            network = network.as_decoder()
+        decoder = need_decoder(network, folder)
+        lay_out(decoder)
+        return decoder
 
     @property
     def context(self) -> int:

@@ -111,6 +111,8 @@ def read_config(folder: Path) -> dict[str, Any]:
                 "use a version of the model that needs none"
             )
     known = values.get("model_type")
+    if known in ("ngram", "mixture"):
+        raise CheckpointError(f"{folder} holds a model of kind {known}: this needs a network")
     if known not in FAMILIES and known not in ENCODERS:
         hint = closest(str(known), {*FAMILIES, *ENCODERS})
         raise CheckpointError(f"{where}: model_type {known!r} is not supported{hint}")

@@ -36,6 +36,11 @@ class NeuralLM:
         self.batch_tokens = batch_tokens
         self.dtype = dtype
 
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of ids that have a probability."""
+        return self.model.config.vocab_size
+
     def windows(self, lengths: list[int]) -> Iterator[Window]:
         """Yield windows so that each position of each document is scored exactly once."""
         for document, length in enumerate(lengths):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from groundup.core.files import write_json
 from groundup.core.types import LM
 
+MODEL_TYPE, CONFIG = "mixture", "config.json"
 Floats = NDArray[np.float64]
 ITERATIONS = 50
 PRIOR = 20.0  # tokens of evidence for the common weight, so that rare buckets do not overfit
@@ -18,7 +19,15 @@ PRIOR = 20.0  # tokens of evidence for the common weight, so that rare buckets d
 class Buckets(Protocol):
     """What sorts contexts by how well the n-gram knows them."""
 
-    num_buckets: int
+    @property
+    def num_buckets(self) -> int:
+        """Return one more than the largest bucket."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of ids that have a probability."""
+        ...
 
     def buckets(self, documents: Iterable[NDArray[np.integer]]) -> list[NDArray[np.int64]]:
         """Return one bucket a token, from its context alone."""
@@ -81,6 +90,11 @@ class Mixture:
     def __init__(self, a: LM, b: LM, sorter: Buckets, weights: Floats) -> None:
         self.a, self.b, self.sorter, self.weights = a, b, sorter, weights
 
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of ids that have a probability."""
+        return self.sorter.vocab_size
+
     def token_logprobs(self, documents: Iterable[NDArray[np.integer]]) -> list[Floats]:
         """Return one natural-log probability a token."""
         documents = list(documents)
@@ -92,6 +106,9 @@ class Mixture:
         )
         return [mix(a, b, buckets, self.weights) for a, b, buckets in parts]
 
-    def save(self, file: Path) -> None:
-        """Write the weights as JSON."""
-        write_json(file, {"weights": self.weights.tolist()})
+
+def save_mixture(folder: Path, network: Path, ngram: Path, weights: Floats) -> None:
+    """Write config.json: where the two models are, and the weights of the network."""
+    places = {"network": str(network.absolute()), "ngram": str(ngram.absolute())}
+    settings = {"model_type": MODEL_TYPE, **places, "weights": weights.tolist()}
+    write_json(folder / CONFIG, settings)

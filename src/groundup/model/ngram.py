@@ -239,6 +239,12 @@ class NGram:
         return probs, known, real
 
 
+def is_ngram(folder: Path) -> bool:
+    """Return whether a folder's config.json says that it holds an n-gram model."""
+    file = folder / CONFIG
+    return file.is_file() and read_json(file).get("model_type") == MODEL_TYPE
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return an n-gram model's config.json; anything else is a CheckpointError."""
     if not (folder / CONFIG).is_file():

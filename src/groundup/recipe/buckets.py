@@ -22,6 +22,7 @@ from groundup.data import read_documents
 from groundup.data.perplexity import BUCKETS, Perplexity, bucket, perplexities
 from groundup.data.steps import Kind
 from groundup.model import NGram
+from groundup.model.loading import load_lm
 from groundup.tokenizer import Tokenizer
 
 SETTINGS = "buckets.json"
@@ -33,7 +34,9 @@ class BucketsConfig:
     """A model of clean text, and a sample of the text to sort by it."""
 
     paths: tuple[str, ...] = field(help="files or folders of the text to sort", input=True)
-    ngram: Path = field(help="n-gram folder, counted on clean text", input=True)
+    ngram: Path = field(
+        help="n-gram folder, counted on clean text; or any language model", input=True
+    )
     tokenizer: Path = field(help="tokenizer folder of the n-gram", input=True)
     language: str | None = field(None, help="ISO 639 code of the documents it judges; unset: all")
     sample: int = field(10_000, help="documents of the sample at most, drawn from all")
@@ -42,8 +45,9 @@ class BucketsConfig:
 
 def make_buckets(config: BucketsConfig, out: Path) -> dict[str, Any]:
     """Score a sample, cut it into three equal parts, write model and bounds; return the bounds."""
-    tok, lm = Tokenizer.load(config.tokenizer), NGram.load(config.ngram)
-    if lm.vocab_size != tok.vocab_size:
+    tok = Tokenizer.load(config.tokenizer)
+    lm = load_lm(config.ngram, tok.eos_token_id)
+    if isinstance(lm, NGram) and lm.vocab_size != tok.vocab_size:
         raise DataError(
             f"{config.ngram} has {lm.vocab_size:,} tokens and {config.tokenizer} "
             f"{tok.vocab_size:,}: give the tokenizer that the n-gram was counted with"
@@ -56,7 +60,7 @@ def make_buckets(config: BucketsConfig, out: Path) -> dict[str, Any]:
         found += perplexities(lm, tok, texts[start : start + AT_ONCE])
     low, high = (float(value) for value in np.quantile(found, (1 / 3, 2 / 3)))
     for name, source in (("ngram", config.ngram), ("tokenizer", config.tokenizer)):
-        leave = shutil.ignore_patterns(FINISHED)
+        leave = shutil.ignore_patterns(FINISHED, "shards")
         shutil.copytree(source, out / name, ignore=leave, dirs_exist_ok=True)
     settings = {"bounds": [low, high], "language": config.language, "sample": len(texts)}
     write_json(out / SETTINGS, settings)
@@ -113,7 +117,8 @@ def judges(config: PerplexitySettings) -> dict[str | None, Perplexity]:
             raise CheckpointError(f"{folder} holds no buckets: `groundup data buckets` makes them")
         settings = read_json(folder / SETTINGS)
         low, high = settings["bounds"]
-        lm, tok = NGram.load(folder / "ngram"), Tokenizer.load(folder / "tokenizer")
+        tok = Tokenizer.load(folder / "tokenizer")
+        lm = load_lm(folder / "ngram", tok.eos_token_id)
         if settings["language"] in found:
             raise DataError(f"{folder} is the second folder of buckets for the same language")
         found[settings["language"]] = Perplexity(lm, tok, (low, high), config.keep)

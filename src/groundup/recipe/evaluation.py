@@ -10,7 +10,7 @@ import numpy as np
 
 from groundup.align import answer_logps
 from groundup.core import device as devices
-from groundup.core.errors import DataError
+from groundup.core.errors import ConfigError, DataError
 from groundup.core.files import write_json, write_jsonl
 from groundup.core.progress import say, show_table
 from groundup.core.types import Chat, SamplingParams
@@ -23,10 +23,13 @@ from groundup.evaluate import (
     score_answers,
     token_f1,
 )
+from groundup.evaluate.perplexity import ngram_scores
 from groundup.evaluate.tasks import read_task, run_task
 from groundup.generate import LLM
 from groundup.model.hf import load_model
 from groundup.model.lm import NeuralLM
+from groundup.model.loading import AnyLM, load_lm
+from groundup.model.mixture import save_mixture
 from groundup.model.ngram import NGram
 from groundup.recipe.configs import EvaluateConfig
 from groundup.recipe.tuning import pair_rows
@@ -43,8 +46,9 @@ def evaluate(config: EvaluateConfig, out: Path) -> dict[str, Any]:
     tok = Tokenizer.load(config.base)
     base = load_model(config.base, device=device.device)
     validation = open_shard(config.shards, "validation")
-    three = compare_three(NGram.load(config.ngram), NeuralLM(base, tok.eos_token_id), validation)
-    show_three(three)
+    ngram = NGram.load(config.ngram)
+    three = compare_three(ngram, NeuralLM(base, tok.eos_token_id), validation)
+    show_three(three, f"Kneser-Ney {ngram.order}-gram")
     folders = {"base": config.base, "finetuned": config.finetuned, "aligned": config.aligned}
     engines = {
         stage: LLM(load_model(folder, device=device.device), tok, max_num_seqs=32)
@@ -69,9 +73,9 @@ def evaluate(config: EvaluateConfig, out: Path) -> dict[str, Any]:
     }
 
 
-def show_three(three: dict[str, Any]) -> None:
+def show_three(three: dict[str, Any], ngram: str, title: str = "Validation text") -> None:
     """Print the three-model table."""
-    names = {"ngram": "Kneser-Ney 5-gram", "network": "network", "mixture": "both interpolated"}
+    names = {"ngram": ngram, "network": "network", "mixture": "both interpolated"}
     rows = [
         (
             name,
@@ -81,7 +85,13 @@ def show_three(three: dict[str, Any]) -> None:
         )
         for key, name in names.items()
     ]
-    show_table("Validation text", ("model", "bits per byte", "95 %", "perplexity"), rows)
+    show_table(title, ("model", "bits per byte", "95 %", "perplexity"), rows)
+    gain = three["gain"]
+    say(
+        f"  interpolation gains {gain['bits_per_byte']:.3f} bits per byte on the network (95 %: "
+        f"{gain['low']:.3f} to {gain['high']:.3f}); every document is scored by weights fitted on "
+        "others"
+    )
 
 
 def choose_questions(config: EvaluateConfig) -> list[Chat]:
@@ -213,14 +223,61 @@ def card(
 def evaluate_texts(
     model: Path, data: Sequence[str], *, device: str | None = None
 ) -> dict[str, float]:
-    """Return bits per byte, perplexity and counts of a model on files or folders."""
+    """Return bits per byte, perplexity and counts of a model on files or folders.
+
+    Of an n-gram also its perplexity without the tokens that training never saw.
+    """
+    tok, lm = load_scorer(model, device)
+    shard = read_shard(data, tok)
+    return ngram_scores(lm, shard) if isinstance(lm, NGram) else bits_per_byte(lm, shard)
+
+
+def evaluate_mixture(
+    model: Path,
+    ngram: Path,
+    data: Sequence[str],
+    *,
+    out: Path | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Return the scores of a network, an n-gram and both interpolated, and what that gains.
+
+    With `out` the mixture is kept as a model, its weights fitted on these texts.
+    """
+    tok, network = load_scorer(model, device)
+    if Tokenizer.load(ngram).fingerprint != tok.fingerprint:
+        raise ConfigError(
+            f"{ngram} has another tokenizer than {model}: count it with that one "
+            f"(groundup ngram CORPUS --tokenizer {model})"
+        )
+    if out is not None and out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out} cannot be used: the folder holds other files")
+    counted, shard = NGram.load(ngram), read_shard(data, tok)
+    if len(shard.offsets) < 3:
+        raise DataError("weights are fitted on one document and tried on another: give two or more")
+    three = compare_three(counted, network, shard)
+    show_three(three, f"Kneser-Ney {counted.order}-gram", "Held-out text")
+    if out is not None:
+        tok.save(out)
+        save_mixture(out, model, ngram, np.array(three["weights"]))
+        say(f"  the mixture, its weights fitted on these texts: {out}")
+    return three
+
+
+def load_scorer(model: Path, device: str | None) -> tuple[Tokenizer, AnyLM]:
+    """Return a folder's tokenizer and language model: a network, an n-gram or a mixture."""
     tok = Tokenizer.load(model)
-    chosen = devices.pick(device, "fp32")
+    lm = load_lm(model, tok.eos_token_id, device=devices.pick(device, "fp32").device)
+    return tok.need_rows(lm.vocab_size, model), lm
+
+
+def read_shard(data: Sequence[str], tok: Tokenizer) -> Shard:
+    """Return files or folders as one split of ids; no text at all is a DataError."""
     texts = [document.text for document in read_documents(data) if document.text]
     encoded = [[*ids, tok.eos_token_id] for ids in tok.encode_batch(texts)]
     if not encoded:
         raise DataError(f"{', '.join(map(str, data))} holds no text")
-    shard = Shard(
+    return Shard(
         tokens=np.concatenate([np.array(ids) for ids in encoded]),
         offsets=np.cumsum([0, *(len(ids) for ids in encoded)]),
         num_bytes=sum(len(text.encode()) for text in texts),
@@ -228,10 +285,6 @@ def evaluate_texts(
         vocab_size=tok.vocab_size,
         tokenizer=tok.fingerprint,
     )
-    decoder = load_model(model, device=chosen.device)
-    tok.need_rows(decoder.config.vocab_size, model)
-    network = NeuralLM(decoder, tok.eos_token_id)
-    return bits_per_byte(network, shard)
 
 
 TASK_HEADERS = ("task", "items", "acc", "95 %", "acc_norm", "chance", "perplexity", "cut")
@@ -242,20 +295,16 @@ def evaluate_tasks(
 ) -> dict[str, dict[str, float]]:
     """Return a model's scores in log-likelihood tasks; print them as a table."""
     tasks = [read_task(path, limit=limit) for path in paths]
-    tok = Tokenizer.load(model)
-    chosen = devices.pick(device, "fp32")
-    decoder = load_model(model, device=chosen.device)
-    tok.need_rows(decoder.config.vocab_size, model)
-    network = NeuralLM(decoder, tok.eos_token_id)
-    scores = {task.name: run_task(network, tok, task) for task in tasks}
+    tok, lm = load_scorer(model, device)
+    scores = {task.name: run_task(lm, tok, task) for task in tasks}
     rows = [
         (
             name,
             f"{found['items']:,}",
-            f"{found['acc']:.3f}",
-            f"{found['low']:.3f} to {found['high']:.3f}",
+            f"{found['acc']:.3f}" if "acc" in found else "",
+            f"{found['low']:.3f} to {found['high']:.3f}" if "acc" in found else "",
             *(f"{found[key]:.3f}" if key in found else "" for key in TASK_HEADERS[4:7]),
-            f"{found['cut']:,}",
+            f"{found.get('cut', 0):,}",
         )
         for name, found in scores.items()
     ]

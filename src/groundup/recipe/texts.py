@@ -76,7 +76,7 @@ def tokenize(config: ShardsConfig, out: Path) -> dict[str, Any]:
 
 def count_ngrams(config: NGramConfig, out: Path) -> dict[str, Any]:
     """Count the training split and measure the model on the validation split."""
-    from groundup.evaluate.perplexity import perplexities, summary
+    from groundup.evaluate.perplexity import ngram_scores
 
     tok = Tokenizer.load(config.tokenizer)
     shards = shards_of(config, tok, out)
@@ -101,13 +101,10 @@ def count_ngrams(config: NGramConfig, out: Path) -> dict[str, Any]:
     if not len(validation.tokens):
         say("  no validation text: groundup evaluate measures the model on any other")
         return counts
-    documents = validation.documents()
-    logprobs = model.token_logprobs(documents)
-    score = summary(logprobs, validation)
-    score |= perplexities(logprobs, [model.known(document) for document in documents])
+    score = ngram_scores(model, validation)
     say(
         f"  validation text: {score['bits_per_byte']:.3f} bits per byte, perplexity "
-        f"{score['perplexity']:.1f} ({score['without_unseen']:.1f} without "
+        f"{score['perplexity']:.1f} ({score['perplexity_without_unseen']:.1f} without "
         f"{score['unseen_tokens']:,} tokens that training never saw)"
     )
     return counts | score
