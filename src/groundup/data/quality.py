@@ -169,7 +169,8 @@ def gopher_reason(
         return "short words" if mean < config.min_mean_word_length else "long words"
     if text.count("#") / len(words) > config.max_symbol_ratio:
         return "too many hashes"
-    if sum(map(text.count, ELLIPSES)) / len(words) > config.max_symbol_ratio:
+    ellipses = sum(map(text.count, ELLIPSES))
+    if ellipses / len(words) > config.max_symbol_ratio:
         return "too many ellipses"
     lines = text.splitlines()
     if (
@@ -178,7 +179,8 @@ def gopher_reason(
     ):
         return "too many bullets"
     if (
-        sum(line.rstrip().endswith(ELLIPSES) for line in lines) / len(lines)
+        ellipses
+        and sum(line.rstrip().endswith(ELLIPSES) for line in lines) / len(lines)
         > config.max_ellipsis_lines
     ):
         return "too many lines end in an ellipsis"

@@ -82,7 +82,7 @@ def repeated_ngram(config: GopherRepetition, text: str) -> str | None:
             break
         if n > 1:
             hash_S = hash_S[:-1] * ROLL + hash_W[n - 1 :]
-        if n in top and top_characters(hash_S, ends_W, n) / len(text) > top[n]:
+        if n in top and top_ngram_exceeds(hash_S, ends_W, n, top[n] * len(text)):
             return f"most frequent {n}-gram"
         if n in repeated:
             recurring = recurring_starts(hash_S, recurring)
@@ -93,19 +93,21 @@ def repeated_ngram(config: GopherRepetition, text: str) -> str | None:
     return None
 
 
-def top_characters(hash_S: NDArray[np.uint64], ends_W: NDArray[np.int64], n: int) -> int:
-    """Return the characters, blanks included, of the most frequent n-gram times its frequency.
+def top_ngram_exceeds(
+    hash_S: NDArray[np.uint64], ends_W: NDArray[np.int64], n: int, most: float
+) -> bool:
+    """Return whether the most frequent n-gram, times its frequency, has over `most` characters.
 
-    Of equally frequent ones the first in the text counts.
+    Blanks are counted. Of equally frequent ones the first in the text counts.
     """
+    size_S = ends_W[n:] - ends_W[:-n] + (n - 1)
     order_S = np.sort(hash_S)
-    bounds = np.flatnonzero(np.r_[True, order_S[1:] != order_S[:-1], True])
-    frequency = np.diff(bounds)
-    most = int(frequency.max())
-    start = 0
-    if most > 1:
-        start = int(np.isin(hash_S, order_S[bounds[:-1][frequency == most]]).argmax())
-    return (int(ends_W[start + n] - ends_W[start]) + n - 1) * most
+    least = int(most // size_S.max()) + 1  # frequency without which not even the longest exceeds
+    if not (order_S[least - 1 :] == order_S[: max(0, len(order_S) - least + 1)]).any():
+        return False
+    _, first, frequency = np.unique(hash_S, return_index=True, return_counts=True)
+    highest = int(frequency.max())
+    return int(size_S[first[frequency == highest].min()]) * highest > most
 
 
 def recurring_starts(
@@ -115,11 +117,14 @@ def recurring_starts(
 
     Only starts of recurring (n - 1)-grams can be: `within` narrows the search.
     """
-    starts = np.arange(len(hash_S)) if within is None else within[within < len(hash_S)]
-    found = hash_S[starts]
+    found = hash_S if within is None else hash_S[within[within < len(hash_S)]]
     order = np.sort(found)
     twice = order[1:][order[1:] == order[:-1]]
-    return starts[np.isin(found, twice)] if len(twice) else starts[:0]
+    if not len(twice):
+        return np.zeros(0, np.int64)
+    place = np.minimum(np.searchsorted(twice, found), len(twice) - 1)
+    recurring = np.flatnonzero(twice[place] == found)
+    return recurring if within is None else within[recurring]
 
 
 def repeated_in_order(

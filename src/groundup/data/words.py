@@ -41,6 +41,7 @@ CLITIC = regex.compile(
     r"|(would|could|should|might|must)(['’]ve)|(i)(m|ve)|(that|what)(s)|(can)(not)|(gon|got)(na|ta)"
     r"|(let)(['’]s)|(\d{1,2})((?-i:[ap]m))"
 )
+LONGEST_CLITIC = 8  # of letters alone: shouldnt
 # fmt: off
 WHOLE = frozenset((
     "and/or", "ol'", "ol’", "e.g.", "i.e.", "E.g.", "I.e.", "a.m.", "p.m.", "vs.", "v.s.", "Mr.",
@@ -106,8 +107,17 @@ class Pieces(dict[str, tuple[str, ...]]):
             return tuple(w for n in cuts for w in split_piece(piece[n : n + LONGEST_PIECE]))
         if len(self) >= PIECES_KEPT:
             self.clear()
-        self[piece] = words = tuple(split_piece(piece))
+        self[piece] = words = self.ended(piece) or tuple(split_piece(piece))
         return words
+
+    def ended(self, piece: str) -> tuple[str, ...] | None:
+        """Return the words of letters with one mark behind, the usual new piece; else None."""
+        core, mark = piece[:-1], piece[-1]
+        if not (core.isalpha() and core.isascii()) or piece in WHOLE:
+            return None
+        if mark in ",;:!?)" or (mark == "." and core[-1].islower()):
+            return (*self[core], mark)
+        return None
 
 
 def split_piece(piece: str) -> list[str]:
@@ -130,9 +140,10 @@ def split_core(core: str) -> list[str]:
     """Cut a piece without affixes at clitics and at hyphens, slashes and the like inside."""
     if not core:
         return []
-    if clitic := CLITIC.fullmatch(core):
+    letters = core.isalpha()
+    if not (letters and len(core) > LONGEST_CLITIC) and (clitic := CLITIC.fullmatch(core)):
         return [part for part in clitic.groups() if part]
-    if core.isalpha() or core in WHOLE or ADDRESS.fullmatch(core):
+    if letters or core in WHOLE or ADDRESS.fullmatch(core):
         return [core]
     words = []
     start = 0
