@@ -19,7 +19,7 @@ from warcio.archiveiterator import ArchiveIterator
 from groundup.data.notes import Notes
 from groundup.data.warc import iterate_records, read_warc
 
-ROUNDS = 5
+ROUNDS = 3
 SIZE_BYTES = 200_000_000
 
 

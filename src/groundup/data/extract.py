@@ -119,7 +119,8 @@ def extract_precise(page: str, url: str) -> tuple[str, dict[str, Any]]:
     """Return the main content by trafilatura, with the page's metadata."""
     trafilatura = need("trafilatura", extra="data", purpose="the precise extraction of text")
     parse = need("resiliparse.parse.html", extra="data", purpose="extracting text from HTML")
-    text = trafilatura.extract(page, favor_precision=True, include_comments=False, deduplicate=True)
+    # without its deduplication, which remembers the pages before: results would depend on the order
+    text = trafilatura.extract(page, favor_precision=True, include_comments=False)
     return text or "", page_metadata(parse.HTMLTree.parse(page), page, url)
 
 
