@@ -15,6 +15,7 @@ from groundup.model import (
     EncoderConfig,
     HeadedDecoder,
     ModelConfig,
+    encoder,
     load_model,
     load_network,
     save_model,
@@ -139,10 +140,42 @@ def test_pretraining_loss_equals_berts(tmp_path):
     targets = torch.where(torch.rand(4, 20) < 0.2, ids, IGNORE)
     following = torch.tensor([0, 1, 1, 0])
     wanted = theirs(ids, labels=targets, next_sentence_label=following).loss
-    logps = ours(ids, want="logprobs", targets=targets)
-    mlm = -logps.sum() / (targets != IGNORE).sum()
+    mlm = ours(ids, want="losses", targets=targets) / (targets != IGNORE).sum()
     nsp = torch.nn.functional.cross_entropy(ours(ids, want="nsp"), following)
     torch.testing.assert_close(mlm + nsp, wanted)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_loss_of_masked_words_equals_that_of_all_logits(kind):
+    ours = make(kind, "mlm").double()
+    ids = torch.randint(3, 97, (4, 20))
+    targets = torch.where(torch.rand(4, 20) < 0.2, ids, IGNORE)
+    found = ours(ids, want="losses", targets=targets)
+    gradients = torch.autograd.grad(found, list(ours.parameters()))
+    logits = ours(ids).flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradients, torch.autograd.grad(wanted, list(ours.parameters())))
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_written_out_attention_equals_the_fused_kernel(kind, monkeypatch):
+    ours = make(kind, "mlm")
+    torch.manual_seed(1)
+    ids = torch.randint(3, 97, (2, 30))
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, 12:] = 0  # the last positions see nothing near them in a local layer
+    exact = ours(ids, mask)[mask.bool()]
+    found = {}
+    for most in (0, encoder.WRITTEN_OUT):
+        monkeypatch.setattr(encoder, "WRITTEN_OUT", most)
+        with torch.autocast("cpu", torch.bfloat16):
+            found[most] = ours(ids, mask)[mask.bool()].float()
+        assert torch.isfinite(found[most]).all()
+    fused, written = found.values()
+    assert not torch.equal(fused, written)  # two ways, not one twice
+    assert relative(fused, exact) < 0.1
+    assert relative(written, exact) < 0.1
 
 
 def test_real_sentence_embeddings_equal_transformers():

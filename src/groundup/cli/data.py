@@ -1,4 +1,4 @@
-"""`groundup data build|classifier|buckets|report|shards|mix`."""
+"""`groundup data build|classifier|buckets|report|shards|mix|cloze`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ COMMANDS = {
     "report": "a page on a corpus: the funnel, and examples of what each rule left out",
     "shards": "a corpus to memory-mapped token ids",
     "mix": "what a mixture (YAML) takes of each source in each phase of training",
+    "cloze": "English text to questions about it in SQuAD's form, to train a reader on",
 }
 
 
@@ -28,6 +29,7 @@ def data(argv: Sequence[str]) -> None:
         "report": report,
         "shards": shards,
         "mix": mix,
+        "cloze": cloze,
     }
     run[argv[0]](rest)
 
@@ -73,3 +75,8 @@ def mix(argv: Sequence[str]) -> None:
     config = configs.load(MixConfig, configs.read_yaml(args.recipe), where=str(args.recipe))
     lengths = read_lengths(config)
     show_mixture(config, {name: int(found.sum()) for name, found in lengths.items()})
+
+
+def cloze(argv: Sequence[str]) -> None:
+    """Run `groundup data cloze PATH... --out DIR`."""
+    stage_command("data cloze", "cloze", argv, positional="paths")

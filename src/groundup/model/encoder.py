@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundup.model.encoder_config import EncoderConfig
-from groundup.model.loss import IGNORE
+from groundup.model.loss import IGNORE, linear_cross_entropy
 from groundup.model.rope import check_length, rotate
 
-Want = Literal["auto", "hidden", "logits", "nsp", "logprobs", "pairs", "embedding"]
+Want = Literal["auto", "hidden", "logits", "nsp", "losses", "pairs", "embedding"]
+WRITTEN_OUT = 512  # positions up to which scores are kept for the backward pass
 
 
 def attend(
@@ -24,8 +25,28 @@ def attend(
 ) -> Tensor:
     """Split into heads and attend in both directions where `mask` [B, 1, T, S] is True."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q_BTE, k_BTE, v_BTE))
-    out_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return out_BHTD.transpose(1, 2).flatten(-2)
+    return attention(q, k, v, mask, dropout).transpose(1, 2).flatten(-2)
+
+
+def attention(
+    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """Return what each position attends to, [B, H, T, D].
+
+    Where gradients are wanted in bf16 on a CPU the products are written out: torch's fused
+    kernel takes three times as long there (docs/decisions/0040), and keeps less, so that it is
+    left for rows over WRITTEN_OUT positions.
+    """
+    T = q_BHTD.shape[-2]
+    narrow = q_BHTD.dtype == torch.bfloat16 and q_BHTD.device.type == "cpu"
+    if not (narrow and torch.is_grad_enabled() and T <= WRITTEN_OUT):
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BHTD, v_BHTD, attn_mask=mask, dropout_p=dropout
+        )
+    scores_BHTS = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHTD.mT
+    if mask is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask, torch.finfo(scores_BHTS.dtype).min)
+    return F.dropout(scores_BHTS.softmax(-1), dropout) @ v_BHTD
 
 
 class BertLayer(nn.Module):
@@ -127,9 +148,7 @@ class ModernLayer(nn.Module):
         heads = qkv_BTE.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q_BHTD, k_BHTD = rotate(heads[0], *rotary), rotate(heads[1], *rotary)
         rate = self.attention_dropout if self.training else 0.0
-        out_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, heads[2], attn_mask=mask, dropout_p=rate
-        )
+        out_BHTD = attention(q_BHTD, k_BHTD, heads[2], mask, rate)
         x_BTE = x_BTE + self.attn["Wo"](out_BHTD.transpose(1, 2).flatten(-2))
         value, gate = self.mlp["Wi"](self.mlp_norm(x_BTE)).chunk(2, dim=-1)
         return x_BTE + self.mlp["Wo"](self.dropout(F.gelu(value) * gate))
@@ -243,13 +262,13 @@ class Encoder(nn.Module):
         want: Want = "auto",
         targets: Tensor | None = None,
     ) -> Any:
-        """Return the task's logits; or hidden_BTE, nsp_B2, embedding_BE, log p(targets_BT).
+        """Return the task's logits; or hidden_BTE, nsp_B2, embedding_BE, the targets' summed loss.
 
-        `pairs` gives both of BERT's pretraining: log p(targets_BT) and nsp_B2.
+        `pairs` gives both of BERT's pretraining: the sum of -log p(targets_BT), and nsp_B2.
         """
         hidden_BTE = self.body(ids_BT, mask, types)
         if want == "pairs":
-            return tuple(self.outputs(hidden_BTE, mask, w, targets) for w in ("logprobs", "nsp"))
+            return tuple(self.outputs(hidden_BTE, mask, w, targets) for w in ("losses", "nsp"))
         if want == "hidden":
             return hidden_BTE
         if want == "embedding":
@@ -263,9 +282,9 @@ class Encoder(nn.Module):
         task = self.config.task
         if want == "nsp":
             return self.cls["seq_relationship"](self.bert.pool(hidden_BTE))
-        if want == "logprobs":
-            assert targets is not None, "want='logprobs' needs targets"
-            return self.target_logprobs(hidden_BTE, targets)
+        if want == "losses":
+            assert targets is not None, "want='losses' needs targets"
+            return self.target_losses(hidden_BTE, targets)
         if task in ("pretraining", "mlm"):
             return self.words(hidden_BTE)
         if task == "embedding":
@@ -283,21 +302,27 @@ class Encoder(nn.Module):
 
     def words(self, hidden: Tensor) -> Tensor:
         """Return logits over the vocabulary."""
+        wide, table_VE, bias_V = self.before_words(hidden)
+        return F.linear(wide, table_VE, bias_V)
+
+    def before_words(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the language head multiplies, by what matrix, and the bias it adds."""
         if self.modern:
-            return self.decoder(self.head["norm"](F.gelu(self.head["dense"](hidden))))
+            wide = self.head["norm"](F.gelu(self.head["dense"](hidden)))
+            return wide, self.decoder.weight, self.decoder.bias
         predictions = self.cls["predictions"]
         transform = predictions["transform"]
         wide = transform["LayerNorm"](F.gelu(transform["dense"](hidden)))
-        table = self.bert.embeddings["word_embeddings"].weight
-        return F.linear(wide, table, predictions.bias)
+        return wide, self.bert.embeddings["word_embeddings"].weight, predictions.bias
 
-    def target_logprobs(self, hidden_BTE: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return log p(target), computing logits at the positions that have one only."""
+    def target_losses(self, hidden_BTE: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the sum of -log p(target), projecting only the positions that have a target."""
         at = (targets_BT != IGNORE).nonzero(as_tuple=True)
-        logits_NV = self.words(hidden_BTE[at]).float()
-        logps_N = -F.cross_entropy(logits_NV, targets_BT[at], reduction="none")
-        zeros_BT = torch.zeros(targets_BT.shape, dtype=logps_N.dtype, device=logps_N.device)
-        return zeros_BT.index_put(at, logps_N)
+        wide_NE, table_VE, bias_V = self.before_words(hidden_BTE[at])
+        # the bias is one more column, which every position multiplies by one
+        wide_NE = torch.cat((wide_NE, wide_NE.new_ones(len(wide_NE), 1)), dim=-1)
+        head_VE = torch.cat((table_VE, bias_V[:, None]), dim=-1)
+        return linear_cross_entropy(wide_NE, head_VE, targets_BT[at])[0]
 
 
 def mean_pooled(hidden_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:

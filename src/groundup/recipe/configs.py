@@ -142,6 +142,7 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     fim_rate: float = field(0.5, help="share of the text that fim rearranges")
     fim_level: Literal["document", "context"] = field("document", help="what fim cuts")
     whole_word: bool = field(False, help="mlm masks whole words")
+    mlm_probability: float = field(0.15, help="share of the tokens that mlm masks")
     batch_size: int = field(8, help="rows in a micro-batch")
     gradient_accumulation_steps: int = field(1, help="micro-batches in an optimizer step")
     steps: int = field(500, help="optimizer steps")
@@ -313,6 +314,7 @@ class ClassifyConfig:
     adam_learning_rate: float | None = field(
         None, help="peak rate of AdamW (the rest); unset: 0.003 from random weights, else 0.0005"
     )
+    dtype: Literal["fp32", "bf16"] = field("fp32", help="dtype of the networks' matrix products")
     max_test_rows: int = field(1000, help="test texts scored, drawn by seed")
     seed: int = field(1, help="seed of samples, weights and order")
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)

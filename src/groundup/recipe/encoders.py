@@ -113,6 +113,7 @@ def pairs_of(config: PretrainConfig, tok: Tokenizer, shard: Shard, pairs: Pairs)
         mask_token_id=mask,
         pad_token_id=tok.pad_token_id,
         vocab_size=tok.vocab_size,
+        mask_probability=config.mlm_probability,
         word_starts=starts,
     )
 

@@ -77,6 +77,12 @@ STAGES = {
             version=2,
         ),
         Stage(
+            name="cloze",
+            config="groundup.data.cloze:ClozeConfig",
+            run="groundup.recipe.texts:make_cloze",
+            help="make questions out of plain text, in SQuAD's form",
+        ),
+        Stage(
             name="reading",
             config="groundup.recipe.configs:ReadingConfig",
             run="groundup.recipe.reading:read_spans",

@@ -1,13 +1,17 @@
-"""Stages on text: tokenizer, token shards, n-gram counts."""
+"""Stages on text: tokenizer, token shards, n-gram counts, questions for a reader."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from groundup.core.errors import DataError
+from groundup.core.files import write_json
 from groundup.core.progress import say, track
 from groundup.core.types import Split
 from groundup.data import open_shard, read_corpus, read_documents, write_shards
+from groundup.data.cloze import ClozeConfig, cloze_questions, squad_file
 from groundup.model.ngram import NGram
 from groundup.recipe.configs import NGramConfig, ShardsConfig, TokenizerConfig
 from groundup.recipe.shared import shards_of
@@ -108,3 +112,23 @@ def count_ngrams(config: NGramConfig, out: Path) -> dict[str, Any]:
         f"{score['unseen_tokens']:,} tokens that training never saw)"
     )
     return counts | score
+
+
+def make_cloze(config: ClozeConfig, out: Path) -> dict[str, Any]:
+    """Write `questions.json` in SQuAD's form, made out of training text; show a few."""
+    counts: Counter[str] = Counter()
+    texts = track(read_texts(config.paths, "train"), "making questions")
+    questions = list(cloze_questions(texts, config, counts))
+    if not questions:
+        raise DataError(
+            f"no passage of about {config.passage_words} words gave a question: give more English "
+            "prose, or fewer --passage-words"
+        )
+    write_json(out / "questions.json", squad_file(questions))
+    for question in questions[:: max(1, len(questions) // 4)][:4]:
+        say(f"  {question.question} -> {question.answers[0][0]}")
+    say(
+        f"  {len(questions):,} questions about {counts['passages']:,} passages "
+        f"({counts['passages without a question']:,} gave none): {out / 'questions.json'}"
+    )
+    return {"questions": len(questions), **counts}

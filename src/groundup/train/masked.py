@@ -201,10 +201,10 @@ class MaskedLM:
         inputs = (batch["ids"], batch["mask"], batch["types"])
         logits_B2: Tensor | None = None
         if "nsp" in self.coefficients:
-            logps_BT, logits_B2 = model(*inputs, want="pairs", targets=batch["targets"])
+            loss, logits_B2 = model(*inputs, want="pairs", targets=batch["targets"])
         else:
-            logps_BT = model(*inputs, want="logprobs", targets=batch["targets"])
-        terms = {"mlm": -logps_BT.sum()}
+            loss = model(*inputs, want="losses", targets=batch["targets"])
+        terms = {"mlm": loss}
         metrics: Metrics = {"mlm_loss": (terms["mlm"].detach(), self.weights(batch)["mlm"])}
         if logits_B2 is not None:
             wide_B2, label_B = logits_B2.float(), batch["label"]
