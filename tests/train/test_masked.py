@@ -202,7 +202,9 @@ def test_objectives_that_do_not_fit_say_what_does(corpus, tok, tmp_path, capsys)
     start = ["pretrain", str(corpus), "--tokenizer", str(tmp_path / "tok"), "--steps", "1"]
     start += ["--out", str(tmp_path / "run"), "--objective"]
     for objective, message in (
-        (["mlm"], "add --model-type bert or modernbert"),
+        (["mlm"], "add --model-type modernbert (sooner on little text) or bert"),
+        (["mlm+nsp"], "add --model-type bert (now qwen3)"),
+        (["mlm", "--model-type", "bert", "--mlm-probability", "1.5"], "between 0 and 1"),
         (["mlm", "--model-type", "bert"], r"need the special token [MASK]"),
         (["fim"], "train the tokenizer with --special-tokens '<|fim_prefix|>'"),
     ):

@@ -142,7 +142,9 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     fim_rate: float = field(0.5, help="share of the text that fim rearranges")
     fim_level: Literal["document", "context"] = field("document", help="what fim cuts")
     whole_word: bool = field(False, help="mlm masks whole words")
-    mlm_probability: float = field(0.15, help="share of the tokens that mlm masks")
+    mlm_probability: float | None = field(
+        None, help="share of the tokens that mlm masks; unset: 0.15 (bert), 0.3 (modernbert)"
+    )
     batch_size: int = field(8, help="rows in a micro-batch")
     gradient_accumulation_steps: int = field(1, help="micro-batches in an optimizer step")
     steps: int = field(500, help="optimizer steps")

@@ -24,15 +24,17 @@ from groundup.train.masked import Pairs
 from groundup.train.step import to_device
 
 VALIDATION_STEPS = 20
+MASKED = {"bert": 0.15, "modernbert": 0.3}  # of the tokens, as published
 PAIRS: dict[str, Pairs] = {"mlm": "none", "mlm+nsp": "nsp", "mlm+sop": "sop"}
 
 
 def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
     """Train on the training split; write `model/`, checkpoints and metrics.jsonl."""
     if config.init is None and config.model_type not in CLASSES:
+        kinds = "modernbert (sooner on little text) or bert"
         raise ConfigError(
-            f"{config.objective} trains encoders: add --model-type bert or modernbert "
-            f"(now {config.model_type})"
+            f"{config.objective} trains encoders: add --model-type "
+            f"{kinds if config.objective == 'mlm' else 'bert'} (now {config.model_type})"
         )
     tok = Tokenizer.load(config.tokenizer)
     shards = shards_of(config, tok, out)
@@ -81,6 +83,7 @@ def encoder_config(config: PretrainConfig, tok: Tokenizer, pairs: Pairs) -> Enco
         layer_norm_eps=1e-5 if modern else 1e-12,
         hidden_dropout_prob=0.0 if modern else 0.1,
         attention_probs_dropout_prob=0.0 if modern else 0.1,
+        classifier_pooling="mean" if modern else "cls",  # as the published checkpoints have it
         pad_token_id=tok.pad_token_id,
         cls_token_id=tok.token_id("cls_token", "bos_token"),
         sep_token_id=tok.token_id("sep_token", "eos_token"),
@@ -89,6 +92,9 @@ def encoder_config(config: PretrainConfig, tok: Tokenizer, pairs: Pairs) -> Enco
 
 def pairs_of(config: PretrainConfig, tok: Tokenizer, shard: Shard, pairs: Pairs) -> MaskedPairs:
     """Return the batch source of a split."""
+    share = MASKED[config.model_type] if config.mlm_probability is None else config.mlm_probability
+    if not 0 < share < 1:
+        raise ConfigError(f"--mlm-probability {share:g} must lie between 0 and 1")
     mask = tok.backend.token_to_id("[MASK]")
     if mask is None:
         raise ConfigError(
@@ -113,7 +119,7 @@ def pairs_of(config: PretrainConfig, tok: Tokenizer, shard: Shard, pairs: Pairs)
         mask_token_id=mask,
         pad_token_id=tok.pad_token_id,
         vocab_size=tok.vocab_size,
-        mask_probability=config.mlm_probability,
+        mask_probability=share,
         word_starts=starts,
     )
 
