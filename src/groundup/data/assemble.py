@@ -147,6 +147,10 @@ def write_splits(
         cuts = [replace(task, kept=kept[n], seed=config.seed) for n, task in enumerate(tasks)]
         units = run_job(work, "pieces", split.piece_units, cuts, run)
     held = split.held_out(units, config.validation_fraction, config.test_fraction, build.memory)
+    place = work / "held"
+    place.mkdir(exist_ok=True)
+    for name, sources in held.items():
+        np.save(place / f"{name}.npy", sources)
     writes = [
         pipeline.WriteTask(
             all_blocks=tuple(blocks),
@@ -154,7 +158,7 @@ def write_splits(
             units=folder,
             exact=tuple(exact),
             near=tuple(near),
-            held=held,
+            held=place,
             blocks=build.blocks,
             pieces=pieces,
             excluded=config.excluded,

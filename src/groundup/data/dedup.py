@@ -115,9 +115,9 @@ def repeated_parts(task: RangeTask, rank: int, out: Path) -> None:
     offsets = Documents(task.blocks).offsets
     for n, block in enumerate(task.blocks):
         found, _ = read_keyed([block], "part", columns, task.start, task.stop)
-        gone, _ = read_keyed(task.groups, "dropped", ("key",), offsets[n], offsets[n + 1])
+        gone = list(dropped_in(task.groups, offsets[n], offsets[n + 1]))
         document = found["row"] + offsets[n]
-        stays = ~np.isin(document, gone["key"])
+        stays = ~np.isin(document, gone)
         keys.append(found["key"][stays])
         parts["document"].append(document[stays])
         parts["place"].append(found["place"][stays])

@@ -187,13 +187,14 @@ def trim(task: TrimTask, rank: int, out: Path) -> None:
         read_block(task.all_blocks[task.block] / "documents.parquet"), start
     ):
         measures = task.blocks.measure(document.text)
-        ledger.enter("exact duplicates", *measures)
-        if n in dropped:
-            ledger.drop("exact duplicates", "exact duplicate", document, *measures)
-            if task.excluded:
-                excluded.add(document, "exact duplicates", "exact duplicate")
-            continue
-        ledger.leave("exact duplicates", *measures)
+        if task.dropped:
+            ledger.enter("exact duplicates", *measures)
+            if n in dropped:
+                ledger.drop("exact duplicates", "exact duplicate", document, *measures)
+                if task.excluded:
+                    excluded.add(document, "exact duplicates", "exact duplicate")
+                continue
+            ledger.leave("exact duplicates", *measures)
         ledger.enter(name, *measures)
         places = repeated.get(n, set())
         if places:
@@ -228,7 +229,7 @@ class WriteTask:
     units: Path
     exact: tuple[Path, ...]
     near: tuple[Path, ...]
-    held: dict[str, Keys]
+    held: Path  # a sorted array of the sources of each held-out split
     blocks: Blocks
     pieces: bool  # documents are cut, and their pieces split
     excluded: bool
@@ -244,6 +245,7 @@ def write(task: WriteTask, rank: int, out: Path) -> None:
         ("near-duplicates", "near-duplicate", dropped_in(task.near, start, stop)),
     )
     source = np.load(task.units / "source.npy")
+    held = {split: np.load(task.held / f"{split}.npy", mmap_mode="r") for split in SPLITS[1:]}
     ledger = Ledger()
     for name in (*task.rows, *SPLITS):
         ledger.step(name)
@@ -272,7 +274,7 @@ def write(task: WriteTask, rank: int, out: Path) -> None:
                 seed = task.blocks.seed
                 places = [(p, source_key(p.source, seed)) for p in pieces_of(document)]
             for part, key in places:
-                split = split_of(key, task.held)
+                split = split_of(key, held)
                 measures = task.blocks.measure(part.text)
                 ledger.enter(split, *measures)
                 ledger.leave(split, *measures)

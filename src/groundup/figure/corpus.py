@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from groundup.figure.plots import COLOURS, FAINT, INK, canvas, label_axes, to_svg
 
 BACK = "#e9edf1"
+MOST_LABELS = 15
 
 
 def funnel_plot(steps: Sequence[tuple[str, float, str]], *, x_label: str) -> str:
@@ -48,9 +49,13 @@ def bucket_plot(
     for n, (name, counts) in enumerate(groups.items()):
         places = [k + (n - (len(groups) - 1) / 2) * width for k in range(last - first)]
         axes.bar(places, counts[first:last], width=width, color=COLOURS[n], label=name)
-    axes.set_xticks(range(last - first), labels[first:last], fontsize=8, color=INK)
+    every = 1 + (last - first) // MOST_LABELS
+    shown = [label if n % every == 0 else "" for n, label in enumerate(labels[first:last])]
+    axes.set_xticks(range(last - first), shown, fontsize=8, color=INK)
     if log_y:
         axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5)  # a bucket of one has a bar
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     if len(groups) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     label_axes(axes, x_label, y_label)
