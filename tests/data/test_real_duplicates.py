@@ -2,6 +2,7 @@
 
 import gzip
 import json
+
 from groundup.core.types import SPLITS
 from groundup.data import CorpusConfig, build_corpus, read_corpus
 from inputs import real_data
@@ -42,7 +43,10 @@ def test_repeated_lines_of_a_course_stay_once(tmp_path):
 def test_repeated_lines_are_those_of_dolma(tmp_path):
     folder = real_data("dolma-pipeline")
     names = ("provided/deduper/documents/000.json.gz", "expected/dedupe-paragraphs.json.gz")
-    given, wanted = (list(map(json.loads, gzip.open(folder / n, "rt"))) for n in names)
+    given, wanted = (
+        [json.loads(line) for line in gzip.decompress((folder / name).read_bytes()).splitlines()]
+        for name in names
+    )
     file = folder / "provided/deduper/documents"
     settings = {"repeated": "line", "repeated_characters": 1, "near_duplicates": "keep"}
     found = built(tmp_path / "c", file, steps=(), **settings)

@@ -245,7 +245,9 @@ def write(task: WriteTask, rank: int, out: Path) -> None:
         ("near-duplicates", "near-duplicate", dropped_in(task.near, start, stop)),
     )
     source = np.load(task.units / "source.npy")
-    held = {split: np.load(task.held / f"{split}.npy", mmap_mode="r") for split in SPLITS[1:]}
+    held: dict[str, Keys] = {
+        split: np.load(task.held / f"{split}.npy", mmap_mode="r") for split in SPLITS[1:]
+    }
     ledger = Ledger()
     for name in (*task.rows, *SPLITS):
         ledger.step(name)
