@@ -228,6 +228,30 @@ def test_pages_that_would_stop_the_extractor_are_skipped(monkeypatch):
     assert notes.log[-1] == "p, http://slow: page too slow"
 
 
+def swallow_and_go_on(page, url):
+    try:
+        while True:
+            pass
+    except TimeoutError:
+        return "half a page", {}
+
+
+@pytest.mark.parametrize(
+    ("extractor", "why"),
+    [
+        (lambda page, url: page.missing, "page cannot be parsed: AttributeError"),
+        (swallow_and_go_on, "page too slow"),
+    ],
+)
+def test_no_page_ends_a_run(monkeypatch, extractor, why):
+    module = __import__("groundup.data.extract", fromlist=["x"])
+    monkeypatch.setattr(module, "SLOWEST_PAGE_S", 0.05)
+    monkeypatch.setitem(module.EXTRACTORS, "plain", extractor)
+    notes = Notes("p", Counter())
+    assert extract("x", "u", "plain", notes) is None
+    assert notes.counts == {f"unreadable: {why}": 1}
+
+
 def test_formats_are_told_by_content(tmp_path):
     for name, content, wanted in (
         ("a.txt", b"WARC/1.0\r\n", "warc"),

@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 from typing import Any, Literal
 from urllib.parse import urljoin
 
-from groundup.core.errors import need
+from groundup.core.errors import GroundupError, need
 from groundup.data.notes import Notes
 
 Mode = Literal["plain", "fast", "precise"]
@@ -51,16 +51,21 @@ def extract(page: str, url: str, mode: Mode, notes: Notes) -> tuple[str, dict[st
     if nests_too_deep(page):
         notes.skip("page nested too deep", url)
         return None
+    found, expired = None, list[bool]()
     try:
-        with time_limit(SLOWEST_PAGE_S):
-            return EXTRACTORS[mode](page, url)
-    except TimeoutError:
-        notes.skip("page too slow", url)
-    except BaseException as err:
-        if not isinstance(err, RecursionError | ValueError) and not is_panic(err):
+        with time_limit(SLOWEST_PAGE_S, expired):
+            found = EXTRACTORS[mode](page, url)
+    except GroundupError:
+        raise
+    except BaseException as err:  # whatever one page does to a library, the others go on
+        if not isinstance(err, Exception) and not is_panic(err):
             raise
-        notes.skip(f"page cannot be parsed: {type(err).__name__}", url)
-    return None
+        if not expired:
+            notes.skip(f"page cannot be parsed: {type(err).__name__}", url)
+    if expired:  # a library may have swallowed the exception, and have gone on
+        notes.skip("page too slow", url)
+        return None
+    return found
 
 
 def is_panic(err: BaseException) -> bool:
@@ -81,22 +86,27 @@ def nests_too_deep(page: str) -> bool:
 
 
 @contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block after so long; outside the main thread there is no limit."""
+def time_limit(seconds: float, expired: list[bool]) -> Iterator[None]:
+    """Raise TimeoutError in the block after so much CPU time, and note it in `expired`.
+
+    The processor's time, not the clock's: a machine that does other work drops no pages. Outside
+    the main thread there is no limit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: object) -> None:
+        expired.append(True)
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def extract_plain(page: str, url: str) -> tuple[str, dict[str, Any]]:
