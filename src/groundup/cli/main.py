@@ -43,6 +43,9 @@ COMMANDS = {
 }
 
 
+TOGETHER = ("pretrain", "finetune", "align")  # may run in several processes (torchrun)
+
+
 def help_text() -> str:
     """Return the overview that `groundup --help` prints."""
     lines = ["usage: groundup COMMAND ...", "", "Build a language model from the ground up.", ""]
@@ -90,8 +93,14 @@ def dispatch(args: list[str]) -> int:
         return 0
     if args[0] not in COMMANDS:
         raise ConfigError(f"unknown command {args[0]!r}{closest(args[0], COMMANDS)}")
+    from groundup.core.device import process
     from groundup.core.run import load_object
 
+    if process()[1] > 1 and args[0] not in TOGETHER:
+        raise ConfigError(
+            f"groundup {args[0]} runs in one process: start it without torchrun "
+            f"({', '.join(TOGETHER)} run in several)"
+        )
     load_object(COMMANDS[args[0]][1])(args[1:])
     return 0
 

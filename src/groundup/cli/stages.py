@@ -9,8 +9,9 @@ from groundup.cli.flags import add_config, config_values, parse, parser
 from groundup.core import config as configs
 from groundup.core.errors import ConfigError, closest
 from groundup.core.progress import say
-from groundup.core.run import exclusive, resolve_model, run_stage
+from groundup.core.run import resolve_model
 from groundup.recipe.stages import STAGES
+from groundup.recipe.together import run_on_ranks
 
 
 def stage_command(
@@ -34,8 +35,9 @@ def stage_command(
         values[positional] = resolve_model(values[positional])
         say(f"model: {values[positional]}")
     config = configs.load(cls, values, where=f"groundup {prog}")
-    with exclusive(args.out):
-        record = run_stage(stage, config, args.out)
+    record = run_on_ranks(stage, config, args.out)
+    if not record:  # the first rank reports
+        return
     if args.json:
         print(json.dumps(record["summary"]))
     else:

@@ -4,6 +4,7 @@ The dtype is chosen by timing one matrix product rather than by platform: bf16 i
 many CPUs (54 times slower than fp32 on AVX2) and twice as fast as fp32 on others.
 """
 
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ class Device:
     device: "torch.device"
     dtype: "torch.dtype"
     line: str
+
+
+def process() -> tuple[int, int]:
+    """Return this process's number and how many were started together, as torchrun says it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @cache
@@ -57,7 +63,8 @@ def pick(name: str | None = None, dtype: str | None = None) -> Device:
         what = f"{torch.get_num_threads()} threads"
     else:
         what = "Apple GPU"
-    return Device(device, chosen, f"{device}, {what}, {short}")
+    together = f", {process()[1]} ranks" if process()[1] > 1 else ""
+    return Device(device, chosen, f"{device}, {what}, {short}{together}")
 
 
 @cache

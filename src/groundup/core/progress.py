@@ -9,9 +9,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from groundup.core.device import process
+
 T = TypeVar("T")
 NUMBER = re.compile(r"[<+-]?[\d.,]+%?")
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, quiet=process()[0] > 0)  # one of many speaks
 
 
 def say(text: str = "") -> None:

@@ -149,12 +149,19 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def run_stage(
-    stage: Stage, config: Any, out: Path, *, replace: bool = False, quiet: bool = False
+    stage: Stage,
+    config: Any,
+    out: Path,
+    *,
+    replace: bool = False,
+    quiet: bool = False,
+    starting: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run a stage into `out` unless it is finished there; return its `stage.json`.
 
     An interrupted stage is continued. A folder that holds something else is a ConfigError that
     names the difference, or is replaced when `replace` (a recipe owns its stage folders).
+    `starting` is called when the folder is ready and the stage about to run.
     """
     from groundup.core.progress import say
 
@@ -174,6 +181,7 @@ def run_stage(
     write_json(partial_marker(out), {"identity": identity})
     started = time.time()
     reset_peak_memory()
+    starting()
     try:
         with storage_errors(out):
             summary = stage.function()(config, out)

@@ -82,7 +82,7 @@ class Context:
     reach: attention.Reach
     local_reach: attention.Reach
     cache: Cache | None
-    routing: list[Tensor] | None
+    routed: Callable[[Tensor], None] | None  # takes in a router's logits; no list: FSDP2 copies it
 
 
 class Attention(nn.Module):
@@ -221,20 +221,22 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(MLP(config, width) for _ in range(config.num_experts))
         self.chosen, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
 
-    def forward(self, x_BTE: Tensor, routing: list[Tensor] | None) -> Tensor:
-        """Mix the chosen experts' outputs; the router's logits_NX are added to `routing`."""
+    def forward(self, x_BTE: Tensor, routed: Callable[[Tensor], None] | None) -> Tensor:
+        """Mix the chosen experts' outputs; the router's logits_NX are given to `routed`."""
         x_NE = x_BTE.flatten(0, -2)
         logits_NX = self.gate(x_NE)
-        if routing is not None:
-            routing.append(logits_NX)
+        if routed is not None:
+            routed(logits_NX)
         shares_NC, chosen_NC = logits_NX.softmax(-1, dtype=torch.float32).topk(self.chosen)
         if self.renormalise:
             shares_NC = shares_NC / shares_NC.sum(-1, keepdim=True)
         shares_NC = shares_NC.to(x_NE.dtype)
         out_NE = torch.zeros_like(x_NE)
+        # several ranks exchange the gradients of every weight: none may be left out on one of them
+        all_of_them = torch.is_grad_enabled() and torch.distributed.is_initialized()
         for n, expert in enumerate(self.experts):
             token, place = (chosen_NC == n).nonzero(as_tuple=True)
-            if len(token):
+            if len(token) or all_of_them:
                 share = shares_NC[token, place, None]
                 out_NE = out_NE.index_add(0, token, expert(x_NE[token]) * share)
         return out_NE.view_as(x_BTE)
@@ -293,7 +295,7 @@ class Layer(nn.Module):
     def feed(self, x: Tensor, context: Context) -> Tensor:
         """Return the MLP's output, or the experts'."""
         if isinstance(self.mlp, Experts):
-            return self.mlp(x, context.routing)
+            return self.mlp(x, context.routed)
         return self.mlp(x)
 
 
@@ -332,7 +334,7 @@ class Stack(nn.Module):
             attention.Reach(ids_BT, segments),
             attention.Reach(ids_BT, segments, config.sliding_window),
             cache,
-            routing,
+            routing.append if routing is not None else None,
         )
         x_BTE = self.embed_tokens(ids_BT)
         if config.family.gemma:  # in the embedding's dtype, as Gemma was trained

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from groundup.core.run import run_stage
 from groundup.recipe.configs import AlignConfig, FinetuneConfig, PretrainConfig
 from groundup.recipe.evaluation import evaluate_texts
 from groundup.recipe.stages import STAGES
+from groundup.recipe.together import run_on_ranks
 
 
 def pretrain(config: PretrainConfig, *, out: str | Path) -> Path:
@@ -30,5 +30,5 @@ def evaluate(model: str | Path, data: list[str], *, device: str | None = None) -
 
 
 def _model_stage(name: str, config: Any, out: str | Path) -> Path:
-    run_stage(STAGES[name], config, Path(out))
+    run_on_ranks(STAGES[name], config, Path(out))
     return Path(out) / "model"

@@ -21,6 +21,7 @@ from groundup.recipe.starting import continued_encoder, within_positions
 from groundup.tokenizer import Tokenizer
 from groundup.train import Hook, MaskedLM, MaskedPairs, fit
 from groundup.train.masked import Pairs
+from groundup.train.ranks import here
 from groundup.train.step import to_device
 
 VALIDATION_STEPS = 20
@@ -62,6 +63,8 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
             write_model=lambda copied, folder: write_model(copied, tok, folder),
             read_weights=lambda folder: checkpoint_weights(model, folder),
         )
+    if not here().first:
+        return {}
     save_model(model, tok, out / "model")
     scores = validate(model, config, tok, open_shard(shards, "validation"), pairs)
     say("  validation: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))

@@ -19,6 +19,7 @@ from groundup.model.lm import NeuralLM
 from groundup.recipe.configs import PretrainConfig
 from groundup.tokenizer import Tokenizer
 from groundup.train import Hook, State
+from groundup.train.ranks import here
 from groundup.train.step import DTYPES
 
 EVALUATIONS = 10  # a run, where eval_steps is unset
@@ -53,7 +54,12 @@ def evaluation_hook(
         log.write(step=state.step, tokens=state.step * tokens_per_step(config), **scores)
         state.metrics |= {f"eval_{name}": value for name, value in scores.items()}
 
-    return Hook(config.eval_steps or max(1, math.ceil(config.steps / EVALUATIONS)), run)
+    return Hook(steps_between(config), run, looks=True)
+
+
+def steps_between(config: PretrainConfig) -> int:
+    """Return the steps from one evaluation to the next."""
+    return config.eval_steps or max(1, math.ceil(config.steps / EVALUATIONS))
 
 
 def tokens_per_step(config: PretrainConfig) -> int:
@@ -80,7 +86,8 @@ def tracking(config: PretrainConfig, out: Path) -> Iterator[list[Hook]]:
     for name in config.report_to:
         if name not in TRACKERS:
             raise ConfigError(f"report_to: unknown tracker {name!r}{closest(name, TRACKERS)}")
-    trackers = [TRACKERS[name](config, out) for name in config.report_to]
+    chosen = config.report_to if here().first else ()
+    trackers = [TRACKERS[name](config, out) for name in chosen]
     try:
         yield [Hook(1, tracker.write) for tracker in trackers]
     finally:

@@ -29,6 +29,7 @@ from groundup.recipe.shared import shards_of
 from groundup.tokenizer import Tokenizer
 from groundup.train import FitConfig, NextToken, Plan, TokenStream, fit, make_plan
 from groundup.train.plan import MUON_RATE, SIZES, shape
+from groundup.train.ranks import here
 from groundup.train.scaling import Prediction, Trial, predict, step_law_tokens
 from groundup.train.step import DTYPES
 
@@ -182,6 +183,10 @@ def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str
 
     A budget is planned once, into `out/plan.json`; a resumed run reads it there.
     """
+    if config.budget is not None and here().size > 1:
+        raise ConfigError(
+            "a budget is planned by timing one process: plan without torchrun, then give --plan"
+        )
     if config.budget is not None and config.plan is not None:
         raise ConfigError("a plan has its own budget: give --plan or --budget")
     if config.budget is None and config.plan is None:

@@ -1,6 +1,7 @@
 """Stages `plan` and `pretrain`: from token shards to a base model."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,14 @@ from groundup.model.decoder import Decoder
 from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PretrainConfig
 from groundup.recipe.encoders import pretrain_encoder
-from groundup.recipe.monitoring import evaluation_hook, tokens_per_step, tracking
+from groundup.recipe.monitoring import (
+    evaluation_hook,
+    steps_between,
+    tokens_per_step,
+    tracking,
+)
 from groundup.recipe.planning import outcome, planned
-from groundup.recipe.shared import fit_settings, shards_of
+from groundup.recipe.shared import fit_settings, for_ranks, shards_of
 from groundup.recipe.sources import show_epochs, token_source, with_phases
 from groundup.recipe.starting import check_start, continued_decoder, within_positions
 from groundup.tokenizer import Tokenizer
@@ -35,6 +41,7 @@ from groundup.train import (
     fit,
 )
 from groundup.train.plan import mlp_width
+from groundup.train.ranks import here
 from groundup.train.step import DTYPES
 
 PROMPT_TOKENS = 16
@@ -45,7 +52,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     """Train on the training split; write `model/`, checkpoints and metrics.jsonl."""
     check_start(config)
     config, made = planned(config, out)
-    config = with_phases(config)
+    config = for_ranks(with_phases(config))
     if config.objective.startswith("mlm"):
         if config.tasks:
             raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
@@ -77,7 +84,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
             level_name="n-gram on validation text, the line to beat",
         ) as live,
     ):
-        speaking = Hook(1, watch(live, model, tok, validation, bits_per_nat, config))
+        drawing = Hook(1, watch(live, model, bits_per_nat, config))
         metrics = fit(
             model,
             next_token(model.config, config.z_loss),
@@ -85,12 +92,19 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
             fit_config,
             out,
             device=device.device,
-            hooks=[speaking, *([scoring] if scoring else []), *trackers],
+            hooks=[
+                drawing,
+                speaking_hook(live, model, tok, validation, config),
+                *([scoring] if scoring else []),
+                *trackers,
+            ],
             write_model=lambda copied, folder: write_model(copied, tok, folder),
             read_weights=lambda folder: checkpoint_weights(model, folder),
         )
     if not metrics:  # every step was done before: only the last folder is missing
         say("  every step is done already")
+    if not here().first:
+        return {}
     save_model(model, tok, out / "model")
     return {
         **(outcome(made, out) if made else {}),
@@ -151,14 +165,31 @@ def ngram_level(config: PretrainConfig) -> float | None:
 
 
 def watch(
-    live: LiveTraining,
-    model: Decoder,
-    tok: Tokenizer,
-    validation: Shard,
-    bits_per_nat: float,
-    config: PretrainConfig,
-) -> Any:
-    """Return a hook that draws the loss and lets the model speak now and then."""
+    live: LiveTraining, model: Decoder, bits_per_nat: float, config: PretrainConfig
+) -> Callable[[State], None]:
+    """Return what draws the loss."""
+    place = next(model.parameters()).device
+    peak = devices.matmul_flops_per_s(place, DTYPES[config.dtype]) * here().size
+    flops_per_token = train_flops_per_token(model.config, config.max_position_embeddings)
+
+    def run(state: State) -> None:
+        metrics = state.metrics
+        left_s = metrics["seconds"] * (state.steps - state.step)
+        rate = metrics["tokens"] / metrics["seconds"]
+        share = rate * flops_per_token / peak
+        note = f"{share:.0%} of matmul   {memory_bytes(place) / 1e9:.1f} GB   "
+        live.update(state.step, metrics["loss"] * bits_per_nat, rate, left_s, note)
+
+    return run
+
+
+def speaking_hook(
+    live: LiveTraining, model: Decoder, tok: Tokenizer, validation: Shard, config: PretrainConfig
+) -> Hook:
+    """Return a hook that lets the model speak now and then.
+
+    By the clock; but several ranks gather the weights for it, so there with the evaluations.
+    """
     llm = LLM(model, tok, max_num_seqs=3)
     documents = sorted(validation.documents(), key=len)[-3:]
     middle = [len(document) // 2 for document in documents]
@@ -166,20 +197,12 @@ def watch(
         [int(i) for i in document[at : at + PROMPT_TOKENS]]
         for document, at in zip(documents, middle, strict=True)
     ]
+    alone = here().size == 1
     spoken = time.monotonic()
-    place = next(model.parameters()).device
-    peak = devices.matmul_flops_per_s(place, DTYPES[config.dtype])
-    flops_per_token = train_flops_per_token(model.config, config.max_position_embeddings)
 
     def run(state: State) -> None:
         nonlocal spoken
-        metrics = state.metrics
-        left_s = metrics["seconds"] * (state.steps - state.step)
-        rate = metrics["tokens"] / metrics["seconds"]
-        share = rate * flops_per_token / peak
-        note = f"{share:.0%} of matmul   {memory_bytes(place) / 1e9:.1f} GB   "
-        live.update(state.step, metrics["loss"] * bits_per_nat, rate, left_s, note)
-        due = time.monotonic() - spoken >= config.sample_every_s
+        due = time.monotonic() - spoken >= config.sample_every_s or not alone
         if prompts and (due or state.step == state.steps):
             outputs = llm.generate(prompts, SAMPLE)
             live.show_samples(
@@ -190,7 +213,7 @@ def watch(
             )
             spoken = time.monotonic()
 
-    return run
+    return Hook(1 if alone else steps_between(config), run, looks=True)
 
 
 def memory_bytes(device: torch.device) -> int:

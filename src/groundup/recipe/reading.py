@@ -17,9 +17,10 @@ from groundup.figure import LiveTraining
 from groundup.model.encoder import Encoder
 from groundup.model.hf import checkpoint_weights, load_network, save_model, write_model
 from groundup.recipe.configs import ReadingConfig
-from groundup.recipe.shared import watch
+from groundup.recipe.shared import rows_for_ranks, watch
 from groundup.tokenizer import Tokenizer
 from groundup.train import Examples, FitConfig, Hook, fit
+from groundup.train.ranks import here
 from groundup.train.supervised import LabelledRow, Spans, collate_labelled
 from groundup.train.windows import cut_windows, span_rows
 
@@ -63,6 +64,8 @@ def read_spans(config: ReadingConfig, out: Path) -> dict[str, Any]:
             write_model=lambda copied, folder: write_model(copied, tok, folder),
             read_weights=lambda folder: checkpoint_weights(model, folder),
         )
+    if not here().first:
+        return {}
     save_model(model, tok, out / "model")
     reader = SpanReader(model, tok, max_length=longest, doc_stride=config.doc_stride)
     scores = score(reader, test, out)
@@ -106,7 +109,7 @@ def source_of(rows: list[LabelledRow], tok: Tokenizer, config: ReadingConfig) ->
         collate=lambda chosen: collate_labelled(chosen, tok.pad_token_id),
         length=lambda row: len(row.ids),
         batch_size=config.batch_size,
-        micro_batch_size=config.batch_size,
+        micro_batch_size=rows_for_ranks(config.batch_size)[0],
         seed=config.seed,
     )
 

@@ -6,11 +6,13 @@ from typing import Any
 
 from groundup.core.errors import ConfigError
 from groundup.core.files import read_json
+from groundup.core.progress import say
 from groundup.data import write_shards
 from groundup.figure import LiveTraining
 from groundup.recipe.configs import LadderConfig, NGramConfig, PretrainConfig
 from groundup.tokenizer import Tokenizer
 from groundup.train import FitConfig, LoopOptions, State
+from groundup.train.ranks import first_prepares, here, rows_each
 
 
 def fit_settings(config: LoopOptions, **others: Any) -> FitConfig:
@@ -24,8 +26,7 @@ def shards_of(
 ) -> Path:
     """Return a folder of shards made by this tokenizer: the one given, or one made of a corpus."""
     if not (config.corpus / "index.json").is_file():
-        if not (out / "shards" / "index.json").is_file():
-            write_shards(config.corpus, tok, out / "shards")
+        first_prepares(lambda: make_shards(config.corpus, tok, out / "shards"))
         return out / "shards"
     if read_json(config.corpus / "index.json")["tokenizer"] != tok.fingerprint:
         raise ConfigError(
@@ -33,6 +34,30 @@ def shards_of(
             f"{config.tokenizer}: make them again, or give the corpus"
         )
     return config.corpus
+
+
+def make_shards(corpus: Path, tok: Tokenizer, folder: Path) -> None:
+    """Write shards of a corpus, unless they are there."""
+    if not (folder / "index.json").is_file():
+        write_shards(corpus, tok, folder)
+
+
+def for_ranks(config: PretrainConfig) -> PretrainConfig:
+    """Return a config whose step has the same rows in micro-batches for every rank."""
+    rows, micro_batches = rows_for_ranks(config.batch_size, config.gradient_accumulation_steps)
+    return dataclasses.replace(config, batch_size=rows, gradient_accumulation_steps=micro_batches)
+
+
+def rows_for_ranks(rows: int, micro_batches: int = 1) -> tuple[int, int]:
+    """Return rows of a micro-batch and their number, cut for all ranks; say what stays idle."""
+    ranks = here()
+    each, count = rows_each(rows, micro_batches, ranks.size)
+    if idle := -count % ranks.size:
+        say(
+            f"  {count} micro-batches of {each} rows for {ranks.size} ranks: {idle} ranks have one "
+            "less to do than the others; rows that the ranks divide would use all"
+        )
+    return each, count
 
 
 def watch(live: LiveTraining) -> Any:

@@ -26,7 +26,7 @@ from groundup.model.hf import load_model
 from groundup.recipe.adapters import adapt, checkpoint_files, save_results
 from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
 from groundup.recipe.planning import read_plan
-from groundup.recipe.shared import fit_settings, watch
+from groundup.recipe.shared import fit_settings, rows_for_ranks, watch
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
     Examples,
@@ -40,6 +40,7 @@ from groundup.train import (
     fit,
     pack_rows,
 )
+from groundup.train.ranks import here
 
 EFFICIENCY = 0.7  # of pretraining's tokens/s without compiling: short rows, padding, reference
 
@@ -76,7 +77,7 @@ def conversations(
     """Return the batch source: a conversation a row, or several packed into one."""
     options: dict[str, Any] = {
         "batch_size": config.batch_size,
-        "micro_batch_size": config.batch_size,
+        "micro_batch_size": rows_for_ranks(config.batch_size)[0],
         "seed": config.seed,
     }
     if not config.packing:
@@ -149,7 +150,7 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
         collate=lambda chosen: collate_pairs(chosen, tok.pad_token_id),
         length=lambda pair: pair.length,
         batch_size=config.batch_size,
-        micro_batch_size=config.batch_size,
+        micro_batch_size=rows_for_ranks(config.batch_size)[0],
         seed=config.seed,
     )
     objective = DPO(
@@ -160,7 +161,8 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
         "chosen": [sum(pair.chosen[1]) for pair in pairs],
         "rejected": [sum(pair.rejected[1]) for pair in pairs],
     }
-    write_json(out / "lengths.json", lengths)
+    if here().first:
+        write_json(out / "lengths.json", lengths)
     shown = {name: value for name, value in metrics.items() if name.startswith("rewards/")}
     return {"pairs": len(pairs), "cut": cut, "steps": steps, "metrics": shown} | adapter
 
@@ -253,5 +255,6 @@ def train(
             write_model=write,
             read_weights=read,
         )
-    save_results(model, tok, config, out)
+    if here().first:
+        save_results(model, tok, config, out)
     return metrics

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from groundup.train.sharding import laid_like
+
 
 class Average:
     """The average of the weights after each step, the newer the heavier, in fp32.
@@ -35,4 +37,4 @@ def copy_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Set the named weights."""
     for name, weight in model.named_parameters():
         if name in weights:
-            weight.copy_(weights[name])
+            weight.copy_(laid_like(weights[name], weight))

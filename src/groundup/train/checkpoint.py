@@ -3,10 +3,13 @@
 Beside the model's files stand `optimizer.safetensors` (optimizers, averaged weights, generators)
 and `training.json` (step, data position, guard, loss scale, metrics), so that a resumed run goes
 on as if never stopped. The copy is taken at once; a thread writes it while training goes on.
+Several ranks write `parts/` (`resharding`) in place of model and optimizer files; either kind is
+read by any number of ranks.
 """
 
 import copy
 import hashlib
+import pickle
 import random
 import shutil
 import threading
@@ -17,19 +20,33 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from groundup.core.errors import CheckpointError, GroundupError
-from groundup.core.files import atomic_folder, read_json, write_json
+from groundup.core.files import atomic_folder, read_json, storage_errors, write_json
 from groundup.core.progress import say
 from groundup.train.average import Average, copy_into
 from groundup.train.batches import BatchSource
 from groundup.train.config import FitConfig
 from groundup.train.guard import Guard, LossScale
+from groundup.train.ranks import ALONE, Ranks
+from groundup.train.resharding import PARTS, on_cpu, read_parts, write_parts
+from groundup.train.sharding import laid_like
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "training.json"
+DAMAGE = (
+    SafetensorError,
+    OSError,
+    GroundupError,
+    KeyError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 WriteModel = Callable[[Any, Path], None]  # a copy of the model, a folder
 ReadWeights = Callable[[Path], dict[str, Tensor]]
 
@@ -48,9 +65,9 @@ class Training:
 
 @dataclass
 class Snapshot:
-    """A training at one step, copied to the CPU."""
+    """A training at one step, copied to the CPU; of several ranks, this one's part."""
 
-    model: nn.Module
+    model: nn.Module | None  # of several ranks, the weights are among the tensors
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
@@ -70,14 +87,16 @@ def identity(training: Training) -> dict[str, Any]:
     }
 
 
-def take(training: Training, step: int, metrics: dict[str, float]) -> Snapshot:
-    """Copy a training; frozen weights are shared, as they never change."""
-    memo: dict[int, Any] = {}
-    for weight in training.model.parameters():
-        copied = weight.detach().to("cpu", copy=True) if weight.requires_grad else weight
-        memo[id(weight)] = nn.Parameter(copied, requires_grad=weight.requires_grad)
+def take(
+    training: Training, step: int, metrics: dict[str, float], ranks: Ranks = ALONE
+) -> Snapshot:
+    """Copy a training."""
     generators, generator_state = read_generators()
-    tensors = optimizer_tensors(training) | generators
+    tensors = optimizer_tensors(training)
+    if ranks.size > 1:
+        tensors |= {f"weights/{name}": w for name, w in trained(training.model).items()}
+        generators = {f"{ranks.rank}/{name}": value for name, value in generators.items()}
+    tensors |= generators
     average = training.average
     if average:
         tensors |= {f"average/{name}": weight for name, weight in average.weights.items()}
@@ -92,14 +111,39 @@ def take(training: Training, step: int, metrics: dict[str, float]) -> Snapshot:
         "identity": identity(training),
     }
     return Snapshot(
-        model=copy.deepcopy(training.model, memo),
-        tensors={name: t.detach().to("cpu", copy=True) for name, t in tensors.items()},
+        model=copied(training.model) if ranks.size == 1 else None,
+        tensors={name: on_cpu(tensor) for name, tensor in tensors.items()},
         state=copy.deepcopy(state),
     )
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Copy a model to the CPU; frozen weights are shared, as they never change."""
+    memo: dict[int, Any] = {}
+    for weight in model.parameters():
+        value = weight.detach().to("cpu", copy=True) if weight.requires_grad else weight
+        memo[id(weight)] = nn.Parameter(value, requires_grad=weight.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+def write_together(snapshot: Snapshot, folder: Path, group: dist.ProcessGroup) -> None:
+    """Write this rank's part of step-N aside; the first renames it when all have done so."""
+    place = folder / f"step-{snapshot.state['step']}"
+    box = [place]
+    if dist.get_rank():
+        dist.broadcast_object_list(box, src=0, group=group)
+        with storage_errors(place):
+            write_parts(snapshot.tensors, box[0], group)
+        return
+    with atomic_folder(place) as box[0]:
+        dist.broadcast_object_list(box, src=0, group=group)
+        write_parts(snapshot.tensors, box[0], group)
+        write_json(box[0] / STATE, snapshot.state)
+
+
 def write(snapshot: Snapshot, folder: Path, write_model: WriteModel | None) -> None:
     """Write step-N aside and rename it into place."""
+    assert snapshot.model is not None
     with atomic_folder(folder / f"step-{snapshot.state['step']}") as aside:
         if write_model:
             write_model(snapshot.model, aside)
@@ -113,23 +157,36 @@ def write(snapshot: Snapshot, folder: Path, write_model: WriteModel | None) -> N
 class Saver:
     """Writes one snapshot at a time in a thread; what went wrong there is raised here."""
 
-    def __init__(self, folder: Path, config: FitConfig, write_model: WriteModel | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: FitConfig,
+        write_model: WriteModel | None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.folder, self.config, self.write_model = folder, config, write_model
+        self.ranks = ranks
+        # a group of its own: the thread's messages must not meet those of the training
+        self.group = dist.new_group(backend="gloo") if ranks.size > 1 else None
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
     def save(self, training: Training, step: int, metrics: dict[str, float]) -> None:
         """Copy now; write in the background, once the save before is done."""
         self.wait()
-        snapshot = take(training, step, metrics)
+        snapshot = take(training, step, metrics, self.ranks)
         self.thread = threading.Thread(target=self.work, args=(snapshot,))
         self.thread.start()
 
     def work(self, snapshot: Snapshot) -> None:
         """Write, then drop what is no longer kept."""
         try:
-            write(snapshot, self.folder, self.write_model)
-            self.prune()
+            if self.group is not None:
+                write_together(snapshot, self.folder, self.group)
+            else:
+                write(snapshot, self.folder, self.write_model)
+            if self.ranks.first:
+                self.prune()
         except BaseException as err:  # raised again by `check`
             self.error = err
 
@@ -174,7 +231,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, training: Training, read_weights: ReadWeights | None = None
+    folder: Path,
+    training: Training,
+    read_weights: ReadWeights | None = None,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Restore the newest sound checkpoint; return its step, 0 where there is none.
 
@@ -183,14 +243,17 @@ def load_checkpoint(
     """
     checkpoints = list_checkpoints(folder)
     for path in checkpoints:
+        fault = ""
         try:
             state = read_json(path / STATE)
             another_run = difference(state["identity"], identity(training))
             if not another_run:
-                weights = read_weights(path) if read_weights else load_file(path / WEIGHTS)
-                tensors = load_file(path / OPTIMIZER)
-        except (SafetensorError, OSError, GroundupError, KeyError, RuntimeError) as err:
-            say(f"{path} is damaged ({str(err).splitlines()[0]}): trying the one before it")
+                weights = read_trained(path, training, read_weights)
+                tensors = read_rest(path, training, ranks)
+        except DAMAGE as err:
+            fault = str(err).splitlines()[0]
+        if ranks.any(bool(fault)):
+            say(f"{path} is damaged ({fault or 'on another rank'}): trying the one before it")
             continue
         if another_run:
             raise CheckpointError(
@@ -204,6 +267,37 @@ def load_checkpoint(
             f"no checkpoint in {folder} can be read: delete that folder to start from step 0"
         )
     return 0
+
+
+def read_trained(
+    path: Path, training: Training, read_weights: ReadWeights | None
+) -> dict[str, Tensor]:
+    """Return a checkpoint's weights by parameter, whole or cut up as the training's are."""
+    if not (path / PARTS).is_dir():
+        return read_weights(path) if read_weights else load_file(path / WEIGHTS)
+    places = {f"weights/{name}": w for name, w in trained(training.model).items()}
+    return {
+        name.removeprefix("weights/"): weight
+        for name, weight in read_parts(path, places.get).items()
+    }
+
+
+def read_rest(path: Path, training: Training, ranks: Ranks) -> dict[str, Tensor]:
+    """Return the state of optimizers, average and, if there is one of this rank, generators."""
+    if not (path / PARTS).is_dir():
+        tensors = load_file(path / OPTIMIZER)
+        return {n: t for n, t in tensors.items() if ranks.first or not n.startswith("rng/")}
+    places = trained(training.model)
+    plain, own = torch.empty(0), f"{ranks.rank}/rng/"
+
+    def like(name: str) -> Tensor | None:
+        if name.startswith(own):
+            return plain
+        parameter = name.removeprefix("average/")
+        return places.get(parameter, places.get(parameter.rpartition("/")[0]))
+
+    found = read_parts(path, like)
+    return {name.removeprefix(f"{ranks.rank}/"): tensor for name, tensor in found.items()}
 
 
 def difference(saved: dict[str, Any], own: dict[str, Any]) -> str:
@@ -234,15 +328,16 @@ def restore(
         if name in parameters:
             parameter = parameters[name]
             optimizer, fused = owner[id(parameter)]
-            on_cpu = field == "step" and not fused
-            optimizer.state[parameter][field] = value.to("cpu" if on_cpu else parameter.device)
+            stays = field == "step" and not fused
+            optimizer.state[parameter][field] = value if stays else laid_like(value, parameter)
     if training.average:
         training.average.steps = state["average_steps"]
         for name, weight in training.average.weights.items():
-            weight.copy_(tensors[f"average/{name}"])
+            weight.copy_(laid_like(tensors[f"average/{name}"], weight))
     training.guard.load_state_dict(state["guard"])
     training.scale.load_state_dict(state["scale"])
-    write_generators(tensors, state["generators"])
+    if "rng/cpu" in tensors:  # of a run with fewer ranks there is none for the others
+        write_generators(tensors, state["generators"])
 
 
 def optimizer_tensors(training: Training) -> dict[str, Tensor]:

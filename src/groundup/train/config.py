@@ -41,6 +41,11 @@ class LoopOptions:
     spike_threshold: float | None = field(
         None, help="a loss so many deviations above the running median is a spike; unset: none is"
     )
+    shard_ranks: int = field(
+        0,
+        help="ranks that share one copy of the weights; 0: all, 1: each has its own",
+        semantic=False,
+    )
     keep_checkpoints: int = field(2, help="newest checkpoints kept", semantic=False)
     metric_for_best_model: str | None = field(
         None, help="a metric of metrics.jsonl: the best checkpoint by it is kept too"

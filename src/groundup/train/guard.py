@@ -26,6 +26,7 @@ class Guard:
 
     config: FitConfig
     out: Path
+    writes: bool = True  # one of several ranks does
     losses: list[float] = field(default_factory=list)
     skipped: int = 0
 
@@ -50,9 +51,14 @@ class Guard:
         """Note the step's documents in `bad_steps.jsonl`; stop here, or let it be skipped."""
         worst = max(range(len(batch)), key=lambda n: (not math.isfinite(losses[n]), losses[n]))
         documents = batch[worst].get("documents", [])
-        MetricsLog(self.out / "bad_steps.jsonl").write(
-            step=step, fault=fault, micro_batch=worst, micro_batches=len(batch), documents=documents
-        )
+        if self.writes:
+            MetricsLog(self.out / "bad_steps.jsonl").write(
+                step=step,
+                fault=fault,
+                micro_batch=worst,
+                micro_batches=len(batch),
+                documents=documents,
+            )
         named = ", ".join(map(str, documents[:DOCUMENTS_NAMED])) or "unknown"
         more = len(documents) - DOCUMENTS_NAMED
         named += f" and {more} more" if more > 0 else ""

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from groundup.core.metrics import MetricsLog
@@ -26,19 +25,21 @@ from groundup.train.average import Average, copy_into
 from groundup.train.batches import BatchSource, StepBatch
 from groundup.train.blocks import checkpointed_activations
 from groundup.train.checkpoint import (
-    WEIGHTS,
     ReadWeights,
     Saver,
     Training,
     WriteModel,
     load_checkpoint,
+    read_trained,
     trained,
 )
 from groundup.train.config import FitConfig
 from groundup.train.guard import Guard, LossScale
 from groundup.train.objectives import Objective
 from groundup.train.optim import make_optimizers
+from groundup.train.ranks import Ranks, here
 from groundup.train.schedule import multiplier
+from groundup.train.sharding import gather, own_part, spread, total_norm
 from groundup.train.step import DTYPES, accumulate, compiled, to_device
 
 FIRST_SCALE = 2.0**16  # of fp16's loss
@@ -50,16 +51,20 @@ class State:
 
     step: int
     steps: int
-    model: nn.Module
+    model: nn.Module  # whole, also where ranks share the weights; see `Hook.looks`
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Hook:
-    """Call `run` after every `every`-th step and after the last."""
+    """Call `run` after every `every`-th step and after the last; of several ranks, on the first.
+
+    `looks` says that it uses the model: the weights are gathered before, where ranks share them.
+    """
 
     every: int
     run: Callable[[State], None]
+    looks: bool = False
 
 
 def fit(
@@ -76,29 +81,34 @@ def fit(
 ) -> dict[str, float]:
     """Train for `config.steps` steps, or for what is left of them; return the last metrics.
 
+    Under `ranks.together` all ranks call this alike; rank 0 is left with the trained model.
+
     Checkpoints go to `out/checkpoints`, one row a step to `out/metrics.jsonl`. The newest
     checkpoint is continued bit for bit. `write_model(model, folder)` fills a checkpoint's
     folder; `read_weights(folder)` reads the weights back from it. A bad step (`Guard`) stops
     with an error or is skipped; Ctrl-C saves first.
     """
-    dtype = DTYPES[config.dtype]
-    torch.manual_seed(config.seed)
-    model.to(device).train()
+    dtype, ranks = DTYPES[config.dtype], here(device)
+    torch.manual_seed(config.seed + ranks.rank)
+    whole, model = model, spread(model, ranks, device, dtype, config.shard_ranks)
+    model.train()
     training = Training(
         model=model,
         optimizers=make_optimizers(model, config, dtype),
         source=source,
-        guard=Guard(config, out),
+        guard=Guard(config, out, writes=ranks.first),
         scale=LossScale(FIRST_SCALE if config.dtype == "fp16" else 1.0),
         average=Average(model, config.ema_decay) if config.ema_decay else None,
     )
-    log, saver = MetricsLog(out / "metrics.jsonl"), Saver(out / "checkpoints", config, write_model)
-    run_step = partial(accumulate, objective=objective, device=device, dtype=dtype)
-    first_step = load_checkpoint(saver.folder, training, read_weights)
+    log = MetricsLog(out / "metrics.jsonl")
+    saver = Saver(out / "checkpoints", config, write_model, ranks)
+    run_step = partial(accumulate, objective=objective, device=device, dtype=dtype, ranks=ranks)
+    first_step = load_checkpoint(saver.folder, training, read_weights, ranks)
     if first_step:
         say(f"  continuing from step {first_step:,} of {config.steps:,}")
-    log.truncate_after(first_step)
-    state = State(first_step, config.steps, model)
+    if ranks.first:
+        log.truncate_after(first_step)
+    state = State(first_step, config.steps, whole)
     forward = model
     with checkpointed_activations(model, config.gradient_checkpointing), interrupts() as stop:
         try:
@@ -115,9 +125,11 @@ def fit(
                 state.metrics = metrics | {"lr": rate, "seconds": seconds}
                 last = state.step == config.steps
                 if math.isfinite(metrics["loss"]):
-                    run_hooks(hooks, state, last, stop)
+                    run_hooks(hooks, state, last, stop, partial(gather, whole, model, ranks), ranks)
                 state.metrics = {k: v for k, v in state.metrics.items() if math.isfinite(v)}
-                log.write(step=state.step, **state.metrics)
+                if ranks.first:
+                    log.write(step=state.step, **state.metrics)
+                stop.asked = ranks.any(stop.asked)
                 saver.check()
                 if state.step % config.checkpoint_every == 0 or last or stop.asked:
                     saver.save(training, state.step, state.metrics)
@@ -127,7 +139,8 @@ def fit(
                     raise KeyboardInterrupt
         finally:
             saver.wait()
-    choose_weights(training, config, saver, read_weights)
+    choose_weights(training, config, saver, read_weights, ranks)
+    gather(whole, model, ranks)
     return state.metrics
 
 
@@ -144,7 +157,7 @@ def optimizer_step(
     metrics = backward(batch=batch, scale=scale, each=losses)
     weights = [weight for weight in training.model.parameters() if weight.grad is not None]
     grads = [weight.grad for weight in weights if weight.grad is not None]
-    norm = nn.utils.get_total_norm(grads) / scale
+    norm = total_norm(grads) / scale
     metrics["grad_norm"] = float(norm)
     if training.scale.overflowed(metrics["grad_norm"]):
         metrics["loss_scale"] = training.scale.value
@@ -152,7 +165,8 @@ def optimizer_step(
         training.guard.handle(fault, step + 1, batch, losses)
         metrics["skipped"] = 1.0
     else:
-        torch._foreach_mul_(grads, (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / scale)
+        own = [own_part(grad) for grad in grads]
+        torch._foreach_mul_(own, (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / scale)
         for optimizer in training.optimizers:
             optimizer.step()
     for weight in weights:
@@ -162,16 +176,25 @@ def optimizer_step(
     return metrics
 
 
-def run_hooks(hooks: Sequence[Hook], state: State, last: bool, stop: "Stop") -> None:
+def run_hooks(
+    hooks: Sequence[Hook],
+    state: State,
+    last: bool,
+    stop: "Stop",
+    gather_weights: Callable[[], None],
+    ranks: Ranks,
+) -> None:
     """Run what is due; a hook's random numbers and mode do not touch the training's."""
-    for hook in hooks:
-        if state.step % hook.every == 0 or last:
-            with torch.random.fork_rng():
-                try:
-                    hook.run(state)
-                except KeyboardInterrupt:
-                    stop.asked = True
-            state.model.train()
+    due = [hook for hook in hooks if state.step % hook.every == 0 or last]
+    if any(hook.looks for hook in due):
+        gather_weights()
+    for hook in due if ranks.first else ():
+        with torch.random.fork_rng():
+            try:
+                hook.run(state)
+            except KeyboardInterrupt:
+                stop.asked = True
+        state.model.train()
 
 
 @dataclass
@@ -222,12 +245,16 @@ def set_rates(optimizers: Sequence[torch.optim.Optimizer], step: int, config: Fi
 
 
 def choose_weights(
-    training: Training, config: FitConfig, saver: Saver, read_weights: ReadWeights | None
+    training: Training,
+    config: FitConfig,
+    saver: Saver,
+    read_weights: ReadWeights | None,
+    ranks: Ranks,
 ) -> None:
     """Leave the model with the weights that were asked for: best, averaged or last."""
-    if config.load_best_model_at_end and (best := saver.best()):
+    if config.load_best_model_at_end and (best := ranks.told(saver.best())):
         say(f"  the best by {config.metric_for_best_model} is {best.name}")
-        weights = read_weights(best) if read_weights else load_file(best / WEIGHTS)
+        weights = read_trained(best, training, read_weights)
         copy_into(training.model, {name: weights[name] for name in trained(training.model)})
     elif training.average and config.save_ema:
         copy_into(training.model, training.average.weights)

@@ -5,13 +5,16 @@ Shape suffixes: N matrices of one shape, R rows, C columns, S the shorter of the
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from groundup.train.blocks import blocks, matrices
 from groundup.train.config import FitConfig
+from groundup.train.owners import by_owners
 
 # Quintic Newton-Schulz coefficients, one triple a step. Jordan et al. 2024
 # (kellerjordan.github.io/posts/muon); Polar Express, Amsel et al. 2025 (arXiv 2505.16932,
@@ -83,11 +86,19 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is not None:
                     by_shape[weight.shape].append((weight, group))
+        done = 0
         for members in by_shape.values():
-            momenta_NRC = torch.stack([self.nesterov(weight) for weight, _ in members])
-            updates_NRC = orthogonalise(momenta_NRC, self.dtype, self.coefficients)
-            for (weight, group), update_RC in zip(members, updates_NRC, strict=True):
+            updates = self.updates([self.nesterov(weight) for weight, _ in members], done)
+            for (weight, group), update_RC in zip(members, updates, strict=True):
                 self.apply(weight, update_RC, group["lr"], group["weight_decay"])
+            done += len(members)
+
+    def updates(self, momenta: list[Tensor], first: int) -> Iterable[Tensor]:
+        """Orthogonalise matrices of one shape; over ranks, each on its owner."""
+        work = partial(orthogonalise, dtype=self.dtype, kind=self.coefficients)
+        if isinstance(momenta[0], DTensor):
+            return by_owners(momenta, work, first)
+        return work(torch.stack(momenta))
 
     def nesterov(self, weight: nn.Parameter) -> Tensor:
         """Return the look-ahead momentum of one matrix."""

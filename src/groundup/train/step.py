@@ -14,6 +14,7 @@ from groundup.core.progress import say
 from groundup.train.batches import StepBatch
 from groundup.train.objectives import Metrics, MicroBatch, Objective, Stats
 from groundup.train.ranks import ALONE, Ranks
+from groundup.train.sharding import exchange_behind_the_last
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's numbers for them, in malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,7 +48,7 @@ def accumulate(
 
     Every rank is given the whole step and runs its share of the micro-batches, equally many on
     each: what is missing is run without weight. Gradients come out times `scale`; `each`
-    collects the loss of this rank's micro-batches.
+    collects the loss of every micro-batch, those of other ranks included.
     """
     if device.type == "cpu":
         keep_memory()
@@ -64,7 +65,8 @@ def accumulate(
     losses: list[Tensor] = []
     found = Tally()
     for n, (micro, counts) in enumerate(mine):
-        gather_gradients(forward, ranks, now=n == len(mine) - 1)
+        if ranks.size > 1:
+            exchange_behind_the_last(forward, n, len(mine))
         with narrow:
             terms, metrics = objective(forward, micro, stats)
         # A term without any weight in this step is zero, but stays in the graph.
@@ -75,13 +77,12 @@ def accumulate(
         (loss * (ranks.size * scale if counts else 0.0)).backward()
         losses.append(loss.detach() * counts)
         found.add(metrics, counts)
-    values = torch.stack(losses).tolist()
+    values = in_order(torch.stack(losses).tolist(), len(batch), ranks)
     if each is not None:
         each += values
-    loss_sum = ranks.add_up({"loss": sum(values)})["loss"]
     tokens = float(sum(micro["ids"].numel() for micro in batch))
     means = {name: float(value) for name, value in found.means(ranks).items()}
-    return {"loss": loss_sum, "tokens": tokens, **means}
+    return {"loss": sum(values), "tokens": tokens, **means}
 
 
 class Tally:
@@ -112,6 +113,15 @@ def share(micro_batches: int, ranks: Ranks) -> range:
     return range(ranks.rank, -(-micro_batches // ranks.size) * ranks.size, ranks.size)
 
 
+def in_order(values: list[float], micro_batches: int, ranks: Ranks) -> list[float]:
+    """Return all ranks' values in the order of the step's micro-batches."""
+    if ranks.size == 1:
+        return values
+    own = dict(zip(share(micro_batches, ranks), values, strict=True))
+    every = ranks.add_up({str(n): own.get(n, 0.0) for n in range(micro_batches)})
+    return list(every.values())
+
+
 @torch.no_grad()
 def prepared(
     forward: nn.Module,
@@ -128,13 +138,6 @@ def prepared(
     for micro, counts in mine:
         found.add(prepare(forward, micro, micro_batches), counts)
     return found.means(ranks)
-
-
-def gather_gradients(forward: nn.Module, ranks: Ranks, *, now: bool) -> None:
-    """Let ranks exchange gradients behind the last micro-batch only."""
-    if ranks.size > 1:
-        sharded: Any = forward
-        sharded.set_requires_gradient_sync(now)
 
 
 def compiled(
