@@ -20,7 +20,10 @@ from groundup.model import (
     load_network,
     save_model,
 )
+from groundup.model.config import FAMILIES
 from groundup.model.encoder_config import TASKS
+from groundup.model.heads import TASKS as HEADS
+from groundup.model.heads import pool
 from groundup.model.hf import model_tensors
 from groundup.model.loss import IGNORE
 
@@ -47,7 +50,21 @@ AUTO = {
 CASES = [("bert", task) for task in TASKS] + [
     ("modernbert", task) for task in TASKS if task != "pretraining"
 ]
-DECODERS = [(kind, task) for kind in ("llama", "qwen3") for task in ("sequence", "token")]
+# What transformers has no such class for is left out.
+DECODERS = [
+    (kind, task)
+    for kind in FAMILIES
+    for task, suffix in HEADS.items()
+    if hasattr(transformers, FAMILIES[kind].architecture.replace("ForCausalLM", suffix))
+]
+GEMMA = {"hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16, "sliding_window": 7}
+MORE = {
+    "mistral": {"sliding_window": 7},
+    "gemma2": GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": GEMMA | {"rope_local_base_freq": 1e3},
+    "mixtral": {"num_experts": 4, "norm_topk_prob": True},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24},
+}
 
 
 def make(kind, task):
@@ -55,7 +72,9 @@ def make(kind, task):
     if (kind, task) in DECODERS:
         names = SIZES.keys() - {"num_labels", "cls_token_id", "sep_token_id"}
         shape = {name: SIZES[name] for name in names} | {"head_dim": 12, "pad_token_id": 0}
-        config = ModelConfig(**shape, model_type=kind, tie_word_embeddings=False)
+        config = ModelConfig(
+            **shape, model_type=kind, tie_word_embeddings=False, **MORE.get(kind, {})
+        )
         model = HeadedDecoder(config, task=task, num_labels=3)
     else:
         eps = {"layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.0} if kind == "modernbert" else {}
@@ -84,23 +103,27 @@ def relative(found, wanted):
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize(("kind", "task"), CASES + DECODERS)
-def test_logits_and_gradients_equal_transformers(kind, task, tmp_path):
+def test_logits_and_gradients_equal_transformers(kind, task, padded, tmp_path):
     ours = make(kind, task)
     save_model(ours, None, tmp_path / "m")
     theirs = opened(tmp_path / "m", task)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 97, (2, 30), generator=generator)
     mask = torch.ones(2, 30, dtype=torch.long)
-    mask[1, 20:] = 0
-    ids[1, 20:] = 0
-    inputs = {"attention_mask": mask}
+    inputs = {}
+    if padded:
+        mask[1, 20:] = 0
+        ids[1, 20:] = 0
+        inputs = {"attention_mask": mask}
     types = None
     if kind == "bert":
         types = torch.zeros_like(ids)
         types[:, 12:] = 1
         inputs["token_type_ids"] = types
-    found = ours(ids, mask, types) if types is not None else ours(ids, mask)
+    own_mask = mask if padded else None
+    found = ours(ids, own_mask, types) if types is not None else ours(ids, own_mask)
     wanted = logits_of(theirs(ids, **inputs), task)
     keep = mask.bool() if found.dim() == 3 else torch.ones(2, dtype=torch.bool)
     assert relative(found[keep], wanted[keep]) < 1e-5
@@ -221,3 +244,14 @@ def test_bad_folders_are_one_line(tmp_path):
         load_network(tmp_path / "m")
     with pytest.raises(ConfigError, match="no next-sentence head"):
         EncoderConfig(model_type="modernbert")
+
+
+def test_pooling_kinds_leave_padding_out():
+    hidden = torch.randn(2, 6, 4)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    for n, length in enumerate((6, 3)):
+        text = hidden[n, :length]
+        wanted = {"first": text[0], "last": text[-1], "mean": text.mean(0), "max": text.amax(0)}
+        for kind, vector in wanted.items():
+            torch.testing.assert_close(pool(hidden, mask, kind)[n], vector)
+            torch.testing.assert_close(pool(hidden[n : n + 1, :length], None, kind)[0], vector)

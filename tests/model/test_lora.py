@@ -45,6 +45,11 @@ def reward():
 # What each case builds, and the transformers class that opens it.
 MODELS = {
     "llama": (lambda: decoder(model_type="llama", attention_bias=True), "CausalLM"),
+    "untied": (lambda: decoder(model_type="qwen3", tie_word_embeddings=False), "CausalLM"),
+    "untied gemma3": (
+        lambda: decoder(model_type="gemma3_text", tie_word_embeddings=False, **GEMMA),
+        "CausalLM",
+    ),
     "gemma3": (lambda: decoder(model_type="gemma3_text", **GEMMA), "CausalLM"),
     "mixtral": (lambda: decoder(model_type="mixtral", norm_topk_prob=True, **MOE), "CausalLM"),
     "bert": (lambda: encoder(task="pretraining"), "PreTraining"),
@@ -58,7 +63,20 @@ CONFIGS = {
         LoraConfig(r=4, use_dora=True, bias="all"),
         LoraConfig(r=4, use_rslora=True, target_modules=("q_proj", "up_proj"), bias="lora_only"),
     ],
-    "reward": [LoraConfig(r=2, modules_to_save=("score",))],
+    "reward": [
+        LoraConfig(r=2, modules_to_save=("score",)),
+        LoraConfig(r=2, target_modules=("embed_tokens", "q_proj"), modules_to_save=("score",)),
+    ],
+    "untied": [
+        LoraConfig(r=4, target_modules=("embed_tokens", "lm_head", "v_proj"), use_rslora=True),
+        LoraConfig(r=4, target_modules=("o_proj",), modules_to_save=("embed_tokens", "lm_head")),
+    ],
+    "untied gemma3": [LoraConfig(r=4, target_modules=("embed_tokens",))],
+    "bert, bare": [
+        LoraConfig(r=4),
+        LoraConfig(r=4, use_dora=True),
+        LoraConfig(r=4, target_modules=("word_embeddings", "position_embeddings", "query")),
+    ],
 }
 CASES = [
     (model, config)
@@ -128,7 +146,7 @@ def test_logits_gradients_and_files_equal_peft(case, config, tmp_path):
                 got = parameter.grad
                 parameter.data = torch.zeros_like(parameter) if got is None else got
     save_adapter(ours, config, "base", tmp_path / "our gradients")
-    theirs.save_pretrained(tmp_path / "their gradients")
+    theirs.save_pretrained(tmp_path / "their gradients", save_embedding_layers=False)
     own = load_file(tmp_path / "our gradients" / "adapter_model.safetensors")
     gradients = load_file(tmp_path / "their gradients" / "adapter_model.safetensors")
     assert own.keys() == gradients.keys()
@@ -172,6 +190,8 @@ def test_merged_equals_adapted_and_removing_restores(case, config, tmp_path):
         ("bert, bare", {"target_modules": "all-linear", "use_rslora": True}),
         ("modernbert", {"target_modules": ["Wqkv", "Wi"]}),
         ("reward", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+        ("untied", {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
+        ("untied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
     ],
 )
 def test_what_peft_writes_is_read(case, options, tmp_path):
@@ -218,7 +238,9 @@ def test_only_the_adapter_is_trained_and_experts_are_left_out():
     ("options", "message"),
     [
         ({"target_modules": ("q_prj",)}, "no linear layer 'q_prj' .did you mean 'q_proj'"),
-        ({"target_modules": ("lm_head",)}, "lm_head shares its weight with the embedding"),
+        ({"target_modules": ("lm_head",)}, "lm_head shares its weight"),
+        ({"target_modules": ("embed_tokens",)}, "model.embed_tokens shares its weight"),
+        ({"modules_to_save": ("embed_tokens",)}, "model.embed_tokens shares its weight"),
         ({"target_modules": ()}, "target_modules is empty"),
         ({"modules_to_save": ("scores",)}, "no module 'scores'"),
         ({"r": 0}, "r = 0 must be at least 1"),
@@ -229,6 +251,12 @@ def test_only_the_adapter_is_trained_and_experts_are_left_out():
 def test_settings_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         apply_lora(make("llama"), LoraConfig(**options))
+    with pytest.raises(ConfigError, match="word_embeddings shares its weight"):
+        apply_lora(make("bert"), LoraConfig(target_modules=("word_embeddings",)))
+    with pytest.raises(ConfigError, match="DoRA is for linear layers"):
+        apply_lora(make("untied"), LoraConfig(target_modules=("embed_tokens",), use_dora=True))
+    with pytest.raises(ConfigError, match="experts and routers are not adapted"):
+        apply_lora(make("mixtral"), LoraConfig(target_modules=("gate_proj",)))
     model = make("llama")
     apply_lora(model, LoraConfig())
     with pytest.raises(ConfigError, match="has an adapter already"):

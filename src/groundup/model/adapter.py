@@ -18,7 +18,17 @@ from groundup.core.files import atomic_folder, read_json, write_json
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
 from groundup.model.hf import Network, config_json, renamed
-from groundup.model.lora import OWN, LoraConfig, adaptable, adapted, apply_lora, matching
+from groundup.model.lora import (
+    LINEAR,
+    OWN,
+    TABLE,
+    Adaptable,
+    LoraConfig,
+    adaptable,
+    adapted,
+    apply_lora,
+    matching,
+)
 from groundup.model.weights import read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -113,14 +123,14 @@ def load_adapter(folder: str | Path, model: Network) -> Adapter:
     """
     folder = Path(folder)
     config, base = read_adapter_config(folder)
-    linear = adaptable(model)
+    own_layers = adaptable(model)
     own = dict(model.named_parameters())
     pairs: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     for name, tensor in adapter_weights(model, folder).items():
         part = next((end for end in OWN if name.endswith(f".{end}")), None)
         owner = name.removesuffix(f".{part}")
-        if part and owner in linear:
+        if part and owner in own_layers:
             pairs.setdefault(owner, {})[part] = tensor
         elif part or name not in own:
             raise CheckpointError(
@@ -132,9 +142,9 @@ def load_adapter(folder: str | Path, model: Network) -> Adapter:
         else:
             replaced[name] = tensor
     layers = {}
-    for name in linear:
+    for name, layer in own_layers.items():
         if name in pairs:
-            layers[name] = low_rank(pairs[name], linear[name], config, folder, name, base)
+            layers[name] = low_rank(pairs[name], layer, config, folder, name, base)
     if not layers:
         raise CheckpointError(f"{folder / WEIGHTS} holds no adapted layer")
     saved = tuple(n for n in config.modules_to_save if any(f".{n}." in f".{r}" for r in replaced))
@@ -177,24 +187,25 @@ def adapter_weights(model: Network, folder: Path) -> dict[str, Tensor]:
 
 def low_rank(
     parts: dict[str, Tensor],
-    layer: torch.nn.Linear,
+    layer: Adaptable,
     config: LoraConfig,
     folder: Path,
     name: str,
     base: str,
 ) -> LowRank:
     """Return one layer's adapter, its shapes checked."""
-    wanted = {
-        OWN[0]: [config.r, layer.in_features],
-        OWN[1]: [layer.out_features, config.r],
-    } | ({OWN[2]: [layer.out_features]} if config.use_dora else {})
+    table = isinstance(layer, torch.nn.Embedding)
+    outputs, inputs = layer.weight.shape[::-1] if table else layer.weight.shape
+    A, B, magnitude = TABLE if table else LINEAR
+    wanted = {A: [config.r, inputs], B: [outputs, config.r]}
+    wanted |= {magnitude: [outputs]} if config.use_dora else {}
     for part in (*wanted.keys(), *parts.keys()):
         if part not in parts or part not in wanted:
             word = "is missing" if part in wanted else "has no place without use_dora"
             raise CheckpointError(f"{folder}: {name}.{part} {word}: copy the adapter again")
         if list(parts[part].shape) != wanted[part]:
             raise mismatch(folder, f"{name}.{part}", parts[part], wanted[part], base)
-    return LowRank(parts[OWN[0]], parts[OWN[1]], config.scaling, parts.get(OWN[2]))
+    return LowRank(parts[A], parts[B], config.scaling, parts.get(magnitude))
 
 
 def mismatch(
@@ -214,7 +225,8 @@ def apply_adapter(model: Network, adapter: Adapter) -> None:
     apply_lora(model, config)
     own = dict(model.named_parameters())
     for name, layer in adapter.layers.items():
-        for part, tensor in zip(OWN, (layer.A_RI, layer.B_OR, layer.magnitude_O), strict=True):
+        names = LINEAR if f"{name}.{LINEAR[0]}" in own else TABLE
+        for part, tensor in zip(names, (layer.A_RI, layer.B_OR, layer.magnitude_O), strict=True):
             if tensor is not None:
                 own[f"{name}.{part}"].copy_(tensor)
     for name, tensor in adapter.replaced.items():

@@ -3,13 +3,13 @@
 An adapted layer keeps its weight under its own name, frozen, and gains `lora_A`, `lora_B` and,
 for DoRA, `lora_magnitude_vector`: the names of PEFT's files.
 
-Shape suffixes: O outputs and I inputs of a layer, R rank.
+Shape suffixes: O outputs and I inputs of a layer (of an embedding: width and rows), R rank.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from groundup.core.errors import ConfigError, closest
 
 ALL_LINEAR = "all-linear"
-OWN = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+LINEAR = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+TABLE = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+OWN = (*LINEAR, *TABLE[:2])
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """What is adapted and how, under PEFT's names.
 
-    `target_modules` are names of linear layers, whole or their ends ("q_proj"); "all-linear"
-    is every one below the head. `modules_to_save` are trained whole (a new head).
+    `target_modules` are names of linear layers and embeddings, whole or their ends ("q_proj");
+    "all-linear" is every linear one below the head. `modules_to_save` are trained whole (a new
+    head, an embedding with new rows).
     """
 
     r: int = 8
@@ -103,6 +106,32 @@ class LoRALinear(nn.Linear):
         return weight_OI * (self.lora_magnitude_vector / row_norms(weight_OI))[:, None]
 
 
+class LoRAEmbedding(nn.Embedding):
+    """Rows of W + s (B A)^T, taking the place of `base`; as in PEFT, A starts at zero."""
+
+    def __init__(self, base: nn.Embedding, config: LoraConfig) -> None:
+        super().__init__(base.num_embeddings, base.embedding_dim, device="meta")
+        self.weight, self.scaling = base.weight, config.scaling
+        place: Any = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_embedding_A = nn.Parameter(torch.zeros(config.r, base.num_embeddings, **place))
+        self.lora_embedding_B = nn.Parameter(torch.randn(base.embedding_dim, config.r, **place))
+        self.train(base.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the adapted rows."""
+        change = F.embedding(ids, self.lora_embedding_A.T) @ self.lora_embedding_B.T
+        return super().forward(ids) + self.scaling * change
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """Return the one table that gives the same rows."""
+        return self.weight + self.scaling * (self.lora_embedding_B @ self.lora_embedding_A).T
+
+
+Adaptable = nn.Linear | nn.Embedding
+Adapted = LoRALinear | LoRAEmbedding
+
+
 def row_norms(weight_OI: Tensor) -> Tensor:
     """Return the length of every row."""
     return torch.linalg.vector_norm(weight_OI, dim=1)
@@ -111,26 +140,32 @@ def row_norms(weight_OI: Tensor) -> Tensor:
 def apply_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     """Adapt the target layers in place and freeze the rest; return the adapted layers' names.
 
-    A target that no layer has, or that shares its weight with the embedding, is a ConfigError.
+    A target that no layer has, or whose weight another layer shares, is a ConfigError.
     """
     layers = adaptable(model)
-    if any(isinstance(layer, LoRALinear) for layer in layers.values()):
+    if any(isinstance(layer, Adapted) for layer in layers.values()):
         raise ConfigError("the model has an adapter already: merge or remove it first")
     saved = [n for n, _ in model.named_modules() if ends_in(n, config.modules_to_save)]
     for wanted in config.modules_to_save:
         if not any(ends_in(name, (wanted,)) for name in saved):
             raise ConfigError(f"modules_to_save: the model has no module {wanted!r}")
     names = [name for name in matching(layers, config.target_modules) if name not in saved]
-    shared = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name in names:
-        if id(layers[name].weight) in shared:
+    for name in [*names, *saved]:
+        if shares_weight(model, name):
             raise ConfigError(
-                f"{name} shares its weight with the embedding and cannot be adapted alone: "
-                "leave it out of target_modules"
+                f"{name} shares its weight (embedding and head are tied) and cannot be adapted "
+                "alone: leave it out"
             )
+    tables = [name for name in names if isinstance(layers[name], nn.Embedding)]
+    if tables and config.use_dora:
+        raise ConfigError(f"{tables[0]}: DoRA is for linear layers; adapt embeddings without it")
     model.requires_grad_(False)
     for name in names:
-        replace(model, name, LoRALinear(layers[name], config))
+        layer = layers[name]
+        if isinstance(layer, nn.Embedding):
+            replace(model, name, LoRAEmbedding(layer, config))
+        else:
+            replace(model, name, LoRALinear(layer, config))
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
     for name, weight in model.named_parameters():
@@ -141,8 +176,17 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     return names
 
 
-def adaptable(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers that an adapter can be put on, by name.
+def shares_weight(model: nn.Module, name: str) -> bool:
+    """Return whether a module's weight is another's too, or BERT's head reads it."""
+    weight = getattr(model.get_submodule(name), "weight", None)
+    owners = [n for n, m in model.named_modules() if getattr(m, "weight", None) is weight]
+    task = getattr(getattr(model, "config", None), "task", None)
+    read = name == "bert.embeddings.word_embeddings" and task in ("mlm", "pretraining")
+    return weight is not None and (len(owners) > 1 or read)
+
+
+def adaptable(model: nn.Module) -> dict[str, Adaptable]:
+    """Return the linear layers and embeddings that an adapter can be put on, by name.
 
     Experts and their routers are left out: transformers keeps all experts of a layer in one
     tensor, so PEFT has no such layers and could not open the adapter.
@@ -150,21 +194,25 @@ def adaptable(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, Adaptable)
         and ".experts." not in name
         and not name.endswith((".mlp.gate", ".lora_A", ".lora_B"))
     }
 
 
-def matching(layers: dict[str, nn.Linear], targets: Sequence[str]) -> list[str]:
+def matching(layers: dict[str, Adaptable], targets: Sequence[str]) -> list[str]:
     """Return the names of the layers that the targets mean, in the model's order."""
     if ALL_LINEAR in targets:
-        return [name for name in layers if name.startswith(("model.", "bert."))]
+        linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+        return [name for name in linear if name.startswith(("model.", "bert."))]
     for target in targets:
         if not any(ends_in(name, (target,)) for name in layers):
             known = {name.rpartition(".")[2] for name in layers}
             hint = closest(target, {ALL_LINEAR, *known})
-            raise ConfigError(f"target_modules: the model has no linear layer {target!r}{hint}")
+            raise ConfigError(
+                f"target_modules: the model has no linear layer {target!r}{hint}; experts and "
+                "routers are not adapted"
+            )
     return [name for name in layers if ends_in(name, targets)]
 
 
@@ -179,10 +227,10 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(owner), attribute, module)
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """Yield the adapted layers with their names."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, Adapted):
             yield name, module
 
 
@@ -200,10 +248,12 @@ def remove_lora(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
-def plain_layer(layer: LoRALinear, weight_OI: Tensor) -> nn.Linear:
+def plain_layer(layer: Adapted, weight: Tensor) -> Adaptable:
     """Return a plain layer with this weight and the layer's bias."""
+    if isinstance(layer, LoRAEmbedding):
+        return nn.Embedding.from_pretrained(weight.detach(), freeze=False).train(layer.training)
     plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    plain.weight, plain.bias = nn.Parameter(weight_OI.detach()), layer.bias
+    plain.weight, plain.bias = nn.Parameter(weight.detach()), layer.bias
     return plain.train(layer.training)
 
 

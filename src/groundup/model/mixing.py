@@ -85,7 +85,7 @@ def wrapped(
 
 def check_mixable(name: str, adapter: Adapter) -> None:
     """Raise where an adapter changes more than what can be chosen request by request."""
-    others = [*adapter.replaced, *(n for n in adapter.layers if not n.startswith("model."))]
+    others = [*adapter.replaced, *(n for n in adapter.layers if not n.startswith("model.layers."))]
     if others:
         raise ConfigError(
             f"the adapter {name!r} changes {others[0]}, which all requests share: "
