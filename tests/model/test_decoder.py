@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from groundup.core.errors import CheckpointError, ConfigError
+from groundup.core.errors import CheckpointError, ConfigError, DataError
 from groundup.model import Decoder, ModelConfig, NeuralLM, load_model, num_parameters, save_model
 from groundup.model import decoder as decoder_module
 
@@ -172,3 +172,14 @@ def test_compiled_equals_eager():
     torch.testing.assert_close(
         found, model(ids, want="logprobs", targets=ids), atol=1e-4, rtol=1e-4
     )
+
+
+def test_padding_may_reach_beyond_the_last_position(tiny):
+    """Rows of 90 to 100 tokens are padded to 128, and only longer texts are refused."""
+    from groundup.train import collate_rows
+
+    config = dataclasses.replace(tiny.config, max_position_embeddings=100)
+    batch = collate_rows([([3] * 100, [True] * 100), ([3] * 90, [True] * 90)], 0)
+    assert Decoder(config)(batch["ids"]).shape[1] == 128
+    with pytest.raises(DataError, match="129 tokens, and the model has 100 positions"):
+        Decoder(config)(torch.zeros(1, 129, dtype=torch.long))

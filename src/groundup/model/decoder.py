@@ -24,6 +24,7 @@ from groundup.model.fused import RMSNormed, SwiGLU, worthwhile
 from groundup.model.loss import IGNORE, linear_cross_entropy
 from groundup.model.rope import check_length, rotary_table, rotate
 
+PADDED_TO = 32  # rows may be padded to a multiple of this, beyond the last position
 LOGITS_IN_ONE_PIECE = 2**26  # more logits than this (256 MB in fp32) are computed in pieces
 
 
@@ -323,7 +324,8 @@ class Stack(nn.Module):
         B, T = ids_BT.shape
         if positions is None:
             if config.rope_type != "dynamic":  # which is for longer texts
-                check_length(T, config.max_position_embeddings)
+                most = config.max_position_embeddings
+                check_length(T, T if -(-most // PADDED_TO) * PADDED_TO >= T else most)
             positions = torch.arange(T, device=ids_BT.device).expand(B, T)
         rotary = local_rotary = rotary_table(positions, config, cached=cache is not None)
         if config.sliding_window is not None and config.rope_local_base_freq is not None:

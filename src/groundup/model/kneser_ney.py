@@ -23,7 +23,7 @@ from groundup.model.windows import Column, Ints, ahead, starts
 Floats = NDArray[np.float64]
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # KenLM's, where too little text gives no estimate
 COUNT_BUCKETS = (1, 2, 4, 8, 32)
-ROW_BYTES = 120  # memory that a row of a batch takes while it is worked on
+ROW_BYTES = 180  # memory that a row of a batch takes while it is worked on
 LARGEST_BATCH = 1 << 21
 
 
@@ -93,7 +93,7 @@ class Estimator:
     @property
     def block(self) -> int:
         """Return the rows of the table below that are held."""
-        return max(16, self.memory_bytes // 32)
+        return max(16, self.memory_bytes // 48)
 
     def column(self, n: int, name: str, dtype: type) -> Column:
         """Name a file that is gone when all is done."""
@@ -212,11 +212,15 @@ class Estimator:
 
     def whole_contexts(self, keys: Column, contexts: int) -> list[tuple[int, int, int, int]]:
         """Return batches (rows a to b, contexts first to last) that cut no context in two."""
-        mapped, cuts = keys.mapped(), [(0, 0)]
-        for a in range(self.batch, len(mapped), self.batch):
-            context = int(mapped[a]) // self.vocab_size
-            row = int(np.searchsorted(mapped, context * self.vocab_size))
+        cuts = [(0, 0)]
+        for a in range(self.batch, len(keys), self.batch):
+            start, context = a, int(keys.read(a, a + 1)[0]) // self.vocab_size
+            part = np.array([context * self.vocab_size])
+            while start > cuts[-1][0] and part[0] >= context * self.vocab_size:
+                start = max(cuts[-1][0], start - 1024)
+                part = keys.read(start, start + 1024)
+            row = start + int(np.searchsorted(part, context * self.vocab_size))
             if row > cuts[-1][0]:
                 cuts.append((row, context))
-        cuts.append((len(mapped), contexts))
+        cuts.append((len(keys), contexts))
         return [(a, b, first, last) for (a, first), (b, last) in itertools.pairwise(cuts)]

@@ -30,7 +30,7 @@ from groundup.model.windows import (
     write_run,
 )
 
-WINDOW_BYTES = 80  # memory that a window takes while it is sorted
+WINDOW_BYTES = 120  # memory that a window takes while it is sorted
 SLICE = 1 << 17  # windows looked at together while tables are written: they fit a fast cache
 THREADS = max(1, min(8, os.cpu_count() or 1))
 

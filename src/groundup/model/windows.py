@@ -21,6 +21,7 @@ Ints = NDArray[np.int64]
 Words = list[NDArray[np.uint64]]
 T = TypeVar("T")
 U = TypeVar("U")
+SAMPLE = 256
 RANK_BITS = 24  # at most so many windows are sorted at a time: 2 ** RANK_BITS
 
 
@@ -163,6 +164,13 @@ class Run:
 
     words: tuple[Column, ...]
     counts: Column
+    sample: NDArray[np.uint64]  # every SAMPLE-th first word
+
+    def find(self, first_word: np.uint64) -> int:
+        """Return the first row whose first word is not smaller."""
+        after = int(np.searchsorted(self.sample, first_word)) * SAMPLE
+        start = max(0, after - SAMPLE)
+        return start + int(np.searchsorted(self.words[0].read(start, after), first_word))
 
     def read(self, first: int, last: int) -> tuple[Words, Ints]:
         """Return a range of rows."""
@@ -174,6 +182,7 @@ def write_run(folder: Path, name: str, words: Words, counts: Ints) -> Run:
     run = Run(
         tuple(Column(folder / f"{name}.word-{n}", np.uint64) for n in range(len(words))),
         Column(folder / f"{name}.counts", np.int64),
+        words[0][::SAMPLE].copy(),
     )
     for column, values in zip((*run.words, run.counts), (*words, counts), strict=True):
         column.put(0, values)
@@ -184,14 +193,9 @@ def merge(
     runs: Sequence[Run], packing: Packing, limit: int, pool: Executor
 ) -> Iterator[tuple[Words, Ints]]:
     """Yield all windows in order with their counts, about `limit` rows of the runs at a time."""
-    firsts = [run.words[0].mapped() for run in runs]
-    every = max(1, limit // (4 * len(runs)))
-    samples = np.sort(np.concatenate([first[::every] for first in firsts]))
-    cuts = np.unique(samples[:: max(1, 3 * len(runs))])
-    bounds = np.stack(
-        [np.array([*np.searchsorted(first, cuts)[1:], len(first)]) for first in firsts]
-    )
-    del firsts
+    samples = np.sort(np.concatenate([run.sample for run in runs]))
+    cuts = np.unique(samples[:: max(1, limit // SAMPLE - len(runs))])
+    bounds = np.array([[*map(run.find, cuts[1:]), len(run.counts)] for run in runs])
 
     def part(n: int) -> tuple[Words, Ints]:
         before = bounds[:, n - 1] if n else np.zeros(len(runs), np.int64)

@@ -293,7 +293,7 @@ def small_decoder(config: ClassifyConfig, tok: Tokenizer) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=config.hidden_size // heads,
-        max_position_embeddings=config.max_length,
+        max_position_embeddings=padded(config.max_length),
         bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.pad_token_id,
@@ -309,12 +309,17 @@ def small_encoder(config: ClassifyConfig, tok: Tokenizer, labels: list[str]) -> 
         intermediate_size=4 * config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=max(1, config.hidden_size // 64),
-        max_position_embeddings=config.max_length,
+        max_position_embeddings=padded(config.max_length),
         num_labels=len(labels),
         pad_token_id=tok.pad_token_id,
         cls_token_id=tok.token_id("cls_token", "bos_token"),
         sep_token_id=tok.token_id("sep_token", "eos_token"),
     )
+
+
+def padded(length: int) -> int:
+    """Return the positions that batches of texts so long are padded to."""
+    return -(-length // 32) * 32
 
 
 def learn(
