@@ -18,6 +18,7 @@ from groundup.generate.stop import Stopping
 from groundup.model import Decoder
 from groundup.model.adapter import save_adapter
 from groundup.model.lora import LoraConfig, apply_lora, merge_lora
+from groundup.model.view import view_of
 
 PROMPTS = [[5, 9, 31], list(range(40, 61)), [7], list(range(100, 140)), list(range(100, 145))]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -139,17 +140,20 @@ def test_batch_invariant_in_bf16(tiny, tok):
     assert run(PROMPTS) == [run([prompt])[0] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("way", ["torch", "kernel", "exact"])
-@pytest.mark.parametrize("change", [{}, {"sliding_window": 8}, {"model_type": "gemma2"}])
+@pytest.mark.parametrize("way", ["torch", "kernel", "exact", "view", "exact view"])
+@pytest.mark.parametrize(
+    "change", [{}, {"sliding_window": 8}, {"model_type": "qwen3"}, {"model_type": "gemma2"}]
+)
 def test_logits_of_a_batch_equal_single_ones(tiny, change, way):
-    if "model_type" in change:
+    if change.get("model_type") == "gemma2":
         change |= {"attn_logit_softcapping": 50.0, "sliding_window": 8}
         change["layer_types"] = ("sliding_attention", "full_attention")
     torch.manual_seed(1)
     model = Decoder(dataclasses.replace(tiny.config, **change)).eval()
     shape = (model.config, 40, 8, torch.device("cpu"), torch.float32)
-    cache = KVCache(*shape, exact=way == "exact")
+    cache = KVCache(*shape, exact="exact" in way)
     cache.fast &= way != "torch"
+    runs = view_of(model, exact=cache.exact) if "view" in way else model
     texts = [torch.randint(5, 300, (n,)).tolist() for n in (30, 17, 25)]
     blocks = [[9, 3, 30, 5], [1, 2, 4], [20, 21, 22, 23]]
     steps = [(0, 16, 5), (29, 17, 9), (30, 17, 25)]  # tokens cached after each of three steps
@@ -159,7 +163,7 @@ def test_logits_of_a_batch_equal_single_ones(tiny, change, way):
             spans = [(n, a, b) for n, (a, b) in enumerate(zip(first, last, strict=True)) if b > a]
             spans.sort(key=lambda span: span[2] - span[1] > 1)
             batch = Batch(cache, [Feed(blocks[n], a, texts[n][a:b]) for n, a, b in spans])
-            logits_TV = model(batch.ids_1T, positions=batch.positions_1T, cache=batch)[0]
+            logits_TV = runs(batch.ids_1T, positions=batch.positions_1T, cache=batch)[0]
             pieces = logits_TV.split([b - a for _, a, b in spans])
             for (n, _, _), rows in zip(spans, pieces, strict=True):
                 found[n].append(rows)

@@ -1,5 +1,6 @@
 """The kernels against plain arithmetic, and views against the models they are views of."""
 
+import platform
 import subprocess
 
 import pytest
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from groundup.core.errors import ConfigError
+from groundup.generate.cache import Batch, Feed, KVCache
 from groundup.model import Decoder, ModelConfig, kernels, quant
-from groundup.model.view import FastLayer, view_of
+from groundup.model.view import FastLayer, FastStack, view_of
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no g++ here")
 SHAPES = [(1, 16, 4), (3, 33, 70), (5, 100, 65), (9, 48, 128), (17, 7, 3)]
@@ -33,6 +35,50 @@ def test_int8_products_equal_integer_arithmetic(M, N, K):
     wanted = sums.double() * x_scale[:, None].double() * scale.double() + layer.bias
     made = quant.Int8Linear([layer], kernels.Arena())
     torch.testing.assert_close(made(x), wanted.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(params=["native", "x86-64-v3", "x86-64"])
+def architecture(request, monkeypatch, tmp_path):
+    """Have the kernels built for this processor, for any with AVX2, and for any at all."""
+    if request.param != "native":
+        if platform.machine() != "x86_64":
+            pytest.skip("names of x86 processors")
+        flags = kernels.FLAGS.replace("-march=native", f"-march={request.param}")
+        monkeypatch.setattr(kernels, "FLAGS", flags)
+        kernels.library.cache_clear()
+    yield request.param
+    monkeypatch.undo()
+    kernels.library.cache_clear()
+
+
+@needs_kernels
+def test_every_processor_computes_the_same(architecture):
+    for M, N, K in SHAPES:
+        test_int8_products_equal_integer_arithmetic(M, N, K)
+        for int8 in (False, True):
+            test_a_row_has_the_same_bits_in_every_batch(M, N, K, int8)
+    test_norm_and_gate_equal_torchs()
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(threads):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    model = Decoder(ModelConfig(vocab_size=300, num_hidden_layers=3, **shape)).eval()
+    cache = KVCache(model.config, 4, 16, torch.device("cpu"), torch.float32)
+    feeds = [Feed([2], 0, [7]), Feed([0, 1], 0, list(range(30, 46)))]
+    before = torch.get_num_threads()
+    for quantization in (None, "int8"):
+        view, found = view_of(model, quantization), []
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            with torch.no_grad():
+                for _ in range(20):  # pieces go to whichever thread comes
+                    batch = Batch(cache, feeds)
+                    found.append(view(batch.ids_1T, positions=batch.positions_1T, cache=batch))
+            torch.set_num_threads(before)
+        assert all(torch.equal(found[0], other) for other in found)
 
 
 @needs_kernels
@@ -118,6 +164,7 @@ def test_views_equal_their_models(family, quantization):
         assert (found - wanted).norm() / wanted.norm() < 0.1
     whole = family in ("llama", "qwen2", "qwen3")
     assert all(isinstance(layer, FastLayer) == whole for layer in view.model.layers)
+    assert isinstance(view.model, FastStack) == whole
     assert set(dict(model.named_parameters())) == names  # the model itself is as it was
 
 

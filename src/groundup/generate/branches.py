@@ -4,8 +4,7 @@ Beam search, guidance and speculation hold branches of the paged cache; full blo
 by forks, so that a fork copies one block at most. Shape suffixes: T tokens, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,7 +27,10 @@ class Reading:
 
 
 class Branches:
-    """Room for `count` sequences of at most `longest` tokens, each with its own end."""
+    """Room for `count` sequences of at most `longest` tokens, each with its own end.
+
+    The model is a view for inference, as `view_of` makes it.
+    """
 
     def __init__(self, model: Decoder, count: int, longest: int) -> None:
         weight = next(model.parameters())
@@ -49,14 +51,13 @@ class Branches:
         for branch, new in zip(branches, ids, strict=True):
             room = self.pool.extend(branch, branch.computed + len(new))
             assert room, "more branches or tokens than were planned for"
-        order = sorted(range(len(ids)), key=lambda n: len(ids[n]) > 1)  # single tokens first
+        order = sorted(range(len(ids)), key=lambda n: len(ids[n]))  # as Batch wants them
         feeds = [Feed(branches[n].blocks, branches[n].computed, ids[n]) for n in order]
         batch = Batch(self.cache, feeds)
         at = torch.tensor([len(ids[n]) for n in order], device=self.device).cumsum(0) - 1
-        with evaluating(self.model):
-            logits = self.model(
-                batch.ids_1T, positions=batch.positions_1T, cache=batch, at=at, want=want
-            )
+        logits = self.model(
+            batch.ids_1T, positions=batch.positions_1T, cache=batch, at=at, want=want
+        )
         found: list[Tensor] = [logits] * len(order)
         for place, n in enumerate(order):
             branches[n].computed += len(ids[n])
@@ -102,16 +103,3 @@ class Branches:
     def drop(self, branch: Holding) -> None:
         """Give a branch's blocks back."""
         self.pool.give_back(branch)
-
-
-@contextmanager
-def evaluating(model: Decoder) -> Iterator[None]:
-    """Switch dropout off for a while, where it was on."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()

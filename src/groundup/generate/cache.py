@@ -1,16 +1,15 @@
 """The paged key/value cache, and attention over it for many requests at once.
 
 All tokens of a step lie one behind the other in a single row, so nothing is padded. Requests that
-feed one token come first and attend together; the others attend one by one.
+feed few tokens come first and attend together; the others attend one by one.
 
-Shape suffixes: T tokens of the step, R requests with one token, S positions attended to,
+Shape suffixes: T tokens of the step, R requests that attend together, S positions attended to,
 H query heads, K key/value heads, D head size.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,8 @@ from groundup.model.config import ModelConfig
 from groundup.model.decoder import Attention
 from groundup.model.rope import rotate
 from groundup.model.view import heads_of
+
+SHORT = 16  # new tokens of one request up to which the kernel attends faster than torch
 
 
 class KVCache:
@@ -47,6 +48,7 @@ class KVCache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         plain = device.type == "cpu" and dtype == torch.float32
         self.fast = plain and config.attn_logit_softcapping is None and kernels.available()
+        self.pointers = kernels.pointers(self.keys), kernels.pointers(self.values)
 
 
 def bytes_a_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -76,17 +78,25 @@ class Chunk:
 
 
 class Batch:
-    """One step's view of the cache; single tokens first, then chunks."""
+    """One step's view of the cache.
+
+    The first `few` requests attend together: as many as feed up to SHORT tokens, or one where
+    there is no kernel. So requests that feed less should come first.
+    """
 
     def __init__(self, cache: KVCache, feeds: Sequence[Feed]) -> None:
         self.cache, self.feeds = cache, feeds
         self.device = cache.keys[0].device
-        self.singles = next((n for n, f in enumerate(feeds) if len(f.ids) > 1), len(feeds))
+        most = len(max((f.ids for f in feeds), key=len)) if cache.exact else SHORT
+        most = most if cache.fast else 1
+        self.few = next((n for n, f in enumerate(feeds) if len(f.ids) > most), len(feeds))
+        self.attending = sum(len(feed.ids) for feed in feeds[: self.few])
         self.places = [np.arange(f.computed, f.computed + len(f.ids)) for f in feeds]
         self.ids_1T = self.tensor([i for feed in feeds for i in feed.ids])[None]
         self.positions_1T = self.tensor(np.concatenate(self.places))[None]
         self.windows: dict[int | None, list[Tensor]] = {}
         self.steps: dict[int, kernels.Step] = {}
+        self.kept: list[tuple[Tensor, Tensor]] = []  # the steps point into these
 
     def tensor(self, values: NDArray[np.int64] | list[int]) -> Tensor:
         """Return numbers as a tensor on the cache's device."""
@@ -106,7 +116,7 @@ class Batch:
     @cached_property
     def single_slots(self) -> Tensor:
         """Return the slots of the requests with one token, filled up with the first one."""
-        rows = self.slots[: self.singles]
+        rows = self.slots[: self.few]
         table_RS = np.zeros((len(rows), max(map(len, rows))), np.int64)
         for filled_S, row in zip(table_RS, rows, strict=True):
             filled_S[: len(row)] = row
@@ -128,27 +138,32 @@ class Batch:
         cosine, sine = rotary
         if cosine.data_ptr() not in self.steps:
             blocks, owner, at = self.table
-            T = self.ids_1T.shape[1]
             self.steps[cosine.data_ptr()] = kernels.Step(
                 *(x.data_ptr() for x in (cosine, sine, blocks, owner, at)),
                 blocks.stride(0),
-                T,
-                T if self.cache.exact else self.singles,
+                self.ids_1T.shape[1],
+                self.attending,
                 self.cache.size,
             )
+            self.kept.append(rotary)
         return self.steps[cosine.data_ptr()]
 
-    def in_kernel(self, layer: int, rotary: tuple[Tensor, Tensor]) -> Any:
-        """Return what the kernel needs for a whole layer; None where chunks go through torch."""
-        if not self.cache.fast or (self.singles < len(self.feeds) and not self.cache.exact):
+    def in_kernel(
+        self, rotary: tuple[Tensor, Tensor], layer: int | None = None
+    ) -> kernels.Place | None:
+        """Return what the kernel needs for one layer or all; None where torch is to attend."""
+        if not self.cache.fast or self.attending < self.ids_1T.shape[1]:
             return None
-        return self.step(rotary), self.cache.keys[layer], self.cache.values[layer]
+        if layer is None:
+            return self.step(rotary), *self.cache.pointers
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return self.step(rotary), kernels.pointers([keys]), kernels.pointers([values])
 
     @cached_property
     def chunks(self) -> list[Chunk]:
-        """Return the requests that feed several tokens."""
-        found, start = [], self.singles
-        for n in range(self.singles, len(self.feeds)):
+        """Return the requests that feed too many tokens to attend with the others."""
+        found, start = [], self.attending
+        for n in range(self.few, len(self.feeds)):
             feed, slots_S = self.feeds[n], self.tensor(self.slots[n])
             stop = start + len(feed.ids)
             at_T = self.tensor(self.places[n])
@@ -167,7 +182,7 @@ class Batch:
         """Store the new keys and values; every request attends to its own, and no other."""
         if self.cache.fast:
             outs_NTHD = [self.attend_in_kernel(attention, q_1THD, k_1TKD, v_1TKD, rotary)]
-            if self.cache.exact or not self.chunks:
+            if self.attending == self.ids_1T.shape[1]:
                 return outs_NTHD[0].flatten(1)[None]
         keys, values = self.cache.keys[attention.layer], self.cache.values[attention.layer]
         q_1HTD = rotate(q_1THD.transpose(1, 2), *rotary)
@@ -175,7 +190,7 @@ class Batch:
             k_1KTD = rotate(k_1TKD.transpose(1, 2), *rotary)
             keys.index_copy_(0, self.new_slots, k_1KTD[0].transpose(0, 1).to(keys.dtype))
             values.index_copy_(0, self.new_slots, v_1TKD[0].to(values.dtype))
-            outs_NTHD = [self.attend_singles(attention, q_1HTD)] if self.singles else []
+            outs_NTHD = [self.attend_singles(attention, q_1HTD)] if self.few else []
         masks = self.masks(attention.window)
         for chunk, mask in zip(self.chunks, masks, strict=True):
             k_1KSD, v_1KSD = (x[chunk.slots_S].transpose(0, 1)[None] for x in (keys, values))
@@ -198,7 +213,7 @@ class Batch:
         v_1TKD: Tensor,
         rotary: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Store all keys and values; return what single tokens attend to (`exact`: all tokens)."""
+        """Store all keys and values; return what the requests that go together attend to."""
         return kernels.attend(
             q_1THD[0],
             k_1TKD[0],
@@ -214,8 +229,8 @@ class Batch:
         table_RS, layer = self.single_slots, attention.layer
         k_RKSD = self.cache.keys[layer][table_RS].transpose(1, 2)
         v_RKSD = self.cache.values[layer][table_RS].transpose(1, 2)
-        q_RH1D = q_1HTD[0, :, : self.singles].transpose(0, 1)[:, :, None]
-        at_R = self.positions_1T[0, : self.singles]
+        q_RH1D = q_1HTD[0, :, : self.few].transpose(0, 1)[:, :, None]
+        at_R = self.positions_1T[0, : self.few]
         mask_R11S = visible(at_R, table_RS.shape[1], attention.window)[:, None, None]
         return attention.attend(q_RH1D, k_RKSD, v_RKSD, mask_R11S)[:, :, 0]
 

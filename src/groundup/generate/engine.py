@@ -158,13 +158,8 @@ class Engine:
         plan = self.schedule()
         if not plan:
             return []
-        was_training = self.source.training
-        if was_training:
-            self.model.eval()
         parts = [[entry] for entry in plan] if self.apart else [plan]
         done = [request for part in parts for request in self.run(part)]
-        if was_training:
-            self.source.train()
         self.release()
         return done
 
@@ -183,7 +178,7 @@ class Engine:
         return view_of(model, self.config.quantization, exact=self.config.batch_invariant)
 
     def schedule(self) -> list[tuple[Request, int]]:
-        """Return who feeds how many tokens: single tokens first, then chunks."""
+        """Return who feeds how many tokens, the fewest first."""
         self.make_way()
         if self.speculator:
             self.speculator.draft(self.running)
@@ -215,7 +210,7 @@ class Engine:
             self.waiting.remove(request)
             bisect.insort(self.running, request, key=order)
             plan[request] = count
-        return sorted(plan.items(), key=lambda entry: entry[1] > 1)
+        return sorted(plan.items(), key=lambda entry: entry[1])
 
     def next_count(self, request: Request, left: int) -> int:
         """Return how many tokens a request feeds next; apart, whatever else runs."""

@@ -26,6 +26,7 @@ from groundup.generate.sampling import choose
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model
 from groundup.model.ngram import NGram
+from groundup.model.view import view_of
 from groundup.tokenizer import Tokenizer
 
 CHECK_COST = 0.05  # of one more token in a forward of the model, in forwards of one token
@@ -222,7 +223,7 @@ class ModelDrafter:
         weights = [sum(w.numel() for w in m.parameters()) for m in (model, target)]
         self.cost = weights[0] / weights[1]
         self.context = min(context, model.config.max_position_embeddings)
-        self.branches = Branches(model, rows, self.context)
+        self.branches = Branches(view_of(model), rows, self.context)
         self.readings: dict[Request, Reading] = {}
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:

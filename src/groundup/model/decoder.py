@@ -42,8 +42,8 @@ class Cache(Protocol):
         """Turn queries and keys, store keys and values, return what is attended to [B, T, HD]."""
         ...
 
-    def in_kernel(self, layer: int, rotary: tuple[Tensor, Tensor]) -> Any:
-        """Return what a kernel needs to do a whole layer; None where it must not."""
+    def in_kernel(self, rotary: tuple[Tensor, Tensor], layer: int | None = None) -> Any:
+        """Return what a kernel needs to do one layer or all; None where it must not."""
         ...
 
 

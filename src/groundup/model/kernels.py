@@ -1,4 +1,4 @@
-"""The hot loops of inference on a CPU, compiled from kernels.cpp on first use.
+"""The hot loops of inference on a CPU, compiled from native/kernels.cpp on first use.
 
 g++ takes a few seconds, once: the library is kept in the user's cache folder under the hash of
 source, compiler and processor. Without a compiler `available()` is False and callers go through
@@ -16,13 +16,14 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from groundup.core.progress import say
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math"
 P, L, N, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
@@ -64,13 +65,15 @@ class Layer(ctypes.Structure):
     )
 
 
+Place = tuple[Step, Any, Any]  # a step, and where every layer's keys and values are
+
 ARGUMENTS = {
     "int8_offset": (),
     "linear": (P, N, P, P, L, L, N),
     "rms_norm": (P, P, P, L, L, F, N, N),
     "silu_mul": (P, P, L, L, N),
     "attend": (P, P, P, P, P, L, L, L, P, P, P, N),
-    "layer": (P, P, P, P, P, N),
+    "layers": (P, L, P, P, P, P, P, N),
     "quantize": (P, L, L, P, P, L, N),
 }
 
@@ -97,9 +100,11 @@ def library() -> ctypes.CDLL | None:
 def build(compiler: str) -> Path:
     """Return the library's file, compiled unless it is there; complete or absent."""
     version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True)
-    key = hashlib.sha256(SOURCE.read_bytes())
+    key = hashlib.sha256()
     for part in (version.stdout, processor(), FLAGS):
         key.update(part.encode())
+    for source in sorted(SOURCE.parent.iterdir()):
+        key.update(source.read_bytes())
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = home / "groundup"
     file = folder / f"kernels-{key.hexdigest()[:16]}.so"
@@ -174,6 +179,11 @@ def large_pages(tensor: Tensor) -> None:
 def pointer(tensor: Tensor | None) -> int | None:
     """Return a tensor's address."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def pointers(tensors: Sequence[Tensor]) -> Any:
+    """Return the addresses of tensors as an array for C."""
+    return (P * len(tensors))(*map(pointer, tensors))
 
 
 class Product:
@@ -275,15 +285,26 @@ def attend(
     return out
 
 
-def layer(made: Layer, step: Step, x_BTE: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return the residual stream after a whole layer."""
-    out_BTE = x_BTE.clone(memory_format=torch.contiguous_format)
-    lib().layer(
-        ctypes.byref(made),
-        ctypes.byref(step),
-        out_BTE.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out_BTE
+class Layers:
+    """Decoder layers that follow each other, and the last norm, in one call."""
+
+    def __init__(self, layers: Sequence[Layer], norm: Tensor | None = None) -> None:
+        self.kept = list(layers), norm
+        self.layers = (Layer * len(layers))(*layers)
+        self.norm = pointer(norm)
+
+    def __call__(self, x_BTE: Tensor, place: Place) -> Tensor:
+        """Return the residual stream behind them."""
+        step, keys, values = place
+        out_BTE = x_BTE.clone(memory_format=torch.contiguous_format)
+        lib().layers(
+            self.layers,
+            len(self.layers),
+            ctypes.byref(step),
+            out_BTE.data_ptr(),
+            keys,
+            values,
+            self.norm,
+            torch.get_num_threads(),
+        )
+        return out_BTE

@@ -14,8 +14,20 @@ from torch import Tensor, nn
 
 from groundup.core.errors import ConfigError
 from groundup.model import kernels
-from groundup.model.decoder import MLP, Attention, Context, Decoder, Experts, Layer, RMSNorm
+from groundup.model.config import ModelConfig
+from groundup.model.decoder import (
+    MLP,
+    Attention,
+    Cache,
+    Context,
+    Decoder,
+    Experts,
+    Layer,
+    RMSNorm,
+    Stack,
+)
 from groundup.model.quant import FallbackLinear, Int8Linear, int8_class
+from groundup.model.rope import rotary_table
 
 FEW = 16  # rows up to which the fp32 kernel beats torch's
 
@@ -31,7 +43,7 @@ class FastNorm(RMSNorm):
 class FastLayer(Layer):
     """A layer in one call, wherever the cache lets the kernel attend."""
 
-    made: kernels.Layer
+    made: kernels.Layers
     self_attn: Attention
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -40,11 +52,51 @@ class FastLayer(Layer):
         rotary = context.local_rotary if attention.window is not None else context.rotary
         place = None
         if context.cache is not None:
-            place = context.cache.in_kernel(attention.layer, rotary)
+            place = context.cache.in_kernel(rotary, attention.layer)
         if place is None:
             return super().forward(x, context)
-        step, keys, values = place
-        return kernels.layer(self.made, step, x, keys, values)
+        return self.made(x, place)
+
+
+class FastStack(Stack):
+    """All layers and the last norm in one call, wherever the cache lets the kernel attend."""
+
+    made: kernels.Layers
+    angles: "Angles"
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: Cache | None = None,
+        routing: list[Tensor] | None = None,
+        each: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return hidden_BTE; `each` collects the residual stream before every layer."""
+        place = None
+        if cache is not None and positions is not None and each is None:
+            place = cache.in_kernel(self.angles(positions))
+        if place is None:
+            return super().forward(ids_BT, positions, segments, cache, routing, each)
+        return self.made(self.embed_tokens(ids_BT), place)
+
+
+class Angles:
+    """The rotary angles of positions, computed once for each; T positions, D head size."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config, self.known_2TD = config, torch.empty(2, 0, config.head_dim)
+
+    def __call__(self, positions_1T: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, [1, T, D] each."""
+        needed = int(positions_1T.max()) + 1
+        if needed > self.known_2TD.shape[1]:
+            all_1T = torch.arange(max(256, 2 * needed))[None]
+            pair = rotary_table(all_1T, self.config, cached=True)
+            self.known_2TD = torch.stack([table_11TD[0, 0] for table_11TD in pair])
+        cosine_1TD, sine_1TD = self.known_2TD[:, positions_1T]
+        return cosine_1TD, sine_1TD
 
 
 class FusedLinear(nn.Module):
@@ -95,7 +147,7 @@ class FastMLP(MLP):
 def view_of(
     model: Decoder, quantization: Literal["int8"] | None = None, *, exact: bool = False
 ) -> Decoder:
-    """Return a view for inference; the model itself where nothing can be gained.
+    """Return a view for inference, without dropout; the model's own mode stays as it is.
 
     `exact` leaves no product to torch, whose bits depend on the number of rows.
     """
@@ -107,8 +159,16 @@ def view_of(
             f"{weight.device}: leave quantization out"
         )
     if not plain or not (kernels.available() or quantization):
-        return model
+        return cast(Decoder, evaluating(model))
     return cast(Decoder, exchange(model, Maker(quantization, exact)))
+
+
+def evaluating(module: nn.Module) -> nn.Module:
+    """Return a copy of a module tree around the same weights, without dropout."""
+    made = copy.copy(module)
+    made._modules = {name: child and evaluating(child) for name, child in module._modules.items()}
+    made.training = False
+    return made
 
 
 @torch.no_grad()
@@ -137,10 +197,10 @@ class Maker:
 
 def exchange(module: nn.Module, make: Maker) -> nn.Module:
     """Return a copy of a module tree around the same weights, its hot modules exchanged."""
-    if isinstance(module, nn.Linear):  # an adapted one stays as it is
-        return make.join(module) if type(module) is nn.Linear else module
+    if type(module) is nn.Linear:
+        return make.join(module)
     made: Any = copy.copy(module)
-    made._modules = dict(module._modules)
+    made._modules, made.training = dict(module._modules), False
     if type(module) is Attention and joinable(module.q_proj, module.k_proj, module.v_proj):
         made.__class__ = FastAttention
         made.qkv_proj = make.join(module.q_proj, module.k_proj, module.v_proj)
@@ -158,7 +218,11 @@ def exchange(module: nn.Module, make: Maker) -> nn.Module:
         if not isinstance(child, FusedLinear | Int8Linear | FallbackLinear) and not is_router:
             made._modules[name] = exchange(child, make)
     if type(module) is Layer and (found := described(made)) is not None:
-        made.__class__, made.made = FastLayer, found
+        made.__class__, made.made = FastLayer, kernels.Layers([found])
+    elif type(module) is Stack and all(isinstance(layer, FastLayer) for layer in made.layers):
+        layers = [layer.made.layers[0] for layer in made.layers]
+        made.__class__, made.made = FastStack, kernels.Layers(layers, made.norm.weight)
+        made.angles = Angles(module.config)
     return made
 
 
