@@ -154,6 +154,7 @@ def test_logits_of_a_batch_equal_single_ones(tiny, change, way):
     cache = KVCache(*shape, exact="exact" in way)
     cache.fast &= way != "torch"
     runs = view_of(model, exact=cache.exact) if "view" in way else model
+    room = 2e-5 if "view" in way else 1e-5  # products in another order, logits of about 10
     texts = [torch.randint(5, 300, (n,)).tolist() for n in (30, 17, 25)]
     blocks = [[9, 3, 30, 5], [1, 2, 4], [20, 21, 22, 23]]
     steps = [(0, 16, 5), (29, 17, 9), (30, 17, 25)]  # tokens cached after each of three steps
@@ -169,7 +170,7 @@ def test_logits_of_a_batch_equal_single_ones(tiny, change, way):
                 found[n].append(rows)
         for text, rows in zip(texts, found, strict=True):
             torch.testing.assert_close(
-                torch.cat(rows), model(torch.tensor([text]))[0], atol=1e-5, rtol=1e-5
+                torch.cat(rows), model(torch.tensor([text]))[0], atol=room, rtol=1e-5
             )
 
 
