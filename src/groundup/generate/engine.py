@@ -107,6 +107,12 @@ class Engine:
         """
         if adapter is not None and adapter not in self.adapters:
             raise ConfigError(f"no adapter {adapter!r} is loaded{closest(adapter, self.adapters)}")
+        for name in ("guidance_scale", "dola_layers") if adapter is not None else ():
+            if getattr(params, name) not in (None, 1.0):
+                raise ConfigError(
+                    f"{name} looks at the model without the adapter {adapter!r}: "
+                    "merge the adapter into a model of its own"
+                )
         prompt, processors, stopping = self.prepare(prompt, params)
         requests = []
         for n in range(params.best_of or params.n):
