@@ -6,6 +6,7 @@ they lie, so they follow training in place; int8 views are made anew when weight
 """
 
 import copy
+import sys
 from typing import Any, Literal, cast
 
 import torch
@@ -29,7 +30,7 @@ from groundup.model.decoder import (
 from groundup.model.quant import FallbackLinear, Int8Linear, int8_class
 from groundup.model.rope import rotary_table
 
-FEW = 16  # rows up to which the fp32 kernel beats torch's
+FEW = 8  # rows up to which the fp32 kernel beats torch's
 
 
 class FastNorm(RMSNorm):
@@ -44,6 +45,7 @@ class FastLayer(Layer):
     """A layer in one call, wherever the cache lets the kernel attend."""
 
     made: kernels.Layers
+    most: int  # tokens up to which the kernel is faster
     self_attn: Attention
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -51,7 +53,7 @@ class FastLayer(Layer):
         attention = self.self_attn
         rotary = context.local_rotary if attention.window is not None else context.rotary
         place = None
-        if context.cache is not None:
+        if context.cache is not None and x.shape[1] <= self.most:
             place = context.cache.in_kernel(rotary, attention.layer)
         if place is None:
             return super().forward(x, context)
@@ -62,6 +64,7 @@ class FastStack(Stack):
     """All layers and the last norm in one call, wherever the cache lets the kernel attend."""
 
     made: kernels.Layers
+    most: int  # tokens up to which the kernel is faster
     angles: "Angles"
 
     def forward(
@@ -74,8 +77,8 @@ class FastStack(Stack):
         each: list[Tensor] | None = None,
     ) -> Tensor:
         """Return hidden_BTE; `each` collects the residual stream before every layer."""
-        place = None
-        if cache is not None and positions is not None and each is None:
+        place, few = None, ids_BT.shape[1] <= self.most
+        if cache is not None and positions is not None and each is None and few:
             place = cache.in_kernel(self.angles(positions))
         if place is None:
             return super().forward(ids_BT, positions, segments, cache, routing, each)
@@ -185,6 +188,7 @@ class Maker:
 
     def __init__(self, quantization: str | None, exact: bool) -> None:
         self.quantization, self.exact = quantization, exact
+        self.most = sys.maxsize if exact or quantization else FEW
         self.fast, self.arena = kernels.available(), kernels.Arena()
         self.int8: Any = int8_class() if quantization else None
 
@@ -218,11 +222,11 @@ def exchange(module: nn.Module, make: Maker) -> nn.Module:
         if not isinstance(child, FusedLinear | Int8Linear | FallbackLinear) and not is_router:
             made._modules[name] = exchange(child, make)
     if type(module) is Layer and (found := described(made)) is not None:
-        made.__class__, made.made = FastLayer, kernels.Layers([found])
+        made.__class__, made.made, made.most = FastLayer, kernels.Layers([found]), make.most
     elif type(module) is Stack and all(isinstance(layer, FastLayer) for layer in made.layers):
         layers = [layer.made.layers[0] for layer in made.layers]
         made.__class__, made.made = FastStack, kernels.Layers(layers, made.norm.weight)
-        made.angles = Angles(module.config)
+        made.angles, made.most = Angles(module.config), make.most
     return made
 
 
