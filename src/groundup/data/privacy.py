@@ -30,7 +30,9 @@ FILE_ENDS = frozenset(
 )  # icon@2x.png
 IPV4 = re.compile(r"\d(?<![\w.\-+/]\d)\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?![\w\-+]|\.\w)", re.ASCII)
 IPV6 = re.compile(r"[23](?<![\w:.].)[0-9a-f]{3}(?::{1,2}[0-9a-f]{1,4}){2,7}(?:::)?(?![\w:])", re.I)
-VERSION_BEFORE = re.compile(r"(?:versions?|release|build|firmware|\bv|section|§|rev)\.?\s*$", re.I)
+VERSION_BEFORE = re.compile(
+    r"(?:\bec|versions?|release|build|firmware|\bv|section|§|rev)\.?\s*$", re.I
+)
 PHONE = re.compile(
     r"[+(1-9](?<![\w.+/-].)(?:(?<=\+)[1-9]\d{0,2}(?:[ .\-]?\(?\d{1,5}\)?){2,6}"
     r"|(?:(?<=1)[ .-](?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])|(?<=\()[2-9]\d\d\) ?|(?<=[2-9])\d\d[-.])"
