@@ -134,3 +134,12 @@ def test_splits_and_samples_are_fair():
     small, large = nested_samples(rest, [6, 20], seed=1)
     assert small == large[:6]
     assert sum(row.label == "b" for row in small) == 3
+
+
+def test_batches_stay_within_an_encoders_positions(labelled, tmp_path):
+    args = ["classify", str(labelled), *SHAPE, "--methods", "encoder", "--max-length", "13"]
+    args += ["--least-steps", "3", "--epochs", "1", "--out", str(tmp_path / "c")]
+    assert main(args) == 0
+    model = load_classifier(tmp_path / "c" / "encoder" / "model")
+    assert model.model.config.max_position_embeddings == 13
+    assert np.isfinite(model.log_probs(["please find the plum " * 9, "iron"])).all()

@@ -66,7 +66,9 @@ class NetworkClassifier:
         self.model.eval()
         for first in track(range(0, len(order), BATCH), "classifying"):
             chosen = order[first : first + BATCH]
-            batch = collate_labelled([rows[n] for n in chosen], self.tok.pad_token_id)
+            batch = collate_labelled(
+                [rows[n] for n in chosen], self.tok.pad_token_id, most=self.longest
+            )
             logits_BL = self.model(batch["ids"].to(device), batch["mask"].to(device))
             result_NL[chosen] = logits_BL.double().log_softmax(-1).cpu().numpy()
         return result_NL

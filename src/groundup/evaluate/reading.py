@@ -138,7 +138,8 @@ class SpanReader:
         for first in track(range(0, len(order), BATCH), "reading"):
             chosen = order[first : first + BATCH]
             rows = [LabelledRow(window.ids, NOWHERE, window.types) for window in chosen]
-            batch = {k: v.to(device) for k, v in collate_labelled(rows, 0).items()}
+            padded = collate_labelled(rows, 0, most=self.max_length)
+            batch = {name: tensor.to(device) for name, tensor in padded.items()}
             logits_BT2 = self.model(batch["ids"], batch["mask"], batch["types"]).float().cpu()
             found += list(zip(chosen, logits_BT2.numpy(), strict=True))
         return found

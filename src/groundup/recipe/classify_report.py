@@ -31,7 +31,7 @@ HEADERS = {
     "train_s": "train s",
     "predict_s": "predict s",
 }
-SHORT = HEADERS | {"interval": "95 %", "ece": "ECE", "nll": "nats"}  # for 80 columns
+SHORT = ("method", "accuracy", "macro-F1", "ECE", "nats", "train s", "predict s")
 
 
 def score_cells(scores: dict[str, Any]) -> list[str]:
@@ -44,8 +44,12 @@ def score_cells(scores: dict[str, Any]) -> list[str]:
 
 def show_scores(results: dict[str, list[dict[str, Any]]]) -> None:
     """Print the table, and accuracy by number of examples."""
-    rows = [(method, *score_cells(runs[-1])) for method, runs in results.items()]
-    show_table("Classifiers, all training texts", ("method", *SHORT.values()), rows)
+    rows = []
+    for method, runs in results.items():
+        accuracy, _, *others = score_cells(runs[-1])
+        half = (runs[-1]["high"] - runs[-1]["low"]) / 2
+        rows.append((method, f"{accuracy} \u00b1 {half:.3f}", *others))
+    show_table("Classifiers, all training texts, 95 % intervals", SHORT, rows)  # in 80 columns
     sizes = [f"{run['examples']:,} texts" for run in next(iter(results.values()))]
     curve = [(m, *(f"{run['accuracy']:.3f}" for run in runs)) for m, runs in results.items()]
     show_table("Accuracy by number of examples", ("method", *sizes), curve)

@@ -268,7 +268,7 @@ def train_encoder(bench: Bench, sample: list[Labelled], out: Path) -> tuple[Clas
         say(f"    {classifier.cut:,} texts cut to {classifier.longest} tokens")
     source = Examples(
         rows,
-        collate=lambda chosen: collate_labelled(chosen, tok.pad_token_id),
+        collate=lambda rows: collate_labelled(rows, tok.pad_token_id, most=classifier.longest),
         length=lambda row: len(row.ids),
         batch_size=config.batch_size,
         micro_batch_size=config.batch_size,
@@ -309,7 +309,7 @@ def small_encoder(config: ClassifyConfig, tok: Tokenizer, labels: list[str]) -> 
         intermediate_size=4 * config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=max(1, config.hidden_size // 64),
-        max_position_embeddings=padded(config.max_length),
+        max_position_embeddings=config.max_length,
         num_labels=len(labels),
         pad_token_id=tok.pad_token_id,
         cls_token_id=tok.token_id("cls_token", "bos_token"),

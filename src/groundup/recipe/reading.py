@@ -106,7 +106,9 @@ def source_of(rows: list[LabelledRow], tok: Tokenizer, config: ReadingConfig) ->
     """Return the batch source."""
     return Examples(
         rows,
-        collate=lambda chosen: collate_labelled(chosen, tok.pad_token_id),
+        collate=lambda chosen: collate_labelled(
+            chosen, tok.pad_token_id, most=max(len(row.ids) for row in rows)
+        ),
         length=lambda row: len(row.ids),
         batch_size=config.batch_size,
         micro_batch_size=rows_for_ranks(config.batch_size)[0],

@@ -25,9 +25,16 @@ class LabelledRow:
     types: list[int] | None = None
 
 
-def collate_labelled(rows: Sequence[LabelledRow], pad_token_id: int) -> MicroBatch:
-    """Return ids_BT, mask_BT, types_BT and the targets, padded to a multiple of 16."""
-    T = -(-max(len(row.ids) for row in rows) // PAD_TO) * PAD_TO
+def collate_labelled(
+    rows: Sequence[LabelledRow], pad_token_id: int, *, most: int | None = None
+) -> MicroBatch:
+    """Return ids_BT, mask_BT, types_BT and the targets.
+
+    Padded to a multiple of 16, but not beyond `most`, the positions that a model has.
+    """
+    longest = max(len(row.ids) for row in rows)
+    T = -(-longest // PAD_TO) * PAD_TO
+    T = T if most is None else max(longest, min(T, most))
     ids_BT = torch.full((len(rows), T), pad_token_id)
     types_BT = torch.zeros((len(rows), T), dtype=torch.long)
     mask_BT = torch.zeros((len(rows), T), dtype=torch.long)
