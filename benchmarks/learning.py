@@ -264,7 +264,9 @@ def draw_gaps(shards: Path, documents: int) -> list[Gap]:
     gaps: list[Gap] = []
     for document in open_shard(shards, "validation").documents():
         ids = [int(i) for i in document[:-1]]
-        if max(LENGTHS) + 24 < len(ids) < CONTEXT - 8 and len(gaps) < documents * len(LENGTHS):
+        if max(LENGTHS) + 24 < len(ids) < CONTEXT - 2 * max(LENGTHS) and len(
+            gaps
+        ) < documents * len(LENGTHS):
             for length in LENGTHS:
                 start = int(rng.integers(8, len(ids) - length - 8))
                 gaps.append((ids[:start], ids[start : start + length], ids[start + length :]))
@@ -291,9 +293,8 @@ def score_gaps(
             nats = sum(nll(model, ids, gap[1]) for ids, gap in zip(prompts, chosen, strict=True))
             texts = [tok.decode(gap[1]) for gap in chosen]
             bits = nats / np.log(2) / sum(len(text.encode()) for text in texts)
-            # left to right is told how long the true middle is; the others stop by themselves
-            most = length if objective == "causal" else 2 * length
-            params = SamplingParams(temperature=0, max_tokens=most)
+            # all are told how long the true middle is: left to right would never stop by itself
+            params = SamplingParams(temperature=0, max_tokens=length)
             said = [output.outputs[0].text for output in llm.generate(prompts, params)]
             near = [
                 difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
@@ -318,7 +319,7 @@ def nll(model: Any, before: list[int], wanted: list[int]) -> float:
 EXPERIMENTS = {
     "pretrained": (pretrained, 1000),
     "reading": (reading, 1000),
-    "middle": (middle, 600),
+    "middle": (middle, 1500),
 }
 
 
