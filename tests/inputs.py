@@ -1,5 +1,7 @@
 """What several tests feed in: any text, and real data where there is some."""
 
+import hashlib
+from base64 import b32encode
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,9 @@ import pytest
 from hypothesis import strategies as st
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+HTML = "HTTP/1.1 200 OK\r\nContent-Type: text/html"
 
 
 def real_data(name: str) -> Path:
@@ -33,3 +38,16 @@ def python_file(n: int) -> str:
             f"    return {b} - {rng.integers(1, 99)}\n"
         )
     return "\n\n".join(parts)
+
+
+def warc_record(url: str, body: bytes, *, digest: str | None = None, http: str = HTML) -> bytes:
+    """Return a response record of a WARC file."""
+    block = f"{http}\r\n\r\n".encode() + body
+    digest = digest or "sha1:" + b32encode(hashlib.sha1(block).digest()).decode()
+    head = (
+        f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\n"
+        f"WARC-Date: 2024-01-01T00:00:00Z\r\nWARC-Record-ID: <urn:uuid:{url}>\r\n"
+        f"WARC-Block-Digest: {digest}\r\nContent-Type: application/http; msgtype=response\r\n"
+        f"Content-Length: {len(block)}\r\n\r\n"
+    )
+    return head.encode() + block + b"\r\n\r\n"

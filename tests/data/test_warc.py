@@ -1,14 +1,12 @@
 """WARC and WET: real and made archives; damage costs one record and is named with its offset."""
 
 import gzip
-import hashlib
-from base64 import b32encode
 from collections import Counter
 
 import pytest
 
 from groundup.data.readers import read_file
-from inputs import real_data
+from inputs import HTML, real_data, warc_record
 
 pytest.importorskip("fastwarc")
 pytest.importorskip("resiliparse")
@@ -17,17 +15,9 @@ PAGE = "<html><title>Page {n}</title><body><article><p>{text}</p></article></bod
 WORDS = "This is the text of the page, and it is long enough to be kept as main content. "
 
 
-def record(n, *, digest=None, http="HTTP/1.1 200 OK\r\nContent-Type: text/html", body=None):
+def record(n, *, digest=None, http=HTML, body=None):
     body = body if body is not None else PAGE.format(n=n, text=f"{WORDS * 3} {n}").encode()
-    block = f"{http}\r\n\r\n".encode() + body
-    digest = digest or "sha1:" + b32encode(hashlib.sha1(block).digest()).decode()
-    head = (
-        f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.org/{n}\r\n"
-        f"WARC-Date: 2024-01-01T00:00:00Z\r\nWARC-Record-ID: <urn:uuid:{n}>\r\n"
-        f"WARC-Block-Digest: {digest}\r\nContent-Type: application/http; msgtype=response\r\n"
-        f"Content-Length: {len(block)}\r\n\r\n"
-    )
-    return head.encode() + block + b"\r\n\r\n"
+    return warc_record(f"http://a.org/{n}", body, digest=digest, http=http)
 
 
 def read(file, mode=None):

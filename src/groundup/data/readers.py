@@ -14,9 +14,15 @@ from typing import Any
 
 from groundup.core.errors import DataError, MissingExtra
 from groundup.core.types import Document
+from groundup.data import redpajama
+from groundup.data.crawl import ROWS, read_rows
 from groundup.data.encodings import decode
 from groundup.data.extract import Mode, extract
+from groundup.data.hub import card_head
 from groundup.data.notes import Notes
+from groundup.data.places import find_remote, is_remote, open_place
+from groundup.data.remote import RemoteFile
+from groundup.data.rows import TEXT_FIELDS, document_of, read_arrow, read_parquet, text_field
 from groundup.data.streams import LONGEST_RECORD_BYTES, read_lines, read_pieces
 from groundup.data.warc import read_warc
 
@@ -33,8 +39,9 @@ SKIPPED_FOLDERS = frozenset(
     ("__pycache__", "node_modules", "site-packages", "dist-packages", "venv", "idle_test")
 )
 TEST_FOLDERS = frozenset(("test", "tests"))
-TEXT_FIELDS = ("text", "raw_content", "content")  # FineWeb's and most; RedPajama-V2's; C4's kin
 HEAD_BYTES = 4096
+CARD_BYTES = 1 << 18
+CARD_KEYS = frozenset(("configs", "dataset_info", "task_categories", "size_categories"))
 PIECE_BYTES = 16 << 20  # longer text files become several documents
 
 
@@ -53,9 +60,13 @@ def read_documents(
         if str(path) == PYTHON and not Path(path).exists():
             yield from read_python(inside)
             continue
+        if is_remote(str(path)):
+            for there in find_remote(str(path)):
+                yield from read_place(there.place, there.name, inside, log, mode)
+            continue
         place = Path(path)
         if place.is_file():
-            yield from read_named(place, str(place), counts, log, mode)
+            yield from read_named(str(place), str(place), counts, log, mode)
             continue
         if not place.exists():
             raise DataError(f"{place} does not exist: give files, folders or the word python")
@@ -70,7 +81,7 @@ def read_documents(
 
 
 def read_named(
-    file: Path,
+    file: str,
     name: str,
     counts: Counter[str] | None = None,
     log: list[str] | None = None,
@@ -80,7 +91,7 @@ def read_named(
     found = 0
     problems = [] if log is None else log
     start = len(problems)
-    for document in read_file(file, name, counts, problems, mode):
+    for document in read_place(file, name, counts, problems, mode):
         found += 1
         yield document
     if not found:
@@ -90,20 +101,29 @@ def read_named(
 
 def walk(folder: Path, counts: Counter[str]) -> Iterator[Path]:
     """Yield the files of a folder in sorted order, hidden and unknown ones counted."""
+    joined = redpajama.PARTS if (folder / redpajama.DOCUMENTS.strip("/")).is_dir() else ()
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             counts["hidden"] += 1
         elif entry.is_dir():
-            if entry.name not in SKIPPED_FOLDERS:
+            if entry.name not in SKIPPED_FOLDERS and entry.name not in joined:
                 yield from walk(entry, counts)
+        elif entry.name == "README.md" and is_card(entry):
+            counts["data set card"] += 1
         elif entry.suffix.lower() in TEXT_SUFFIXES or format_of(entry) not in (None, "text"):
             yield entry
         else:
             counts["unknown format"] += 1
 
 
+def is_card(file: Path) -> bool:
+    """Return whether a README is the card of a data set of the hub."""
+    with file.open("rb") as handle:
+        return bool(CARD_KEYS & card_head(handle.read(CARD_BYTES)).keys())
+
+
 def read_file(
-    file: Path,
+    file: Path | RemoteFile,
     name: str,
     counts: Counter[str] | None = None,
     log: list[str] | None = None,
@@ -126,9 +146,25 @@ def read_file(
             yield from READERS[kind](file, name, notes)
     except OSError as err:
         notes.skip("cannot be read", remedy=f" ({err.strerror or err})")
+    if isinstance(file, RemoteFile) and file.failure:
+        raise file.failure  # a library between may have taken it for the file's end
 
 
-def format_of(file: Path) -> str | None:
+def read_place(
+    place: str,
+    name: str,
+    counts: Counter[str] | None = None,
+    log: list[str] | None = None,
+    mode: Mode | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of a local file, a remote one, or a stretch of a crawl's index."""
+    if place.startswith(ROWS):
+        yield from read_rows(place, Notes(name, counts, log), mode or "fast")
+    else:
+        yield from read_file(open_place(place), name, counts, log, mode)
+
+
+def format_of(file: Path | RemoteFile) -> str | None:
     """Return a file's format by its first bytes; None for a binary one, "text" for any other."""
     try:
         head = next(read_pieces(file, Notes(str(file), Counter())), b"")[:HEAD_BYTES]
@@ -170,12 +206,7 @@ def holds_json_lines(head: bytes, any_field: bool = False) -> bool:
     return isinstance(row, dict) and (any_field or text_field(row) is not None)
 
 
-def text_field(row: Any) -> str | None:
-    """Return the name of the field that holds the text."""
-    return next((field for field in TEXT_FIELDS if field in row), None)
-
-
-def read_text(file: Path, name: str, notes: Notes) -> Iterator[Document]:
+def read_text(file: Path | RemoteFile, name: str, notes: Notes) -> Iterator[Document]:
     """Yield a text file as one document, a very long one in pieces that end with a line."""
     number = 0
     rest = b""
@@ -203,7 +234,9 @@ def text_document(content: bytes, name: str, notes: Notes) -> Iterator[Document]
         yield Document(id=name, text=text, source=name)
 
 
-def read_html(file: Path, name: str, notes: Notes, mode: Mode = "plain") -> Iterator[Document]:
+def read_html(
+    file: Path | RemoteFile, name: str, notes: Notes, mode: Mode = "plain"
+) -> Iterator[Document]:
     """Yield an HTML page's text as one document."""
     text = decode(b"".join(read_pieces(file, notes)), notes)
     found = extract(text, "", mode, notes) if text is not None else None
@@ -211,8 +244,14 @@ def read_html(file: Path, name: str, notes: Notes, mode: Mode = "plain") -> Iter
         yield Document(id=name, text=found[0], source=name, meta=found[1])
 
 
-def read_json_lines(file: Path, name: str, notes: Notes) -> Iterator[Document]:
+def read_json_lines(file: Path | RemoteFile, name: str, notes: Notes) -> Iterator[Document]:
     """Yield one document a line: its text field, and all other plain values as metadata."""
+    documents = lines_of(file, name, notes)
+    yield from redpajama.join(documents, file, notes) if redpajama.is_shard(file) else documents
+
+
+def lines_of(file: Path | RemoteFile, name: str, notes: Notes) -> Iterator[Document]:
+    """Yield one document a line."""
     for number, line in read_lines(read_pieces(file, notes), notes):
         if not line.strip():
             continue
@@ -231,98 +270,7 @@ def read_json_lines(file: Path, name: str, notes: Notes) -> Iterator[Document]:
             yield document
 
 
-def document_of(row: dict[str, Any], source: str, place: str, notes: Notes) -> Document | None:
-    """Return the document in a row of fields, or None, counted why."""
-    field = text_field(row)
-    text = row[field] if field else None
-    if not isinstance(text, str):
-        keys = ", ".join(sorted(map(str, row))) or "none"
-        notes.skip('no string field "text"', place, f" (its fields: {keys})")
-        return None
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a pair, escaped in JSON: no file could hold it
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            notes.tell("lone surrogates replaced")
-    meta = row.get("meta") or row.get("metadata")
-    kept = dict(meta) if isinstance(meta, dict) else loaded(meta)
-    kept |= {
-        key: value
-        for key, value in row.items()
-        if key not in (field, "meta", "metadata") and isinstance(value, str | int | float | bool)
-    }
-    return Document(id=source, text=text, source=source, meta=kept)
-
-
-def loaded(meta: Any) -> dict[str, Any]:
-    """Return metadata that was stored as JSON, as in groundup's own corpora."""
-    try:
-        found = json.loads(meta) if isinstance(meta, str) else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def read_parquet(file: Path, name: str, notes: Notes) -> Iterator[Document]:
-    """Yield one document a row of a Parquet file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as err:
-        notes.skip("not readable Parquet", remedy=f" ({err})")
-        return
-    names = table.schema_arrow.names
-    if text_field(names) is None:
-        notes.skip('no column "text"', remedy=f" (its columns: {', '.join(names)})")
-        return
-    first = 1
-    for group in range(table.num_row_groups):  # a damaged group costs itself alone
-        count = table.metadata.row_group(group).num_rows
-        try:
-            for batch in table.iter_batches(1000, row_groups=[group]):
-                yield from rows_of(batch, name, first, notes)
-                first += batch.num_rows
-                count -= batch.num_rows
-        except (pa.ArrowInvalid, OSError) as err:
-            notes.skip("damaged rows", f"row group {group}", f" ({err})")
-        first += count
-
-
-def read_arrow(file: Path, name: str, notes: Notes) -> Iterator[Document]:
-    """Yield one document a row of an Arrow file or stream (Feather, a saved data set)."""
-    import pyarrow as pa
-
-    first = 1
-    try:
-        with pa.memory_map(str(file)) as source:
-            is_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source)
-            if text_field(reader.schema.names) is None:
-                columns = ", ".join(reader.schema.names)
-                notes.skip('no column "text"', remedy=f" (its columns: {columns})")
-                return
-            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-            for batch in batches:
-                yield from rows_of(batch, name, first, notes)
-                first += batch.num_rows
-    except (pa.ArrowInvalid, OSError) as err:
-        notes.skip("not readable Arrow", f"row {first}", f" ({err})")
-
-
-def rows_of(batch: Any, name: str, first: int, notes: Notes) -> Iterator[Document]:
-    """Yield the documents of a batch of rows."""
-    for number, row in enumerate(batch.to_pylist(), start=first):
-        if row.get("text", "") is None:
-            row["text"] = ""
-        if document := document_of(row, f"{name}:{number}", f"row {number}", notes):
-            yield document
-
-
-def read_arc(file: Path, name: str, notes: Notes) -> Iterator[Document]:
+def read_arc(file: Path | RemoteFile, name: str, notes: Notes) -> Iterator[Document]:
     """Say that ARC, which WARC replaced in 2009, is not read."""
     notes.skip("an ARC file", remedy=": convert it to WARC, for example with warcio recompress")
     yield from ()
@@ -352,7 +300,7 @@ MAGIC = (
     (b"ARROW1", "arrow"),
     (b"\xff\xff\xff\xff", "arrow"),
 )
-Reader = Callable[[Path, str, Notes], Iterator[Document]]
+Reader = Callable[[Any, str, Notes], Iterator[Document]]
 READERS: dict[str, Reader] = {
     "text": read_text,
     "jsonl": read_json_lines,

@@ -8,7 +8,8 @@ from pathlib import Path
 from groundup.core.errors import DataError
 from groundup.core.types import Document
 from groundup.data.extract import Mode
-from groundup.data.readers import PYTHON, read_documents, read_file, read_named, walk
+from groundup.data.places import find_remote, is_remote
+from groundup.data.readers import PYTHON, read_documents, read_named, read_place, walk
 
 TASK_FILES = 5_000
 
@@ -28,7 +29,9 @@ def list_sources(paths: Sequence[str], counts: Counter[str]) -> list[Source]:
     sources: list[Source] = []
     for path in paths:
         place = Path(path)
-        if path == PYTHON and not place.exists():
+        if is_remote(path):
+            sources += [Source(*found, named=False) for found in find_remote(path)]
+        elif path == PYTHON and not place.exists():
             sources.append(Source(PYTHON, PYTHON, 0, named=True))
         elif place.is_file():
             sources.append(Source(path, path, place.stat().st_size, named=True))
@@ -89,5 +92,5 @@ def read_sources(
         if source.path == PYTHON:
             yield from read_documents([PYTHON], counts)
         else:
-            read = read_named if source.named else read_file
-            yield from read(Path(source.path), source.name, counts, log, mode)
+            read = read_named if source.named else read_place
+            yield from read(source.path, source.name, counts, log, mode)

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from groundup.core.errors import need
 from groundup.data.notes import Notes
+from groundup.data.remote import RemoteFile
 
 PIECE_BYTES = 1 << 20
 LONGEST_RECORD_BYTES = 64 << 20
@@ -20,9 +21,9 @@ BOMB_BYTES = 256 << 20  # smaller outputs may shrink as they like
 GZIP, ZSTD, BZIP2, XZ = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\0"
 
 
-def read_pieces(file: Path, notes: Notes) -> Iterator[bytes]:
+def read_pieces(file: Path | RemoteFile, notes: Notes) -> Iterator[bytes]:
     """Yield a file's content, decompressed if it is compressed, in pieces of bounded size."""
-    with open(file, "rb") as handle:
+    with file.open("rb") as handle:
         magic = handle.read(6)
         handle.seek(0)
         if magic.startswith(GZIP):

@@ -4,7 +4,6 @@ A damaged record costs itself alone: reading goes on with the next header that s
 (the next gzip member, or the next "WARC/1." line), and the gap is counted with its offset.
 """
 
-import mmap
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -16,16 +15,28 @@ from groundup.core.types import Document
 from groundup.data.encodings import decode
 from groundup.data.extract import Mode, extract, is_panic
 from groundup.data.notes import Notes
-from groundup.data.streams import GZIP, LONGEST_RECORD_BYTES
+from groundup.data.remote import RemoteFile
+from groundup.data.streams import GZIP, LONGEST_RECORD_BYTES, PIECE_BYTES
 
-HEADER = re.compile(rb"(?:^|(?<=\n))WARC/1\.[01]\r?\n")
+HEADER = re.compile(rb"\nWARC/1\.[01]\r?\n")
+OVERLAP_BYTES = 16  # a header may lie across two pieces
 HTML_TYPES = frozenset(("text/html", "application/xhtml+xml"))
 PLAIN_TYPES = frozenset(("text/plain", "text/markdown"))
 
 
-def read_warc(file: Path, name: str, notes: Notes, mode: Mode = "fast") -> Iterator[Document]:
+def read_warc(
+    file: Path | RemoteFile, name: str, notes: Notes, mode: Mode = "fast"
+) -> Iterator[Document]:
     """Yield a document a page (WARC) or converted text (WET)."""
-    for record, place in iterate_records(file, notes):
+    with file.open("rb") as handle:
+        yield from read_records(handle, name, notes, mode)
+
+
+def read_records(
+    handle: BinaryIO, name: str, notes: Notes, mode: Mode, base: int = 0
+) -> Iterator[Document]:
+    """Yield the documents of a stream that begins at byte `base` of the file it is part of."""
+    for record, place in iterate_records(handle, notes, base):
         if document := document_of(record, f"{name}:{place}", place, notes, mode):
             yield document
 
@@ -66,28 +77,27 @@ def document_of(record: Any, source: str, place: int, notes: Notes, mode: Mode) 
     return Document(id=source, text=text, source=source, meta=meta)
 
 
-def iterate_records(file: Path, notes: Notes) -> Iterator[tuple[Any, int]]:
+def iterate_records(handle: BinaryIO, notes: Notes, base: int = 0) -> Iterator[tuple[Any, int]]:
     """Yield (record, offset) of all records that can be read, over damaged ones."""
-    size = file.stat().st_size
-    with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        zipped = view[:3] == GZIP
-        bare = not zipped and b"\r" not in view[:12]  # line ends that some tool has changed
-        start: int | None = 0
-        while start is not None and start < size:
-            place = start
-            handle.seek(start)
-            try:
-                for record in archive(handle, bare):
-                    place = record.stream_pos
-                    if is_usable(record, place, zipped, notes):
-                        record.parse_http(auto_decode="all", quirks_mode=True)
-                        yield record, place
-                start = rest_of(handle, place, bare, notes)
-            except BaseException as err:
-                if not isinstance(err, OSError) and not is_panic(err):
-                    raise
-                notes.skip(reason_of(err, zipped), f"byte {place:,}")
-                start = next_header(view, place + 1, zipped)
+    head = handle.read(12)
+    zipped = head.startswith(GZIP)
+    bare = not zipped and b"\r" not in head  # line ends that some tool has changed
+    start: int | None = 0 if head else None
+    while start is not None:
+        place = start
+        handle.seek(start)
+        try:
+            for record in archive(handle, bare):
+                place = record.stream_pos
+                if is_usable(record, base + place, zipped, notes):
+                    record.parse_http(auto_decode="all", quirks_mode=True)
+                    yield record, base + place
+            start = rest_of(handle, place, bare, notes, base)
+        except BaseException as err:
+            if not isinstance(err, OSError) and not is_panic(err):
+                raise
+            notes.skip(reason_of(err, zipped), f"byte {base + place:,}")
+            start = next_header(handle, place + 1, zipped)
 
 
 def is_usable(record: Any, place: int, zipped: bool, notes: Notes) -> bool:
@@ -101,7 +111,7 @@ def is_usable(record: Any, place: int, zipped: bool, notes: Notes) -> bool:
     return True
 
 
-def rest_of(handle: BinaryIO, place: int, bare: bool, notes: Notes) -> int | None:
+def rest_of(handle: BinaryIO, place: int, bare: bool, notes: Notes, base: int) -> int | None:
     """Return where the next text stands behind the last one, if the file does not end there.
 
     fastwarc stops without a word at a cut member, and behind some chunked and compressed bodies
@@ -114,7 +124,7 @@ def rest_of(handle: BinaryIO, place: int, bare: bool, notes: Notes) -> int | Non
         length = record.headers.get("Content-Length")
         size = min(int(length or 1), LONGEST_RECORD_BYTES)
         if len(record.reader.read(size)) < size:
-            notes.skip("truncated WARC record", f"byte {record.stream_pos:,}")
+            notes.skip("truncated WARC record", f"byte {base + record.stream_pos:,}")
     return None
 
 
@@ -129,13 +139,22 @@ def archive(handle: BinaryIO, bare: bool, every: bool = False) -> Any:
     )
 
 
-def next_header(view: mmap.mmap, start: int, zipped: bool) -> int | None:
-    """Return where the next record may begin."""
-    if zipped:
-        found = view.find(GZIP, start)
-        return found if found >= 0 else None
-    match = HEADER.search(view, start)
-    return match.start() if match else None
+def next_header(handle: BinaryIO, start: int, zipped: bool) -> int | None:
+    """Return where the next record may begin, at or behind `start` (1 or more)."""
+    handle.seek(start - 1)
+    place, kept = start - 1, b""
+    while piece := handle.read(PIECE_BYTES):
+        block = kept + piece
+        if zipped:
+            found = block.find(GZIP, 1 if place == start - 1 else 0)
+        else:
+            match = HEADER.search(block)
+            found = match.start() + 1 if match else -1
+        if found >= 0:
+            return place + found
+        kept = block[-OVERLAP_BYTES:]
+        place += len(block) - len(kept)
+    return None
 
 
 def reason_of(err: BaseException, zipped: bool) -> str:
