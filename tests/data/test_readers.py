@@ -175,14 +175,14 @@ def test_mixed_encodings_are_told_line_by_line():
     notes = Notes("f", Counter())
     mixed = (GERMAN * 5).encode() + GERMAN.encode("cp1252") + (GERMAN * 5).encode()
     assert decode(mixed, notes) == GERMAN * 11
-    assert notes.counts == {"mixed encodings": 1}
+    assert notes.counts == {"kept: mixed encodings": 1}
 
 
 def test_lone_surrogates_do_not_reach_a_file(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d b"}\n')
     (document,), counts, _ = read(tmp_path / "a.jsonl")
     assert document.text == "a \ufffd b"
-    assert counts == {"lone surrogates replaced": 1}
+    assert counts == {"kept: lone surrogates replaced": 1}
 
 
 PAGE = """<!doctype html><html lang="en"><head><title>The  title</title>

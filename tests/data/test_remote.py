@@ -32,9 +32,9 @@ class Server(BaseHTTPRequestHandler):
     def do_GET(self):
         world, path = self.server, urlsplit(self.path).path
         world.asked.append((path, self.headers.get("Range"), self.headers.get("Authorization")))
-        if world.refused.get(self.path):
-            if status := world.refused[self.path].pop(0):  # 0: serve it this time
-                return self.say(status, Retry_After="0")
+        refusals = world.refused.get(self.path)
+        if refusals and (status := refusals.pop(0)):  # 0: serve it this time
+            return self.say(status, Retry_After="0")
         if path.startswith("/api/datasets/"):
             return self.say(*world.about(path, parse_qs(urlsplit(self.path).query)))
         if "/resolve/" in path and not path.startswith(

@@ -25,7 +25,7 @@ from groundup.data import pipeline
 from groundup.data.assemble import Build, choose_and_write
 from groundup.data.config import CorpusConfig, check, steps_of
 from groundup.data.ledger import EXAMPLES, Ledger, show_steps
-from groundup.data.notes import LOGGED, UNREADABLE
+from groundup.data.notes import KEPT, LOGGED, UNREADABLE
 from groundup.data.sources import group_sources, list_sources, no_text
 from groundup.data.steps import STEPS, Kind
 from groundup.data.tasks import executor_of, run_job
@@ -133,7 +133,7 @@ class Stopper:
 def read_ledger(folders: Sequence[Path], counts: Counter[str]) -> tuple[Ledger, list[str]]:
     """Return the sum of what the reading tasks counted, and the log of what was unreadable.
 
-    What was skipped joins the first row.
+    What was skipped joins the first row; so does, as notes, what was read all the same.
     """
     ledger = Ledger()
     ledger.step("read")
@@ -143,5 +143,8 @@ def read_ledger(folders: Sequence[Path], counts: Counter[str]) -> tuple[Ledger, 
         ledger.add(found)
         counts.update(found["skipped"])
         log += found.get("log", [])
-    ledger.step("read").reasons.update(counts)
+    row = ledger.step("read")
+    for why, count in counts.items():
+        told = why.startswith(KEPT)
+        (row.notes if told else row.reasons)[why.removeprefix(KEPT)] += count
     return ledger, log[:LOGGED]

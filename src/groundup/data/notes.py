@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from groundup.core.errors import DataError
 
 UNREADABLE = "unreadable"  # how the reasons begin that count as bad records
+KEPT = "kept: "  # how notes begin on what was read all the same
 LOGGED = 1000  # lines of a log; what follows is only counted
 
 
@@ -29,7 +30,12 @@ class Notes:
         if self.log is not None and len(self.log) < LOGGED:
             self.log.append(f"{where}: {reason}")
 
+    def leave(self, reason: str) -> None:
+        """Count what is left out although nothing is wrong with it, such as an image."""
+        if self.counts is not None:
+            self.counts[reason] += 1
+
     def tell(self, what: str) -> None:
         """Count something that is worth knowing and leaves nothing out."""
         if self.counts is not None:
-            self.counts[what] += 1
+            self.counts[f"{KEPT}{what}"] += 1

@@ -54,7 +54,7 @@ def join(
         while 0 <= row < number:
             row, values = next(signals, (-1, {}))
         if number in duplicates:
-            notes.tell("duplicate by RedPajama-V2's list")
+            notes.leave("duplicate by RedPajama-V2's list")
             continue
         yield replace(document, meta=document.meta | values) if row == number else document
 

@@ -50,14 +50,14 @@ def document_of(record: Any, source: str, place: int, notes: Notes, mode: Mode) 
         if record.is_http:
             status = record.http_headers.status_code if record.http_headers else None
             if status != 200:
-                notes.tell(f"status {status}")
+                notes.leave(f"status {status}")
                 return None
             kind = (record.http_content_type or "").lower()
             charset = record.http_charset
         else:
             kind = (record.headers.get("Content-Type") or "").split(";")[0].strip().lower()
     if kind not in HTML_TYPES | PLAIN_TYPES:
-        notes.tell(f"type {kind or 'unknown'}")
+        notes.leave(f"type {kind or 'unknown'}")
         return None
     content = record.reader.read(LONGEST_RECORD_BYTES + 1)
     if len(content) > LONGEST_RECORD_BYTES:  # small on disk, huge behind Content-Encoding
