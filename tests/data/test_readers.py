@@ -15,6 +15,7 @@ from groundup.data.encodings import decode
 from groundup.data.extract import extract, nests_too_deep
 from groundup.data.notes import Notes
 from groundup.data.readers import format_of, read_documents, read_file
+from groundup.data.sources import list_sources, read_sources
 from groundup.data.streams import read_lines, read_pieces
 
 ROWS = [{"text": f"text number {n}", "url": f"http://a/{n}", "id": n} for n in range(300)]
@@ -147,6 +148,22 @@ def test_what_cannot_be_text_is_counted_and_a_run_goes_on(tmp_path):
     }
     with pytest.raises(DataError, match="nothing can be read"):
         list(read_documents([tmp_path / "nul.txt"], Counter()))
+
+
+def test_links_that_lead_nowhere_or_round_do_not_stop_a_listing(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "good.txt").write_text("good")
+    (tmp_path / "sub" / "round").symlink_to(tmp_path)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    counts = Counter()
+    sources = list_sources([str(tmp_path)], counts)
+    assert [(source.name, source.size) for source in sources] == [
+        ("gone.txt", 0),
+        ("sub/good.txt", 4),
+    ]
+    assert counts == {"link to a folder around it": 1}
+    assert [document.text for document in read_sources(sources, counts)] == ["good"]
+    assert counts["unreadable: cannot be read"] == 1
 
 
 GERMAN = "Ein längerer Text mit Umlauten: für die Prüfung der Größe süßer Äpfel.\n"

@@ -81,6 +81,8 @@ def build_corpus(
     show_steps(stats["steps"])
     for why in stats["unreadable"][:EXAMPLES]:
         say(f"  {why}")
+    if len(stats["unreadable"]) > EXAMPLES:
+        say(f"  and {len(stats['unreadable']) - EXAMPLES:,} more in {out / 'stats.json'}")
     return stats
 
 

@@ -19,7 +19,7 @@ from groundup.data.crawl import ROWS, read_rows
 from groundup.data.encodings import decode
 from groundup.data.extract import Mode, extract
 from groundup.data.hub import card_head
-from groundup.data.notes import Notes
+from groundup.data.notes import UNREADABLE, Notes
 from groundup.data.places import find_remote, is_remote, open_place
 from groundup.data.remote import RemoteFile
 from groundup.data.rows import TEXT_FIELDS, document_of, read_arrow, read_parquet, text_field
@@ -102,11 +102,18 @@ def read_named(
 def walk(folder: Path, counts: Counter[str]) -> Iterator[Path]:
     """Yield the files of a folder in sorted order, hidden and unknown ones counted."""
     joined = redpajama.PARTS if (folder / redpajama.DOCUMENTS.strip("/")).is_dir() else ()
-    for entry in sorted(folder.iterdir()):
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        counts[f"{UNREADABLE}: folder"] += 1
+        return
+    for entry in entries:
         if entry.name.startswith("."):
             counts["hidden"] += 1
         elif entry.is_dir():
-            if entry.name not in SKIPPED_FOLDERS and entry.name not in joined:
+            if entry.is_symlink() and folder.resolve().is_relative_to(entry.resolve()):
+                counts["link to a folder around it"] += 1
+            elif entry.name not in SKIPPED_FOLDERS and entry.name not in joined:
                 yield from walk(entry, counts)
         elif entry.name == "README.md" and is_card(entry):
             counts["data set card"] += 1
@@ -118,8 +125,11 @@ def walk(folder: Path, counts: Counter[str]) -> Iterator[Path]:
 
 def is_card(file: Path) -> bool:
     """Return whether a README is the card of a data set of the hub."""
-    with file.open("rb") as handle:
-        return bool(CARD_KEYS & card_head(handle.read(CARD_BYTES)).keys())
+    try:
+        with file.open("rb") as handle:
+            return bool(CARD_KEYS & card_head(handle.read(CARD_BYTES)).keys())
+    except OSError:
+        return False  # reading it says what is wrong
 
 
 def read_file(

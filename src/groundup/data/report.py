@@ -35,7 +35,7 @@ def report_corpus(folder: Path, out: Path | None = None) -> Path:
         page.section("What was left out", *examples(stats)),
     ]
     kept = sum(row["bytes_out"] for row in split_rows(stats))
-    subtitle = f"{kept / 1e6:,.1f} MB of text in {number(kept_documents(stats))} documents."
+    subtitle = f"{size(kept)} of text in {number(kept_documents(stats))} documents."
     target = out or folder / "report.html"
     write_text(target, page.page(f"Corpus {folder.name}", subtitle, sections))
     return target
@@ -44,6 +44,11 @@ def report_corpus(folder: Path, out: Path | None = None) -> Path:
 def number(value: float) -> str:
     """Return a whole number with separators."""
     return f"{value:,.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """Return a size in megabytes, a small one in kilobytes."""
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} kB"
 
 
 def split_rows(stats: Stats) -> list[dict[str, Any]]:
@@ -67,15 +72,15 @@ def glance(stats: Stats) -> list[str]:
     kept = sum(row["bytes_out"] for row in split_rows(stats))
     documents = kept_documents(stats)
     cards = [
-        ("Read", number(first["documents_out"]), f"documents, {first['bytes_out'] / 1e6:,.1f} MB"),
+        ("Read", number(first["documents_out"]), f"documents, {size(first['bytes_out'])}"),
         ("Kept", number(documents), f"{documents / max(1, first['documents_out']):.0%} of them"),
-        ("Text kept", f"{kept / 1e6:,.1f} MB", f"{kept / max(1, first['bytes_out']):.0%} of it"),
+        ("Text kept", size(kept), f"{kept / max(1, first['bytes_out']):.0%} of it"),
     ]
     tokens = sum(row["tokens_out"] for row in split_rows(stats))
     if tokens:
         cards.append(("Tokens", number(tokens), f"{kept / tokens:.2f} bytes each"))
     cards += [
-        (row["step"], number(row["documents_out"]), f"documents, {row['bytes_out'] / 1e6:,.1f} MB")
+        (row["step"], number(row["documents_out"]), f"documents, {size(row['bytes_out'])}")
         for row in split_rows(stats)
     ]
     return [page.cards(cards)]
@@ -92,9 +97,10 @@ def funnel(stats: Stats) -> list[str]:
     for row in stats["steps"]:
         rows.append((row["step"], "", *numbers(row, with_tokens)))
         for reason, count in sorted(row["reasons"].items(), key=lambda pair: -pair[1]):
-            size = row["reason_bytes"].get(reason, 0)
+            left = row["reason_bytes"].get(reason)  # what was never read has no size
+            megabytes = f"{left / 1e6:,.2f}" if left is not None else ""
             tokens = ["", number(row["reason_tokens"].get(reason, 0))] if with_tokens else []
-            rows.append(("", reason, "", number(count), "", f"{size / 1e6:,.2f}", *tokens))
+            rows.append(("", reason, "", number(count), "", megabytes, *tokens))
         blank = ["", ""] * (1 + with_tokens)
         rows += [("", f"({note})", "", number(n), *blank) for note, n in notes(row)]
     headers = ["step", "left out (or noted)", "documents in", "out", "MB in", "out"]

@@ -37,7 +37,7 @@ def list_sources(paths: Sequence[str], counts: Counter[str]) -> list[Source]:
             sources.append(Source(path, path, place.stat().st_size, named=True))
         elif place.is_dir():
             found = [
-                Source(str(file), str(file.relative_to(place)), file.stat().st_size, named=False)
+                Source(str(file), str(file.relative_to(place)), bytes_in(file), named=False)
                 for file in walk(place, counts)
             ]
             if not found:
@@ -46,6 +46,14 @@ def list_sources(paths: Sequence[str], counts: Counter[str]) -> list[Source]:
         else:
             raise DataError(f"{place} does not exist: give files, folders or the word python")
     return with_own_names(sources)
+
+
+def bytes_in(file: Path) -> int:
+    """Return a file's size; 0 where it has gone since it was listed, which reading it will tell."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def with_own_names(sources: Sequence[Source]) -> list[Source]:
