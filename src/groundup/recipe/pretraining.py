@@ -84,7 +84,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
             level_name="n-gram on validation text, the line to beat",
         ) as live,
     ):
-        drawing = Hook(1, watch(live, model, bits_per_nat, config))
+        drawing = Hook(1, watch(live, model.config, device.device, bits_per_nat, config))
         metrics = fit(
             model,
             next_token(model.config, config.z_loss),
@@ -165,12 +165,15 @@ def ngram_level(config: PretrainConfig) -> float | None:
 
 
 def watch(
-    live: LiveTraining, model: Decoder, bits_per_nat: float, config: PretrainConfig
+    live: LiveTraining,
+    shape: ModelConfig,
+    place: torch.device,
+    bits_per_nat: float,
+    config: PretrainConfig,
 ) -> Callable[[State], None]:
     """Return what draws the loss."""
-    place = next(model.parameters()).device
     peak = devices.matmul_flops_per_s(place, DTYPES[config.dtype]) * here().size
-    flops_per_token = train_flops_per_token(model.config, config.max_position_embeddings)
+    flops_per_token = train_flops_per_token(shape, config.max_position_embeddings)
 
     def run(state: State) -> None:
         metrics = state.metrics
