@@ -91,6 +91,26 @@ def test_planted_duplicates_are_found_and_the_longest_stays(built, source):
     assert stats["clusters"]["exact duplicates"] == {2: 20}
 
 
+RATE = """
+from dataclasses import replace
+
+def rate(document, counts):
+    return replace(document, meta=document.meta | {"quality": "changed" not in document.text})
+"""
+
+
+def test_of_near_duplicates_the_first_or_the_best_stays(source, tmp_path):
+    (tmp_path / "rate.py").write_text(RATE)
+    for settings in (
+        {"keep": "first"},
+        {"keep": "quality", "steps": (f"{tmp_path}/rate.py:rate",)},
+    ):
+        out = tmp_path / settings["keep"]
+        stats = build(source, out, **settings)
+        assert reasons(stats)["near-duplicates"] == {"near-duplicate": 20}
+        assert not any(d.source.startswith("r-near") for d in kept(out))  # though they are longer
+
+
 def test_what_goes_in_comes_out_or_has_a_reason(built):
     for row in built[1]["steps"]:
         if row["step"] not in ("read", *SPLITS):
@@ -236,6 +256,35 @@ def test_ray_gives_the_same_bytes_on_two_nodes(built, source, tmp_path):
         ray.shutdown()
         cluster.shutdown()
     assert contents(tmp_path / "corpus") == contents(built[0])
+
+
+KILL_ONCE = """
+import os, signal
+from pathlib import Path
+
+MARK = Path(__file__).with_name("mark")
+
+def kill_once(document, counts):
+    if not MARK.exists():
+        MARK.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return document
+"""
+
+
+@pytest.mark.slow
+def test_ray_replaces_a_killed_worker(source, tmp_path):
+    ray = pytest.importorskip("ray")
+    (tmp_path / "killing.py").write_text(KILL_ONCE)
+    settings = {"workers": 2, "steps": ("tidy", f"{tmp_path}/killing.py:kill_once")}
+    try:
+        ray.init(num_cpus=2, log_to_driver=False)
+        build(source, tmp_path / "ray", executor="ray", **settings)
+    finally:
+        ray.shutdown()
+    assert (tmp_path / "mark").exists()
+    build(source, tmp_path / "local", **settings)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
 
 def broken(document, counts):
