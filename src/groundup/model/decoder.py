@@ -236,11 +236,16 @@ class Experts(nn.Module):
         # several ranks exchange the gradients of every weight: none may be left out on one of them
         all_of_them = torch.is_grad_enabled() and torch.distributed.is_initialized()
         for n, expert in enumerate(self.experts):
-            token, place = (chosen_NC == n).nonzero(as_tuple=True)
+            token, place = self.rows(chosen_NC, n)
             if len(token) or all_of_them:
                 share = shares_NC[token, place, None]
                 out_NE = out_NE.index_add(0, token, expert(x_NE[token]) * share)
         return out_NE.view_as(x_BTE)
+
+    def rows(self, chosen_NC: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+        """Return which tokens go to an expert, and at which of their places it is."""
+        token, place = (chosen_NC == expert).nonzero(as_tuple=True)
+        return token, place
 
 
 def expert_counts(routing: Sequence[Tensor], chosen: int) -> Tensor:

@@ -318,11 +318,15 @@ class Encoder(nn.Module):
     def target_losses(self, hidden_BTE: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the sum of -log p(target), projecting only the positions that have a target."""
         at = (targets_BT != IGNORE).nonzero(as_tuple=True)
-        wide_NE, table_VE, bias_V = self.before_words(hidden_BTE[at])
+        return self.losses_of(hidden_BTE[at], targets_BT[at])
+
+    def losses_of(self, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
+        """Return the sum of -log p(target) of positions that all have one."""
+        wide_NE, table_VE, bias_V = self.before_words(hidden_NE)
         # the bias is one more column, which every position multiplies by one
         wide_NE = torch.cat((wide_NE, wide_NE.new_ones(len(wide_NE), 1)), dim=-1)
         head_VE = torch.cat((table_VE, bias_V[:, None]), dim=-1)
-        return linear_cross_entropy(wide_NE, head_VE, targets_BT[at])[0]
+        return linear_cross_entropy(wide_NE, head_VE, targets_N)[0]
 
 
 def mean_pooled(hidden_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:

@@ -3,21 +3,20 @@
 Nothing here needs weights: a network without memory for them (`empty_network`) will do.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from groundup.core.errors import ConfigError
 from groundup.model.config import ModelConfig
 from groundup.model.counts import cache_bytes_per_token
-from groundup.model.decoder import LOGITS_IN_ONE_PIECE, Decoder
+from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
-from groundup.model.heads import HeadedDecoder
 from groundup.model.hf import Network
 
-DENSE = {"mixtral": "mistral", "qwen3_moe": "qwen3"}  # the same layers without experts
+# memory that malloc holds over memory in use at a step's peak, measured by
+# benchmarks/inspect_memory.py: adapters mix small and large blocks
+FRAGMENTED, FRAGMENTED_ADAPTED = 1.2, 1.65
 STATES = {"muon": 1, "normuon": 1, "adamw": 2}  # numbers kept for each of a matrix's
 
 
@@ -144,13 +143,14 @@ def serve_memory(model: Network, length: int, batch: int, bytes_per_number: int)
     }
 
 
-def train_memory(
-    model: Network, length: int, batch: int, *, optim: str, activations: int
-) -> dict[str, int]:
+def train_memory(model: Network, *, optim: str, peak: int) -> dict[str, int]:
     """Return the bytes that a training step takes at its peak, by what for.
 
     Weights, gradients and optimizer states are fp32, as the loop has them. Of an adapted
-    network the adapter alone is trained. `activations` is what `kept_bytes` found.
+    network the adapter alone is trained. `peak` is what `training_peak` found: activations, and
+    the gradients that are there by then; the allocator's part in it was measured
+    (benchmarks/inspect_memory.py). The optimizer's own step needs all gradients; activations are
+    gone by then.
     """
     named = [(name, w) for name, w in model.named_parameters() if w.requires_grad]
     trained = sum(weight.numel() for _, weight in named)
@@ -159,73 +159,14 @@ def train_memory(
         for name, w in named
         if w.dim() == 2 and ".lora_" not in name and (".layers." in name or ".layer." in name)
     )
-    logits = 0
-    if isinstance(model, Decoder):  # they, their softmax and its gradient
-        logits = 3 * 4 * min(batch * length * model.config.vocab_size, LOGITS_IN_ONE_PIECE)
+    every = sum(weight.numel() for weight in model.parameters())
+    held = FRAGMENTED if trained == every else FRAGMENTED_ADAPTED
     parts = {
-        "weights": 4 * sum(weight.numel() for weight in model.parameters()),
-        "gradients": 4 * trained,
+        "weights": 4 * every,
         "optimizer": 4 * (STATES[optim] * matrices + 2 * (trained - matrices)),
-        "activations": activations,
-        "logits": logits,
+        "step": max(round(held * peak), 4 * trained),
     }
     return parts | {"total": sum(parts.values())}
-
-
-def kept_bytes(model: Network, length: int, batch: int, dtype: torch.dtype) -> int:
-    """Return the bytes of all that a forward keeps for backward, each storage once.
-
-    Tensors without memory (FakeTensorMode) will do: what autograd keeps is the same. `dtype`
-    is that of matrix products; bf16 copies of the weights are in the count.
-    """
-    own = {weight.untyped_storage()._cdata for weight in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in own:
-            kept[storage] = tensor
-        return tensor
-
-    ids_BT = torch.zeros(batch, length, dtype=torch.long)
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        model.train()(ids_BT, **({} if isinstance(model, HeadedDecoder) else {"want": "hidden"}))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def dense_twin(model: Network) -> Network:
-    """Return a network whose MLPs are as wide as the experts that one token goes through.
-
-    Which tokens an expert sees depends on the weights; what is kept of them all does not.
-    """
-    if isinstance(model, Encoder):
-        return Encoder(model.config)
-    config = model.config
-    if config.family.experts:
-        width = config.moe_intermediate_size or config.intermediate_size
-        config = dataclasses.replace(
-            config,
-            model_type=DENSE[config.model_type],
-            intermediate_size=width * config.num_experts_per_tok,
-            num_experts=0,
-        )
-    if isinstance(model, HeadedDecoder):
-        return HeadedDecoder(config, task=model.task, num_labels=model.num_labels)
-    return Decoder(config)
-
-
-def routed_bytes(model: Network, length: int, batch: int) -> int:
-    """Return what experts keep beyond the dense twin, about: their rows, gathered and given back.
-
-    Three vectors in fp32 for every expert that a token is sent to; 0 without experts.
-    """
-    config = model.config
-    if not isinstance(config, ModelConfig) or not config.family.experts:
-        return 0
-    sparse = sum(config.is_sparse(n) for n in range(config.num_hidden_layers))
-    rows = batch * length * config.num_experts_per_tok * sparse
-    return 3 * 4 * rows * config.hidden_size
 
 
 def check_length(model: Network, length: int) -> None:

@@ -83,9 +83,10 @@ class LoRALinear(nn.Linear):
         """Return the adapted layer's output; dropout acts on the adapter's input alone."""
         dropped = self.training and self.rate > 0
         seen = F.dropout(x, self.rate) if dropped else x
-        change = self.scaling * self.lora_B(self.lora_A(seen))
-        if self.lora_magnitude_vector is None:
-            return super().forward(x) + change
+        change = self.lora_B(self.lora_A(seen))
+        if self.lora_magnitude_vector is None:  # in place: nothing as wide is made besides
+            return super().forward(x).add_(change, alpha=self.scaling)
+        change = self.scaling * change
         ratio_O = self.lora_magnitude_vector / row_norms(self.direction().detach())
         plain = F.linear(seen, self.weight)
         if dropped:

@@ -35,9 +35,10 @@ def linear_cross_entropy(
     device = hidden_NE.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     dtype = dtype or hidden_NE.dtype
-    wanted = torch.is_grad_enabled() and (hidden_NE.requires_grad or head_VE.requires_grad)
+    trained = torch.is_grad_enabled() and head_VE.requires_grad  # not so below an adapter
+    wanted = trained or (torch.is_grad_enabled() and hidden_NE.requires_grad)
     sums, _, _ = losses_and_gradients(
-        hidden_NE.to(dtype), head_VE.to(dtype), targets_N, z_loss, softcap or 0.0, wanted
+        hidden_NE.to(dtype), head_VE.to(dtype), targets_N, z_loss, softcap or 0.0, wanted, trained
     )
     return sums
 
@@ -50,8 +51,9 @@ def losses_and_gradients(
     z_loss: float,
     softcap: float,
     wanted: bool,
+    trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the two sums, and the gradients of the first by hidden states and head.
+    """Return the two sums, and the gradients of the first by hidden states and a trained head.
 
     One operator of its own, so that torch.compile takes it as it is.
     """
@@ -59,7 +61,7 @@ def losses_and_gradients(
         wide = torch.promote_types(hidden_NE.dtype, torch.float32)
         sums = hidden_NE.new_zeros(2, dtype=wide)
         d_hidden_NE = torch.zeros_like(hidden_NE) if wanted else hidden_NE.new_empty(0)
-        d_head_VE = torch.zeros_like(head_VE, dtype=wide) if wanted else hidden_NE.new_empty(0)
+        d_head_VE = torch.zeros_like(head_VE, dtype=wide) if trained else hidden_NE.new_empty(0)
         kept_N = (targets_N != IGNORE).nonzero().squeeze(-1)
         rows = max(1, PIECE_LOGITS.get(hidden_NE.device.type, 2**24) // len(head_VE))
         for kept_n in kept_N.split(rows):
@@ -77,6 +79,8 @@ def losses_and_gradients(
                 continue
             d_nV = d_nV.to(head_VE.dtype)
             d_hidden_NE[kept_n] = d_nV @ head_VE
+            if not trained:
+                continue
             if d_head_VE.dtype == d_nV.dtype:
                 d_head_VE.addmm_(d_nV.mT, hidden_nE)
             else:
@@ -138,18 +142,20 @@ def _(
     z_loss: float,
     softcap: float,
     wanted: bool,
+    trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden_NE.dtype, torch.float32)
     sums = hidden_NE.new_empty(2, dtype=wide)
     if not wanted:
         return sums, hidden_NE.new_empty(0), hidden_NE.new_empty(0)
-    return sums, torch.empty_like(hidden_NE), torch.empty_like(head_VE, dtype=wide)
+    d_head_VE = torch.empty_like(head_VE, dtype=wide) if trained else hidden_NE.new_empty(0)
+    return sums, torch.empty_like(hidden_NE), d_head_VE
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep the finished gradients for the backward pass."""
     _, d_hidden_NE, d_head_VE = output
-    ctx.head_dtype, ctx.scaled = inputs[1].dtype, False
+    ctx.head_dtype, ctx.trained, ctx.scaled = inputs[1].dtype, inputs[6], False
     ctx.save_for_backward(d_hidden_NE, d_head_VE)
     ctx.mark_non_differentiable(d_hidden_NE, d_head_VE)
 
@@ -160,7 +166,8 @@ def scale(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     ctx.scaled = True
     d_hidden_NE, d_head_VE = ctx.saved_tensors
     up = upstream[0][0]
-    return d_hidden_NE.mul_(up), d_head_VE.mul_(up).to(ctx.head_dtype), None, None, None, None
+    d_head = d_head_VE.mul_(up).to(ctx.head_dtype) if ctx.trained else None
+    return d_hidden_NE.mul_(up), d_head, None, None, None, None, None
 
 
 losses_and_gradients.register_autograd(scale, setup_context=remember)

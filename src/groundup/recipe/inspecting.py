@@ -21,14 +21,13 @@ from groundup.core.progress import say, track
 from groundup.figure import page as pages
 from groundup.figure.maps import heat_grid, word_grid
 from groundup.model.decoder import Decoder
+from groundup.model.encoder import Encoder
+from groundup.model.footprint import training_peak, twin_of
 from groundup.model.hf import Network, config_json, empty_network, load_network, read_config
 from groundup.model.inspection import (
     cache_bytes,
     check_length,
-    dense_twin,
     forward_flops,
-    kept_bytes,
-    routed_bytes,
     serve_memory,
     sizes,
     train_memory,
@@ -107,21 +106,18 @@ def training(
         adapted = apply_lora(model, LoraConfig(r=lora_r))
     rows = []
     with FakeTensorMode():
-        twin = dense_twin(model)
+        twin = twin_of(model)
         if lora_r:
             apply_lora(twin, LoraConfig(r=lora_r, target_modules=tuple(adapted)))
         shapes = list(itertools.product(lengths, batches, BYTES))
-        kept = {
-            shape: kept_bytes(twin, shape[0], shape[1], DTYPES[shape[2]])
-            + routed_bytes(model, shape[0], shape[1])
+        peaks = {
+            shape: training_peak(twin, shape[0], shape[1], DTYPES[shape[2]])
             for shape in track(shapes, "counting activations")
         }
-    for (length, batch, name), activations in kept.items():
+    for (length, batch, name), peak in peaks.items():
         for optim in OPTIMS:
             told = {"length": length, "batch": batch, "dtype": name, "optim": optim}
-            rows.append(
-                told | train_memory(model, length, batch, optim=optim, activations=activations)
-            )
+            rows.append(told | train_memory(model, optim=optim, peak=peak))
     return rows
 
 
@@ -154,11 +150,9 @@ def show(told: dict[str, Any]) -> None:
     columns: tuple[str, ...] = ("length", "batch", "dtype", "weights", "kv_cache", "logits")
     columns += ("total",)
     print_table(out, "Memory to serve", columns, memory_rows(told["serve"], columns))
-    state = ("weights", "gradients", "optimizer")
-    rows_of_state = [row | {"state": sum(row[k] for k in state)} for row in told["train"]]
-    columns = ("length", "batch", "dtype", "optim", "state", "activations", "logits", "total")
+    columns = ("length", "batch", "dtype", "optim", "weights", "optimizer", "step", "total")
     what = f", LoRA of rank {told['lora_r']}" if told["lora_r"] else ""
-    print_table(out, f"Memory to train{what}", columns, memory_rows(rows_of_state, columns))
+    print_table(out, f"Memory to train{what}", columns, memory_rows(told["train"], columns))
 
 
 def branch(node: dict[str, Any], into: Tree) -> Tree:
@@ -210,12 +204,12 @@ def draw(folder: Path, prompt: str, out: Path) -> None:
     model = load_network(folder)
     tok = Tokenizer.load(folder).need_rows(model.config.vocab_size, folder)
     ids = tok.encode(prompt)
-    if isinstance(model, Decoder):
-        ids = [tok.bos_token_id, *ids]
-    if not ids:
+    before, after = ends(model, tok)
+    if not (before or ids):
         raise ConfigError("the prompt is empty: give some text")
-    cut = len(ids) - MOST_TOKENS
-    ids = ids[:MOST_TOKENS]
+    room = MOST_TOKENS - len(before) - len(after)
+    cut = len(ids) - room
+    ids = [*before, *ids[:room], *after]
     names = [word_of(tok, i) for i in ids]
     maps, lens = look(model, ids)
     sections = [attention_section(maps, names)]
@@ -226,6 +220,16 @@ def draw(folder: Path, prompt: str, out: Path) -> None:
     subtitle = f"{folder}, {len(ids)} tokens{note}: {prompt[:200]}"
     write_text(out, pages.page("What a model does with a prompt", subtitle, sections))
     say(f"{out}: attention, {'logit lens, ' if lens else ''}embedding neighbours{note}")
+
+
+def ends(model: Network, tok: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a model's texts begin and end with."""
+    if isinstance(model, Decoder):
+        return [tok.bos_token_id], []
+    if isinstance(model, Encoder):
+        first, last = ("cls_token", "bos_token"), ("sep_token", "eos_token")
+        return [tok.token_id(*first)], [tok.token_id(*last)]
+    return [], []
 
 
 def word_of(tok: Tokenizer, i: int) -> str:

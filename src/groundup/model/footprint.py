@@ -1,0 +1,115 @@
+"""Memory that computing takes, by doing it with tensors that have none.
+
+Under FakeTensorMode torch runs a forward or a training step on shapes alone; counting what is
+alive after every operator gives the peak. Kernels' own scratch memory is not seen there and is
+small; that of the loss is added.
+"""
+
+import weakref
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from groundup.model.decoder import Decoder, Experts
+from groundup.model.encoder import Encoder
+from groundup.model.heads import HeadedDecoder
+from groundup.model.hf import Network
+from groundup.model.loss import PIECE_LOGITS
+
+MASKED = 0.15  # of an encoder's positions that have a target
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes alive of all that is made under it: `now`, and `peak`, the most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and count the storages that it made."""
+        before = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in before and key not in self.seen:
+                    self.now += storage.nbytes()
+                    gone = partial(self.forget, key, storage.nbytes())
+                    self.seen[key] = weakref.ref(storage, gone)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def forget(self, key: int, size: int, _: Any) -> None:
+        """Take a storage that died out of the count."""
+        del self.seen[key]
+        self.now -= size
+
+
+class EvenExperts(Experts):
+    """Experts that are sent equally many tokens each: shapes cannot depend on values here."""
+
+    def rows(self, chosen_NC: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+        """Return tokens and places, as many as an expert gets on average."""
+        count = chosen_NC.numel() // len(self.experts)
+        row = torch.arange(count, device=chosen_NC.device) % len(chosen_NC)
+        return row, torch.zeros_like(row)
+
+
+def twin_of(model: Network) -> Network:
+    """Return a network of the same shape; its experts take equally many tokens.
+
+    Made under FakeTensorMode it has no memory for weights, and runs on shapes alone.
+    """
+    if isinstance(model, HeadedDecoder):
+        return HeadedDecoder(model.config, task=model.task, num_labels=model.num_labels)
+    if isinstance(model, Encoder):
+        return Encoder(model.config)
+    twin = Decoder(model.config)
+    for module in twin.modules():
+        if type(module) is Experts:
+            module.__class__ = EvenExperts
+    return twin
+
+
+def training_peak(model: Network, length: int, batch: int, dtype: torch.dtype) -> int:
+    """Return the bytes alive at the peak of a forward and backward pass, gradients included.
+
+    `dtype` is that of matrix products. Weights are not counted, but their bf16 copies are.
+    """
+    model.train().zero_grad(set_to_none=True)
+    with Alive() as alive:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = summed_loss(model, length, batch)
+        piece = min(PIECE_LOGITS["cpu"], batch * length * model.config.vocab_size)
+        held = alive.now + 2 * 4 * piece  # the loss's own: logits, and their gradient's
+        loss.backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)
+    return max(alive.peak, held)
+
+
+def summed_loss(model: Network, length: int, batch: int) -> Tensor:
+    """Return the loss of a batch as training computes it; of an encoder, 15 % are masked."""
+    ids_BT = torch.zeros(batch, length, dtype=torch.long)
+    if isinstance(model, Decoder):
+        return model(ids_BT, want="losses", targets=ids_BT)[0]
+    if isinstance(model, HeadedDecoder):
+        return model(ids_BT).float().sum()
+    mask_BT = torch.ones_like(ids_BT)
+    if model.config.task not in ("mlm", "pretraining"):
+        return model(ids_BT, mask_BT).float().sum()
+    hidden_BTE = model(ids_BT, mask_BT, want="hidden")
+    chosen_N = torch.arange(max(1, round(MASKED * ids_BT.numel())))
+    return model.losses_of(hidden_BTE.flatten(0, 1)[chosen_N], ids_BT.flatten()[chosen_N])
