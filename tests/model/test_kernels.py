@@ -10,7 +10,7 @@ from torch import nn
 
 from groundup.core.errors import ConfigError
 from groundup.generate.cache import Batch, Feed, KVCache
-from groundup.model import Decoder, ModelConfig, kernels, quant
+from groundup.model import Decoder, ModelConfig, kernels, native, quant
 from groundup.model.view import FastLayer, FastStack, view_of
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no g++ here")
@@ -43,12 +43,17 @@ def architecture(request, monkeypatch, tmp_path):
     if request.param != "native":
         if platform.machine() != "x86_64":
             pytest.skip("names of x86 processors")
-        flags = kernels.FLAGS.replace("-march=native", f"-march={request.param}")
-        monkeypatch.setattr(kernels, "FLAGS", flags)
-        kernels.library.cache_clear()
+        flags = native.FLAGS.replace("-march=native", f"-march={request.param}")
+        monkeypatch.setattr(native, "FLAGS", flags)
+        forget()
     yield request.param
     monkeypatch.undo()
+    forget()
+
+
+def forget():
     kernels.library.cache_clear()
+    native.library.cache_clear()
 
 
 @needs_kernels
@@ -188,9 +193,9 @@ def test_int8_off_the_cpu_or_in_bf16_is_refused():
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    kernels.library.cache_clear()
+    forget()
     yield tmp_path
-    kernels.library.cache_clear()
+    forget()
 
 
 def test_no_compiler_is_said_in_one_line(unbuilt, monkeypatch, capsys):
@@ -205,8 +210,8 @@ def test_a_compiler_that_fails_leaves_nothing_behind(unbuilt, monkeypatch, capsy
             raise subprocess.CalledProcessError(1, command, stderr="no AVX for you")
         return subprocess.CompletedProcess(command, 0, stdout="12", stderr="")
 
-    monkeypatch.setattr(kernels.shutil, "which", lambda name: "g++")
-    monkeypatch.setattr(kernels.subprocess, "run", fail)
+    monkeypatch.setattr(native.shutil, "which", lambda name: "g++")
+    monkeypatch.setattr(native.subprocess, "run", fail)
     assert not kernels.available()
     assert "no AVX for you" in "".join(capsys.readouterr())
     assert list((unbuilt / "groundup").iterdir()) == []

@@ -1,30 +1,21 @@
 """The hot loops of inference on a CPU, compiled from native/kernels.cpp on first use.
 
-g++ takes a few seconds, once: the library is kept in the user's cache folder under the hash of
-source, compiler and processor. Without a compiler `available()` is False and callers go through
-torch; a line says so. Shapes: x is [..., K] in fp32, results are new tensors.
+Without a compiler (`native`) `available()` is False and callers go through torch. Shapes: x is
+[..., K] in fp32, results are new tensors.
 """
 
 import ctypes
-import hashlib
 import math
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from groundup.core.progress import say
+from groundup.model import native
 
-SOURCE = Path(__file__).with_name("native") / "kernels.cpp"
-FLAGS = "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math"
 P, L, N, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
 
@@ -80,52 +71,12 @@ ARGUMENTS = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled library, built if need be; None, and one line why, if it cannot be."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        say("no g++ here: inference goes through torch, more slowly, and without int8 of its own")
-        return None
-    try:
-        built = build(compiler)
-        loaded = ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError) as err:
-        said = getattr(err, "stderr", None) or str(err)
-        say(f"{compiler} could not build the kernels, so torch is used: {said.strip()[:300]}")
-        return None
-    for name, types in ARGUMENTS.items():
-        getattr(loaded, name).argtypes = types
-    return loaded
-
-
-def build(compiler: str) -> Path:
-    """Return the library's file, compiled unless it is there; complete or absent."""
-    version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True)
-    key = hashlib.sha256()
-    for part in (version.stdout, processor(), FLAGS):
-        key.update(part.encode())
-    for source in sorted(SOURCE.parent.iterdir()):
-        key.update(source.read_bytes())
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = home / "groundup"
-    file = folder / f"kernels-{key.hexdigest()[:16]}.so"
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            made = Path(aside) / file.name
-            command = [compiler, *FLAGS.split(), str(SOURCE), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            made.replace(file)
-    return file
-
-
-def processor() -> str:
-    """Return what -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+    """Return the kernels, if they can be had."""
+    found = native.library("kernels")
+    if found is not None:
+        for name, types in ARGUMENTS.items():
+            getattr(found, name).argtypes = types
+    return found
 
 
 def available() -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from groundup.core.progress import say
 
-TRAINING = Path(__file__).with_name("training.cpp")
+SOURCES = Path(__file__).with_name("native")
 P, N, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math"
 
@@ -24,7 +24,7 @@ FLAGS = "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC -fno-math-errno -fn
 @cache
 def training() -> ctypes.CDLL | None:
     """Return the kernels of training.cpp, if they can be had."""
-    found = library(TRAINING)
+    found = library("training")
     if found is not None:
         found.attention.argtypes = (P,) * 6 + (N,)
         found.attention_backward.argtypes = (P,) * 9 + (N,)
@@ -33,37 +33,40 @@ def training() -> ctypes.CDLL | None:
 
 
 @cache
-def library(source: Path) -> ctypes.CDLL | None:
-    """Return a source's library, built if need be; None, and one line why, if it cannot be."""
+def library(name: str) -> ctypes.CDLL | None:
+    """Return native/NAME.cpp as a library, built if need be; None, and one line why, if not."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
-        say(f"no g++ here: torch does, more slowly, what {source.name} is for")
+        say(f"no g++ here: torch does, more slowly, what {name}.cpp is for")
         return None
     try:
-        return ctypes.CDLL(str(build(source, compiler)))
+        return ctypes.CDLL(str(build(name, compiler)))
     except (OSError, subprocess.SubprocessError) as err:
         said = getattr(err, "stderr", None) or str(err)
-        say(f"{compiler} could not build {source.name}, torch is used: {said.strip()[:300]}")
+        say(f"{compiler} could not build {name}.cpp, torch is used: {said.strip()[:300]}")
         return None
 
 
-def build(source: Path, compiler: str) -> Path:
+def build(name: str, compiler: str) -> Path:
     """Return the library's file, compiled unless it is there; complete or absent."""
+    source = SOURCES / f"{name}.cpp"
     version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True)
-    key = hashlib.sha256(source.read_bytes())
+    key = hashlib.sha256()
     for part in (version.stdout, processor(), FLAGS):
         key.update(part.encode())
+    for file in (source, *sorted(SOURCES.glob("*.hpp"))):
+        key.update(file.read_bytes())
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = home / "groundup"
-    file = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
-    if not file.is_file():
+    built = folder / f"{name}-{key.hexdigest()[:16]}.so"
+    if not built.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as aside:
-            made = Path(aside) / file.name
+            made = Path(aside) / built.name
             command = [compiler, *FLAGS.split(), str(source), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)
-            made.replace(file)
-    return file
+            made.replace(built)
+    return built
 
 
 def processor() -> str:
