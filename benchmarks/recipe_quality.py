@@ -176,7 +176,7 @@ def trials(side: dict[str, Any]) -> list[dict[str, Any]]:
             rates = {"adam_learning_rate": 1e-3 * 20**place}
         else:  # 6e-3 to 6e-2 and 1e-3 to 1e-2
             rates = {"learning_rate": 6e-3 * 10**place, "adam_learning_rate": 1e-3 * 10**other}
-        tried.append(side | drawn | {name: round(rate, 6) for name, rate in rates.items()})
+        tried.append(side | drawn | {name: round(float(rate), 6) for name, rate in rates.items()})
     return tried
 
 

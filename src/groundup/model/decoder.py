@@ -330,7 +330,9 @@ class Stack(nn.Module):
         if positions is None:
             if config.rope_type != "dynamic":  # which is for longer texts
                 most = config.max_position_embeddings
-                check_length(T, T if -(-most // PADDED_TO) * PADDED_TO >= T else most)
+                padded = -(-most // PADDED_TO) * PADDED_TO
+                if padded < T:
+                    check_length(T, most)
             positions = torch.arange(T, device=ids_BT.device).expand(B, T)
         rotary = local_rotary = rotary_table(positions, config, cached=cache is not None)
         if config.sliding_window is not None and config.rope_local_base_freq is not None:

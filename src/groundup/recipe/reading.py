@@ -104,11 +104,10 @@ def read_splits(config: ReadingConfig) -> tuple[list[Question], list[Question], 
 
 def source_of(rows: list[LabelledRow], tok: Tokenizer, config: ReadingConfig) -> Examples:
     """Return the batch source."""
+    longest = max(len(row.ids) for row in rows)
     return Examples(
         rows,
-        collate=lambda chosen: collate_labelled(
-            chosen, tok.pad_token_id, most=max(len(row.ids) for row in rows)
-        ),
+        collate=lambda chosen: collate_labelled(chosen, tok.pad_token_id, most=longest),
         length=lambda row: len(row.ids),
         batch_size=config.batch_size,
         micro_batch_size=rows_for_ranks(config.batch_size)[0],
