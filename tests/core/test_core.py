@@ -75,17 +75,6 @@ def test_bad_yaml_names_the_line(tmp_path, content, message):
         configs.read_yaml(tmp_path / "r.yaml")
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
-def test_durations(text, seconds):
-    assert configs.parse_duration_s(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["0m", "-1m", "ten", "10", ""])
-def test_bad_durations(text):
-    with pytest.raises(ConfigError, match="budget"):
-        configs.parse_duration_s(text)
-
-
 def test_a_folder_is_complete_or_absent(tmp_path):
     target = tmp_path / "out"
 

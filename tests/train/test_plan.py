@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from groundup.core.config import parse_budget
 from groundup.core.errors import ConfigError
 from groundup.model.counts import num_parameters
+from groundup.train.budget import parse_budget, parse_duration_s
 from groundup.train.plan import SIZES, Timing, choose, shape
 from groundup.train.scaling import (
     REPEATED_TOKENS,
@@ -19,6 +19,17 @@ from groundup.train.scaling import (
 )
 
 VOCAB = 4096
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
+def test_durations(text, seconds):
+    assert parse_duration_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["0m", "-1m", "ten", "10", ""])
+def test_bad_durations(text):
+    with pytest.raises(ConfigError, match="budget"):
+        parse_duration_s(text)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ content the stage depends on, `semantic=False` for a setting that cannot change 
 """
 
 import dataclasses
-import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,61 +122,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, not a {type(content).__name__}")
     return content
-
-
-SECONDS = {"s": 1, "m": 60, "h": 3600}
-
-
-def parse_duration_s(text: str) -> float:
-    """Return the seconds in '90s', '10m', '1.5h'; anything else, or zero, is a ConfigError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", str(text).strip())
-    if not match:
-        raise ConfigError(f"budget {text!r} is not a time: write 90s, 10m or 1.5h")
-    seconds = float(match[1]) * SECONDS[match[2]]
-    if seconds <= 0:
-        raise ConfigError(f"budget {text!r} leaves no time to train: 2m is a sensible least")
-    return seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What a training run may cost, in the one unit that was asked for."""
-
-    text: str
-    seconds: float | None = None
-    flops: float | None = None
-    tokens: float | None = None
-    usd: float | None = None
-
-
-MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-NUMBER = r"(\d+(?:\.\d+)?(?:e\+?\d+)?)"
-
-
-def parse_budget(text: str, *, usd_per_hour: float | None = None) -> Budget:
-    """Read '10m', '2h', '3e18 flops', '5M tokens' or '$20'.
-
-    Dollars become seconds by the price of this machine, `usd_per_hour`.
-    """
-    short = str(text).strip().lower().replace(",", "")
-    if found := re.fullmatch(NUMBER + r"\s*flops?", short):
-        budget = Budget(text, flops=float(found[1]))
-    elif found := re.fullmatch(NUMBER + r"\s*([kmbt]?)\s*tokens?", short):
-        budget = Budget(text, tokens=float(found[1]) * MULTIPLES[found[2]])
-    elif found := re.fullmatch(r"\$\s*" + NUMBER + "|" + NUMBER + r"\s*(?:usd|\$)", short):
-        usd = float(found[1] or found[2])
-        if not usd_per_hour:
-            raise ConfigError(
-                f"a budget of {text} needs the price of this machine: set usd_per_hour"
-            )
-        budget = Budget(text, usd=usd, seconds=usd / usd_per_hour * 3600)
-    elif re.fullmatch(r"\d+(?:\.\d+)?\s*[smh]", short):
-        budget = Budget(text, seconds=parse_duration_s(short))
-    else:
-        raise ConfigError(
-            f"budget {text!r} is none of a time (10m, 2h), FLOPs (3e18 flops), tokens (5M tokens) "
-            "and dollars ($20)"
-        )
-    if not (budget.seconds or budget.flops or budget.tokens):
-        raise ConfigError(f"budget {text!r} is nothing to train with")
-    return budget

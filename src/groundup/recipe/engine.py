@@ -27,6 +27,7 @@ from groundup.core.files import write_text
 from groundup.core.progress import say, show_table
 from groundup.core.run import RUN_FILE, Stage, exclusive, run_stage, stage_status
 from groundup.recipe.stages import STAGES
+from groundup.train.budget import parse_duration_s
 
 LEAST_REST_S = 10.0
 
@@ -77,7 +78,7 @@ def resolve(recipe: Mapping[str, Any], *, where: str) -> list[Step]:
 
 def expected_seconds(recipe: Mapping[str, Any], *, where: str) -> dict[str, float]:
     """Return the seconds planned for each stage; they add up to the budget when one has `rest`."""
-    budget_s = configs.parse_duration_s(recipe["budget"])
+    budget_s = parse_duration_s(recipe["budget"])
     expected: dict[str, float] = {}
     rest = None
     shares = 0.0
@@ -89,7 +90,7 @@ def expected_seconds(recipe: Mapping[str, Any], *, where: str) -> dict[str, floa
             shares += float(wish[:-1]) / 100
             expected[name] = budget_s * float(wish[:-1]) / 100
         else:
-            expected[name] = configs.parse_duration_s(wish)
+            expected[name] = parse_duration_s(wish)
     if rest:
         left = budget_s - sum(expected.values())
         if left < LEAST_REST_S:

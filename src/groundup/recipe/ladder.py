@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from groundup.core import device as devices
-from groundup.core.config import parse_budget
 from groundup.core.errors import DataError
 from groundup.core.files import read_json, write_json, write_text
 from groundup.core.progress import say, show_table
@@ -18,6 +17,7 @@ from groundup.recipe.planning import in_bits_per_byte, run_trial
 from groundup.recipe.shared import shards_of
 from groundup.tokenizer import Tokenizer
 from groundup.train import make_plan
+from groundup.train.budget import parse_budget
 from groundup.train.plan import SIZES, shape
 from groundup.train.scaling import Prediction, Trial, fit_law, predict
 

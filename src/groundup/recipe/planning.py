@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from groundup.core import device as devices
-from groundup.core.config import Budget, parse_budget
 from groundup.core.errors import ConfigError
 from groundup.core.files import read_json, write_json
 from groundup.core.metrics import MetricsLog
@@ -28,6 +27,7 @@ from groundup.recipe.monitoring import spread
 from groundup.recipe.shared import shards_of
 from groundup.tokenizer import Tokenizer
 from groundup.train import FitConfig, NextToken, Plan, TokenStream, fit, make_plan
+from groundup.train.budget import Budget, parse_budget
 from groundup.train.plan import MUON_RATE, SIZES, shape
 from groundup.train.ranks import here
 from groundup.train.scaling import Prediction, Trial, predict, step_law_tokens

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from groundup.core.config import Budget
 from groundup.core.device import Device
 from groundup.core.errors import ConfigError
 from groundup.core.progress import say
@@ -20,6 +19,7 @@ from groundup.core.run import peak_memory_bytes, reset_peak_memory
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.model.decoder import Decoder
+from groundup.train.budget import Budget
 from groundup.train.config import FitConfig
 from groundup.train.objectives import MicroBatch, NextToken
 from groundup.train.optim import make_optimizers
