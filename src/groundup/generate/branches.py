@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from groundup.generate.blocks import BlockPool, Holding
-from groundup.generate.cache import Batch, Feed, KVCache
+from groundup.generate.cache import Feed, KVCache
+from groundup.generate.paged import make_batch
 from groundup.model.decoder import Decoder
 
 BLOCK = 16
@@ -53,7 +54,7 @@ class Branches:
             assert room, "more branches or tokens than were planned for"
         order = sorted(range(len(ids)), key=lambda n: len(ids[n]))  # as Batch wants them
         feeds = [Feed(branches[n].blocks, branches[n].computed, ids[n]) for n in order]
-        batch = Batch(self.cache, feeds)
+        batch = make_batch(self.cache, feeds)
         at = torch.tensor([len(ids[n]) for n in order], device=self.device).cumsum(0) - 1
         logits = self.model(
             batch.ids_1T, positions=batch.positions_1T, cache=batch, at=at, want=want

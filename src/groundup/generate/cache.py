@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from groundup.model import kernels
+from groundup.model import gpu, kernels
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Attention
 from groundup.model.rope import rotate
@@ -42,7 +42,12 @@ class KVCache:
         exact: bool = False,
     ) -> None:
         self.size, self.exact = size, exact
-        shape = (blocks * size, config.num_key_value_heads, config.head_dim)
+        self.device, self.paged = device, gpu.usable(device)
+        self.kv_heads = config.num_key_value_heads
+        self.group = config.num_attention_heads // self.kv_heads
+        self.unused = blocks * size  # where padding goes, behind the last block
+        slots = self.unused + (size if self.paged else 0)
+        shape = (slots, self.kv_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]

@@ -12,11 +12,20 @@ from groundup.core.errors import ConfigError
 class EngineConfig:
     """Settings of an engine; none of them changes what a request is answered, up to rounding."""
 
-    max_num_seqs: int = field(16, help="requests that run at a time")
-    max_num_batched_tokens: int = field(512, help="tokens of one step; longer prompts take several")
+    max_num_seqs: int | None = field(
+        None, help="requests that run at a time; unset: 16, on a GPU 256"
+    )
+    max_num_batched_tokens: int | None = field(
+        None, help="tokens of one step, longer prompts take several; unset: 512, on a GPU 8,192"
+    )
     block_size: int = field(16, help="tokens of one block of the cache")
     kv_cache_memory_bytes: int | None = field(
-        None, help="memory of the cache; unset: room for all requests at full length, at most 2 GB"
+        None,
+        help="memory of the cache; unset: room for all requests at full length, at most 2 GB, on a "
+        "GPU what gpu_memory_utilization leaves",
+    )
+    gpu_memory_utilization: float = field(
+        0.9, help="share of a GPU's memory that weights, cache and all else there may take"
     )
     enable_prefix_caching: bool = field(True, help="share what prompts begin with")
     quantization: Literal["int8"] | None = field(None, help="int8, or none")
@@ -26,8 +35,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value} must be at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization = {self.gpu_memory_utilization} is no share in (0, 1]"
+            )
 
 
 @dataclass(frozen=True)

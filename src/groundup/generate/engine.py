@@ -16,9 +16,11 @@ from torch import Tensor
 from groundup.core.errors import ConfigError, closest
 from groundup.core.types import SamplingParams
 from groundup.generate.blocks import BlockPool
-from groundup.generate.cache import Batch, Feed, KVCache, bytes_a_token
+from groundup.generate.cache import Feed, KVCache, bytes_a_token
 from groundup.generate.config import EngineConfig, SpeculativeConfig
+from groundup.generate.decoding import Decoding, Flight
 from groundup.generate.logits import top
+from groundup.generate.paged import make_batch
 from groundup.generate.params import check, check_room, tidy
 from groundup.generate.processors import LogitsProcessors, make_processors
 from groundup.generate.request import Pooling, Request
@@ -28,6 +30,7 @@ from groundup.generate.stop import Stopping
 from groundup.model.adapter import Adapter
 from groundup.model.adapter import load_adapter as read_adapter
 from groundup.model.decoder import Decoder
+from groundup.model.gpu import GpuStack
 from groundup.model.mixing import Mix, check_mixable, with_adapters
 from groundup.model.view import view_of
 from groundup.tokenizer import Tokenizer
@@ -53,7 +56,11 @@ class Engine:
         self.ends = tuple(ends if ends is not None else tokenizer.stop_token_ids)
         weight = next(model.parameters())
         self.device = weight.device
-        blocks = block_count(model, config, weight.dtype)
+        on_gpu = self.device.type == "cuda"
+        many = on_gpu and speculative is None  # those who guess have caches of their own
+        self.rows = config.max_num_seqs or (256 if many else 16)
+        self.budget = config.max_num_batched_tokens or (8192 if on_gpu else 512)
+        blocks = block_count(model, config, self.rows)
         self.context = min(model.config.max_position_embeddings, blocks * config.block_size)
         self.cache = KVCache(
             model.config,
@@ -63,23 +70,28 @@ class Engine:
             weight.dtype,
             exact=config.batch_invariant,
         )
+        self.weights_version: list[float] = []
+        self.adapters: dict[str, Adapter] = {}
+        self.mix = Mix()
+        self.model = self.mixed = self.view(model)
         # Without the kernels, bits depend on what a forward holds: then each request has its own.
-        self.apart = config.batch_invariant and not self.cache.fast
+        kernels = self.cache.fast or isinstance(self.model.model, GpuStack)
+        self.apart = config.batch_invariant and not kernels
         sharing = config.enable_prefix_caching and not self.apart
         self.pool = BlockPool(blocks, config.block_size, sharing=sharing)
         self.waiting: list[Request] = []  # both sorted: the first matters most
         self.running: list[Request] = []
         self.arrivals = self.preemptions = 0
-        self.weights_version: list[float] = []
-        self.adapters: dict[str, Adapter] = {}
-        self.mix = Mix()
-        self.model = self.mixed = model
+        self.decoding: Decoding | None = None
+        self.places: list[int] = []
+        self.flight: Flight | None = None  # a step on its way: the host has not read its tokens
         self.notice_new_weights()
         self.watch: Watch | None = None  # sees every token's logits before it is chosen
         self.speculator: Speculator | None = None
         if speculative is not None:
-            rows = config.max_num_seqs
-            self.speculator = make_speculator(speculative, model, tokenizer, rows, self.context)
+            self.speculator = make_speculator(
+                speculative, model, tokenizer, self.rows, self.context
+            )
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Read a LoRA adapter that requests may name; one of that name is replaced."""
@@ -87,6 +99,9 @@ class Engine:
             raise ConfigError(f"the adapter {name!r} is in use: wait for its requests to end")
         adapter = read_adapter(folder, self.source)
         check_mixable(name, adapter)
+        if self.cache.paged and self.config.batch_invariant:
+            self.apart = True  # what mixes adapters is not ours
+            self.pool.sharing = False
         self.adapters[name] = adapter
         self.weights_version = []  # the views are made anew before the next step
 
@@ -160,14 +175,72 @@ class Engine:
     def step(self) -> list[Request]:
         """Run one step's tokens; return the requests that got a new one."""
         if not self.running or not self.weights_version:
+            self.flight = None
             self.notice_new_weights()
-        plan = self.schedule()
-        if not plan:
-            return []
-        parts = [[entry] for entry in plan] if self.apart else [plan]
-        done = [request for part in parts for request in self.run(part)]
+        if self.flight is None:
+            plan = self.schedule()
+            if not plan:
+                return []
+            if not self.decodes(plan):
+                parts = [[entry] for entry in plan] if self.apart else [plan]
+                done = [request for part in parts for request in self.run(part)]
+                self.release()
+                return done
+            assert self.decoding is not None
+            requests = [request for request, _ in plan]
+            draws = self.watch is None and all(request.plain for request in requests)
+            self.flight = self.decoding.launch(requests, draws=draws)
+        done = self.land(self.flight)
         self.release()
         return done
+
+    def decodes(self, plan: list[tuple[Request, int]]) -> bool:
+        """Return whether a step only feeds the newest token of each request, all to one model."""
+        if self.decoding is None or self.apart:
+            return False
+        return all(
+            request.ahead == count == 1
+            and request.adapter is None
+            and request.pooling is None
+            and not self.scores(request)
+            for request, count in plan
+        )
+
+    def land(self, flight: Flight) -> list[Request]:
+        """Start the step behind one on its way, if nothing depends on the host; take in its tokens.
+
+        Who ends with this step feeds a token in the next one in vain.
+        """
+        assert self.decoding is not None
+        ahead = self.going_on(flight)
+        self.flight = self.decoding.launch(ahead, flight, draws=True) if ahead else None
+        tokens = flight.read() if flight.drawn else []
+        ready = [request for request in flight.requests if not request.finished]
+        for request in ready:
+            self.advance(request, 1)
+        if not flight.drawn:
+            rows = [n for n, request in enumerate(flight.requests) if not request.finished]
+            if ready:
+                self.sample(ready, flight.logits_BV[rows])
+            return ready
+        for request, token in zip(flight.requests, tokens, strict=True):
+            if not request.finished:
+                request.accept(token)
+        return ready
+
+    def going_on(self, flight: Flight) -> list[Request]:
+        """Return who goes on from a step on its way; none if the host must see its tokens first."""
+        if not flight.drawn or self.speculator or len(self.running) != len(flight.requests):
+            return []
+        if self.waiting:
+            first, least = self.waiting[0], self.running[-1]
+            if len(self.running) < self.rows or first.priority < least.priority:
+                return []
+        ahead = [r for r in flight.requests if not r.finished and r.stopping.left > 1]
+        for request in ahead:
+            if not self.pool.extend(request.holding, request.holding.computed + 2):
+                return []
+        return ahead
 
     def notice_new_weights(self) -> None:
         """Make the view anew and forget cached prefixes if the weights have been trained since."""
@@ -178,6 +251,15 @@ class Engine:
             if self.adapters:
                 self.mixed = self.view(with_adapters(self.source, self.adapters, self.mix))
             self.pool.forget()
+            if self.cache.paged:
+                self.renew_decoding()
+
+    def renew_decoding(self) -> None:
+        """Make what decodes anew if weights have moved: graphs read them where they lie."""
+        places = [weight.data_ptr() for weight in self.source.parameters()]
+        if self.decoding is None or places != self.places:
+            self.places = places
+            self.decoding = Decoding(self.model, self.cache, self.rows, self.context)
 
     def view(self, model: Decoder) -> Decoder:
         """Return a model as this engine runs it."""
@@ -189,7 +271,7 @@ class Engine:
         if self.speculator:
             self.speculator.draft(self.running)
         plan: dict[Request, int] = {}
-        budget = max(self.config.max_num_batched_tokens, self.config.max_num_seqs)
+        budget = max(self.budget, self.rows)
         for request in sorted(self.running, key=lambda r: r.ahead > 1):
             count = self.next_count(request, budget - sum(plan.values()))
             while count and request in self.running and not self.reserve(request, count):
@@ -202,7 +284,7 @@ class Engine:
                 plan[request] = count
         for request in list(self.waiting):
             left = budget - sum(plan.values())
-            if not left or len(self.running) == self.config.max_num_seqs:
+            if not left or len(self.running) == self.rows:
                 break
             if self.pool.sharing and not self.reads_all(request):
                 self.pool.find(request.holding, request.tokens(0, request.length))
@@ -223,7 +305,7 @@ class Engine:
         computed = request.holding.computed
         if not self.apart:
             return min(request.ahead, left)
-        chunk = min(len(request.prompt) - computed, self.config.max_num_batched_tokens)
+        chunk = min(len(request.prompt) - computed, self.budget)
         own = chunk if computed < len(request.prompt) else 1
         return own if own <= left else 0
 
@@ -231,8 +313,8 @@ class Engine:
         """Preempt requests of a worse priority for a waiting one that finds no row or blocks."""
         while self.waiting and self.running:
             first, least = self.waiting[0], self.running[-1]
-            needed = -(-min(first.length, self.config.max_num_batched_tokens) // self.pool.size)
-            has_row = len(self.running) < self.config.max_num_seqs
+            needed = -(-min(first.length, self.budget) // self.pool.size)
+            has_row = len(self.running) < self.rows
             if first.priority >= least.priority or (has_row and needed <= len(self.pool.free)):
                 return
             self.preempt(least)
@@ -279,7 +361,7 @@ class Engine:
             spans.append((len(at), len(at) + start + count - first))
             at += range(first, start + count)
             start += count
-        batch = Batch(self.cache, feeds)
+        batch = make_batch(self.cache, feeds)
         chosen = None if len(at) == start else torch.tensor(at, device=self.device).long()
         model = self.model_for(plan)
         states = any(request.pooling in ("last", "mean") for request, _ in plan)
@@ -392,15 +474,20 @@ def stamp(model: Decoder) -> list[float]:
     return [*places, *torch.stack(samples).tolist()]
 
 
-def block_count(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> int:
+def block_count(model: Decoder, config: EngineConfig, rows: int) -> int:
     """Return how many blocks the cache has: what the config allows, or what is ever needed."""
-    a_block = bytes_a_token(model.config, dtype) * config.block_size
+    weight = next(model.parameters())
+    a_block = bytes_a_token(model.config, weight.dtype) * config.block_size
     longest = -(-model.config.max_position_embeddings // config.block_size)
-    if config.kv_cache_memory_bytes is None:
-        return max(longest, min(longest * config.max_num_seqs, CACHE_BYTES // a_block))
-    if config.kv_cache_memory_bytes < a_block:
+    allowed, name = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    if allowed is None and weight.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(weight.device)
+        allowed = int(free - (1 - config.gpu_memory_utilization) * total)
+        name = "what gpu_memory_utilization leaves"
+    if allowed is None:
+        return max(longest, min(longest * rows, CACHE_BYTES // a_block))
+    if allowed < a_block:
         raise ConfigError(
-            f"kv_cache_memory_bytes = {config.kv_cache_memory_bytes:,} is less than one block of "
-            f"the cache takes: {a_block:,}"
+            f"{name} = {allowed:,} is less than one block of the cache takes: {a_block:,}"
         )
-    return min(longest * config.max_num_seqs, config.kv_cache_memory_bytes // a_block)
+    return min(longest * rows, allowed // a_block)

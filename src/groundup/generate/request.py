@@ -14,6 +14,7 @@ from groundup.generate.processors import LogitsProcessors
 from groundup.generate.stop import Stopping
 
 Pooling = Literal["last", "mean", "logits"]
+AT_ONCE = 64  # numbers drawn of a generator: one at a time costs 20 times as much
 TOGETHER = {"temperature", "top_k", "top_p", "min_p"}  # applied to all rows at once
 
 
@@ -40,7 +41,11 @@ class Request:
             self.output.cumulative_logprob = 0.0
         seed = random.SystemRandom().getrandbits(48) if params.seed is None else params.seed
         self.generator = torch.Generator().manual_seed(seed + index)
+        self.drawn: list[float] = []  # numbers of the generator that wait to be used
         self.simple = params.order == "transformers" and TOGETHER.issuperset(processors.names)
+        cuts = TOGETHER.intersection(processors.names) - {"temperature"}
+        scored = self.output.cumulative_logprob is not None
+        self.plain = self.simple and not cuts and not scored  # a kernel draws its tokens
         self.prompt_logprobs: list[dict[int, float] | None] | None = None
         self.taken = 0
         self.holding = Holding(root=adapter)  # other adapters have other keys and values
@@ -64,6 +69,18 @@ class Request:
     def ahead(self) -> int:
         """Return the number of tokens to feed: those not cached, and guesses behind them."""
         return self.length - self.holding.computed + len(self.draft)
+
+    @property
+    def last_token(self) -> int:
+        """Return the newest token."""
+        return (self.output.token_ids or self.prompt)[-1]
+
+    def uniform(self) -> float:
+        """Return the generator's next number in [0, 1); many are drawn at once."""
+        if not self.drawn:
+            some = torch.rand(AT_ONCE, generator=self.generator, dtype=torch.float64)
+            self.drawn = some.flip(0).tolist()
+        return self.drawn.pop()
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Return tokens of prompt and answer."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from groundup.core.types import SamplingParams
 from groundup.generate.request import Request
+from groundup.model import gpu
 
 CANDIDATES = 256  # where the likeliest so many decide, the others are not sorted
 
@@ -33,14 +34,26 @@ def choose(logits_BV: Tensor, requests: Sequence[Request]) -> list[int]:
     many = [n for n in hot if n not in few]
     if many:
         heat = [r.params.temperature if r.simple else 1.0 for r in (requests[n] for n in many)]
-        probs_BV = (logits_BV[many] / column(heat, logits_BV)).softmax(-1)
-        tokens_B[many] = invert(probs_BV, uniforms(requests, many).to(logits_BV.device))
+        u_B1 = uniforms(requests, many).to(logits_BV.device)
+        tokens_B[many] = draw(logits_BV[many], column(heat, logits_BV), u_B1)
     if few:
         params = [requests[n].params for n in few]
         warm_BV = logits_BV[few] / column([p.temperature for p in params], logits_BV)
         u_B1 = uniforms(requests, few).to(logits_BV.device)
         tokens_B[few] = draw_truncated(warm_BV, params, u_B1)
     return tokens_B.tolist()
+
+
+def draw(logits_BV: Tensor, heat_B1: Tensor, u_B1: Tensor) -> Tensor:
+    """Draw from all tokens at a temperature."""
+    if gpu.usable(logits_BV.device):
+        from groundup.model import gpu_layers
+
+        tokens_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
+        options = gpu.options(logits_BV.device)
+        gpu_layers.draw(logits_BV, heat_B1[:, 0], u_B1[:, 0], tokens_B, options)
+        return tokens_B
+    return invert((logits_BV / heat_B1).softmax(-1), u_B1)
 
 
 def truncates(params: SamplingParams) -> bool:
@@ -50,8 +63,7 @@ def truncates(params: SamplingParams) -> bool:
 
 def uniforms(requests: Sequence[Request], rows: Sequence[int]) -> Tensor:
     """Return one number in [0, 1) of each row's own generator."""
-    drawn = [torch.rand(1, generator=requests[n].generator, dtype=torch.float64) for n in rows]
-    return torch.stack(drawn)
+    return torch.tensor([requests[n].uniform() for n in rows], dtype=torch.float64)[:, None]
 
 
 def column(values: Sequence[float], like: Tensor) -> Tensor:

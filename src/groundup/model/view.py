@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundup.core.errors import ConfigError
-from groundup.model import kernels
+from groundup.model import gpu, kernels
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import (
     MLP,
@@ -161,6 +161,8 @@ def view_of(
             f"int8 is for fp32 models on the CPU, and this one is {weight.dtype} on "
             f"{weight.device}: leave quantization out"
         )
+    if gpu.usable(weight.device):
+        return gpu.view_of(model, cast(Decoder, evaluating(model)), exact=exact)
     if not plain or not (kernels.available() or quantization):
         return cast(Decoder, evaluating(model))
     return cast(Decoder, exchange(model, Maker(quantization, exact)))

@@ -84,7 +84,7 @@ def resume(partial: Path, notes: Path, identity: dict[str, Any]) -> int:
 def answer_rows(llm: LLM, rows: Sequence[Row], params: SamplingParams) -> Iterator[Row]:
     """Yield each row with its answers, in order; a few more than can run are under way."""
     engine = llm.engine
-    ahead = 2 * engine.config.max_num_seqs
+    ahead = 2 * engine.rows
     under_way: deque[tuple[Row, list[Request]]] = deque()
     waiting = deque(rows)
     while waiting or under_way:

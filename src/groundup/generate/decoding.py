@@ -1,0 +1,226 @@
+"""Steps in which every request feeds one token, on a GPU: CUDA graphs, and draws behind them.
+
+A step's inputs lie in buffers of their own and are sent in one copy; what a row feeds may be the
+token that the step before drew, so that a step can start before the host has read the last one.
+A graph is captured for a number of rows when it is first needed. Blocks of requests lie in a
+table on the device, one seat a request, and only new ones are sent.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from groundup.generate.cache import KVCache
+from groundup.generate.paged import Paged
+from groundup.generate.request import Request
+from groundup.model import gpu
+from groundup.model.decoder import Decoder
+
+FIELDS = 8
+U, HEAT, POSITION, SEAT, SOURCE, ID, CELL, BLOCK = range(FIELDS)  # rows of a step's inputs
+SIZES = (1, 2, 4, 8, 16, 24)  # rows that graphs are made for, and then every multiple of 32
+IDLE = np.array([0, 0, -1, 0, -1, 0, -1, 0])[:, None]  # inputs of a row of padding
+
+
+@dataclass
+class Seat:
+    """A request's row of the table of blocks; `row` is its place in the last step."""
+
+    index: int
+    blocks: list[int]
+    known: int = 0
+    row: int = -1
+
+
+@dataclass
+class Flight:
+    """A step on its way: whose it is, the logits, and the tokens where they are drawn there."""
+
+    requests: list[Request]
+    logits_BV: Tensor
+    drawn: bool
+    tokens: Tensor
+    event: Any = None
+
+    def read(self) -> list[int]:
+        """Wait for the tokens drawn."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tokens[: len(self.requests)].tolist()
+
+
+@dataclass
+class Buffers:
+    """The inputs of a step of one number of rows, and what runs it."""
+
+    inputs: Tensor  # [FIELDS, rows] on the device
+    hosts: list[Tensor]  # the same on the host, twice: one may still be on its way
+    run: Callable[[], None]
+    logits_BV: Tensor | None = None
+
+
+class Decoding:
+    """Runs steps of one token a request; belongs to one view of the weights, `model`."""
+
+    def __init__(self, model: Decoder, cache: KVCache, rows: int, context: int) -> None:
+        self.model, self.cache, self.rows, self.device = model, cache, rows, cache.device
+        self.columns = -(-context // cache.size)
+        self.table = torch.zeros(rows, self.columns, dtype=torch.int32, device=self.device)
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self.seats: dict[Request, Seat] = {}
+        self.free = list(range(rows))
+        self.buffers: dict[int, Buffers] = {}
+        self.turn, self.captures = 0, self.device.type == "cuda"
+        self.pool: Any = None
+        self.seconds = 0.0  # spent on making graphs
+        self.answers = [self.pinned(rows) for _ in range(2)]
+
+    def pinned(self, *shape: int) -> Tensor:
+        """Return a buffer of the host that copies need not wait for."""
+        pinned = self.device.type == "cuda"
+        return torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
+
+    def launch(
+        self, requests: Sequence[Request], last: Flight | None = None, *, draws: bool
+    ) -> Flight:
+        """Start a step; requests in `last` feed the token that it draws.
+
+        `draws` has the next tokens drawn on the device; else the logits are what is wanted.
+        """
+        buffers = self.prepared(size_for(len(requests)))
+        self.turn = 1 - self.turn
+        self.fill(buffers, requests, set() if last is None else set(last.requests), draws)
+        buffers.run()
+        assert buffers.logits_BV is not None
+        flight = Flight(list(requests), buffers.logits_BV, draws, self.answers[self.turn])
+        if draws:
+            flight.tokens.copy_(self.tokens, non_blocking=True)
+            if self.device.type == "cuda":
+                flight.event = torch.cuda.Event()
+                flight.event.record()
+        return flight
+
+    def fill(
+        self, buffers: Buffers, requests: Sequence[Request], flying: set[Request], draws: bool
+    ) -> None:
+        """Send a step's inputs."""
+        host = buffers.hosts[self.turn]
+        table = host.numpy()
+        table[:] = IDLE
+        real = table[: HEAT + 1].view(np.float64)
+        cells: list[int] = []
+        blocks: list[int] = []
+        columns: list[tuple[int, int, int, int]] = []
+        for row, request in enumerate(requests):
+            seat = self.seat_of(request, requests)
+            held = request.holding.blocks
+            if seat.known < len(held):
+                first = seat.index * self.columns
+                cells += range(first + seat.known, first + len(held))
+                blocks += held[seat.known :]
+                seat.known = len(held)
+            at = request.holding.computed
+            if request in flying:
+                columns.append((at + 1, seat.index, seat.row, 0))
+            else:
+                columns.append((at, seat.index, -1, request.last_token))
+            seat.row = row
+            if draws and (heat := request.params.temperature) > 0:
+                real[U, row], real[HEAT, row] = request.uniform(), heat
+        n, fits = len(requests), min(len(cells), table.shape[1])
+        table[POSITION : ID + 1, :n] = np.array(columns).T
+        table[CELL, :fits], table[BLOCK, :fits] = cells[:fits], blocks[:fits]
+        if fits < len(cells):
+            self.write(cells[fits:], blocks[fits:])
+        buffers.inputs.copy_(host, non_blocking=True)
+
+    def write(self, cells: list[int], blocks: list[int]) -> None:
+        """Write blocks into the table, apart from a step."""
+        where, what = (torch.tensor(values, device=self.device) for values in (cells, blocks))
+        self.table.view(-1)[where] = what.int()
+
+    def seat_of(self, request: Request, others: Sequence[Request]) -> Seat:
+        """Return a request's seat, a new one if it lost its blocks since."""
+        seat = self.seats.get(request)
+        if seat is None or seat.blocks is not request.holding.blocks:
+            if seat is None and not self.free:
+                for gone in self.seats.keys() - set(others):
+                    self.free.append(self.seats.pop(gone).index)
+            index = seat.index if seat is not None else self.free.pop()
+            seat = self.seats[request] = Seat(index, request.holding.blocks)
+        return seat
+
+    def prepared(self, size: int) -> Buffers:
+        """Return the buffers of steps of so many rows, made when they are first needed."""
+        if size not in self.buffers:
+            start = time.perf_counter()
+            self.buffers[size] = self.prepare(min(size, self.rows))
+            self.seconds += time.perf_counter() - start
+        return self.buffers[size]
+
+    def prepare(self, size: int) -> Buffers:
+        """Make the buffers of a number of rows and capture a graph, or say why there is none."""
+        idle = torch.from_numpy(np.repeat(IDLE, size, axis=1))
+        made = Buffers(idle.to(self.device), [self.pinned(FIELDS, size) for _ in range(2)], no_run)
+        step = self.step_of(made, size)
+        made.run = step
+        if not self.captures:
+            return made
+        tokens = self.tokens.clone()  # a step that is tried out draws over them
+        try:
+            step()
+            torch.cuda.synchronize(self.device)
+            graph = torch.cuda.CUDAGraph()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self.pool):
+                step()
+            made.run = graph.replay
+        except Exception as err:
+            self.captures = False
+            reason = (str(err) or type(err).__name__).splitlines()[0]
+            warnings.warn(f"no CUDA graphs ({reason}): every step is launched anew", stacklevel=2)
+        self.tokens.copy_(tokens)
+        return made
+
+    def step_of(self, buffers: Buffers, size: int) -> Callable[[], None]:
+        """Return what runs a step over the buffers' inputs."""
+        from groundup.model import gpu_layers
+        from groundup.model.gpu_attention import Pages, splits_of
+
+        inputs, exact, options = buffers.inputs, self.cache.exact, gpu.options(self.device)
+        u_B, heat_B = inputs[U].view(torch.float64), inputs[HEAT].view(torch.float64)
+        tiles_B2 = torch.ones(size, 2, dtype=torch.int32, device=self.device)
+        tiles_B2[:, 0] = torch.arange(size)
+        pages = Pages(
+            table=self.table,
+            size=self.cache.size,
+            seat_T=inputs[SEAT],
+            position_T=inputs[POSITION],
+            singles=0 if exact else size,
+            splits=splits_of(size, self.cache.kv_heads),
+            tiles=tiles_B2 if exact else None,
+            exact=exact,
+        )
+
+        def step() -> None:
+            ids_B = gpu_layers.take(inputs[SOURCE:], self.tokens, self.table, options)
+            at_1B, view = pages.position_T[None], Paged(self.cache, pages)
+            buffers.logits_BV = self.model(ids_B[None], positions=at_1B, cache=view)[0]
+            gpu_layers.draw(buffers.logits_BV, heat_B, u_B, self.tokens, options)
+
+        return step
+
+
+def size_for(rows: int) -> int:
+    """Return the number of rows of the graph for so many requests."""
+    return next((size for size in SIZES if size >= rows), -(-rows // 32) * 32)
+
+
+def no_run() -> None:
+    """Stand in until a step is known."""

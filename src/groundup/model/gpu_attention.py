@@ -1,0 +1,396 @@
+"""Attention over a paged cache on a GPU, in Triton: keys stored, tokens attended for.
+
+A token's keys lie at slot `table[seat, position // size] * size + position % size`. Every program
+attends for a few tokens of one request and one key/value head, over keys in tiles from a fixed
+start, so that what a token gets depends on its own past alone (as in FlashAttention-2, arXiv
+2307.08691). Single tokens may split their keys among several programs (Flash-Decoding).
+
+Shape suffixes: T tokens of the step, H query heads, K key/value heads, D head size, J splits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from groundup.model.gpu_layers import first_wait
+
+SINGLE = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}  # one token a program
+CHUNK = {"BLOCK_S": 64, "num_warps": 8, "num_stages": 3}  # several tokens of a chunk
+SINGLE_ROWS, CHUNK_ROWS = 16, 128  # queries of a program: tokens times heads of a group
+PROGRAMS = 528  # single tokens split their keys until there are so many: 4 a multiprocessor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What attention of a layer looks like."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def group(self) -> int:
+        """Return how many query heads share a key/value head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where the tokens of a step are: seats in the table of blocks, and positions.
+
+    A position of -1 is padding. The first `singles` tokens attend each by itself, its keys split
+    among at most `splits` programs; the others in tiles, rows of (first token, count). `exact`
+    tiles are small, and no token is a single.
+    """
+
+    table: Tensor
+    size: int
+    seat_T: Tensor
+    position_T: Tensor
+    singles: int
+    splits: int
+    tiles: Tensor | None = None
+    exact: bool = False
+
+
+def tile_tokens(group: int, *, exact: bool) -> int:
+    """Return how many tokens of a chunk a program attends for."""
+    return max(1, (SINGLE_ROWS if exact else CHUNK_ROWS) // group)
+
+
+def splits_of(tokens: int, kv_heads: int) -> int:
+    """Return among how many programs the keys of single tokens are split."""
+    return max(1, min(16, PROGRAMS // (tokens * kv_heads)))
+
+
+@triton.jit
+def store_kernel(
+    qkv,
+    keys,
+    values,
+    q_norm,
+    k_norm,
+    cosine,
+    sine,
+    table,
+    seat_T,
+    position_T,
+    table_stride,
+    eps,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    SIZE: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Normalise and turn one head of one token; keys and values go to the cache."""
+    first_wait(PDL)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.load(position_T + token).to(tl.int64)
+    half = tl.arange(0, HALF)
+    inside = half < D // 2
+    source = qkv + (token * (H + 2 * K) + head) * D + half
+    first = tl.load(source, mask=inside, other=0.0)
+    second = tl.load(source + D // 2, mask=inside, other=0.0)
+    dtype = first.dtype
+    if head < H + K:
+        if NORM:
+            weight = q_norm if head < H else k_norm
+            wide1, wide2 = first.to(tl.float32), second.to(tl.float32)
+            rms = tl.rsqrt((tl.sum(wide1 * wide1) + tl.sum(wide2 * wide2)) / D + eps)
+            w1 = tl.load(weight + half, mask=inside, other=0.0)
+            w2 = tl.load(weight + D // 2 + half, mask=inside, other=0.0)
+            first = ((wide1 * rms).to(dtype).to(tl.float32) * w1.to(tl.float32)).to(dtype)
+            second = ((wide2 * rms).to(dtype).to(tl.float32) * w2.to(tl.float32)).to(dtype)
+        angle = tl.maximum(at, 0) * (D // 2) + half
+        cos = tl.load(cosine + angle, mask=inside, other=0.0)
+        sin = tl.load(sine + angle, mask=inside, other=0.0)
+        wide1, wide2 = first.to(tl.float32), second.to(tl.float32)
+        first = (wide1 * cos - wide2 * sin).to(dtype)
+        second = (wide2 * cos + wide1 * sin).to(dtype)
+    if head < H:
+        tl.store(source, first, mask=inside)
+        tl.store(source + D // 2, second, mask=inside)
+    elif at >= 0:
+        seat = tl.load(seat_T + token).to(tl.int64)
+        block = tl.load(table + seat * table_stride + at // SIZE).to(tl.int64)
+        slot = block * SIZE + at % SIZE
+        if head < H + K:
+            target = keys + (slot * K + head - H) * D + half
+        else:
+            target = values + (slot * K + head - H - K) * D + half
+        tl.store(target, first, mask=inside)
+        tl.store(target + D // 2, second, mask=inside)
+
+
+@triton.jit
+def attend_kernel(
+    q,
+    keys,
+    values,
+    out,
+    parts,
+    stats,
+    table,
+    seat_T,
+    position_T,
+    tiles,
+    q_stride,
+    table_stride,
+    scale,
+    cap,
+    window,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Attend for up to TOKENS tokens of one request and the query heads of one group."""
+    first_wait(PDL)
+    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if TILED:
+        first, count = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
+    else:
+        first, count = tile, 1
+    start = tl.load(position_T + first).to(tl.int32)
+    seat = tl.load(seat_T + first).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, WIDE)
+    token = row // GROUP
+    valid = token < count
+    at = start + token
+    query_head = head * GROUP + row % GROUP
+    place = (first + token).to(tl.int64)
+    wanted = valid[:, None] & (d < D)[None, :]
+    q_RD = tl.load(
+        q + place[:, None] * q_stride + (query_head * D)[:, None] + d[None, :],
+        mask=wanted,
+        other=0.0,
+    )
+    begin, end = 0, start + count
+    if WINDOWED:
+        begin = tl.maximum(0, start - window + 1) // BLOCK_S * BLOCK_S
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(end - begin, SPLITS), BLOCK_S) * BLOCK_S
+        begin += split * share
+        end = tl.minimum(end, begin + share)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc_RD = tl.zeros([ROWS, WIDE], tl.float32)
+    for s in range(begin, end, BLOCK_S):
+        position = s + tl.arange(0, BLOCK_S)
+        inside = position < end
+        block = tl.load(table + seat * table_stride + position // SIZE, mask=inside, other=0)
+        slot = block.to(tl.int64) * SIZE + position % SIZE
+        where = (slot * K + head)[:, None] * D + d[None, :]
+        there = inside[:, None] & (d < D)[None, :]
+        k_SD = tl.load(keys + where, mask=there, other=0.0)
+        v_SD = tl.load(values + where, mask=there, other=0.0)
+        scores_RS = tl.dot(q_RD, tl.trans(k_SD), input_precision=PRECISION) * scale
+        if CAPPED:
+            scores_RS = cap * (1 - 2 / (tl.exp(2 * scores_RS / cap) + 1))  # tanh
+        seen = inside[None, :] & (position[None, :] <= at[:, None])
+        if WINDOWED:
+            seen = seen & (at[:, None] - position[None, :] < window)
+        scores_RS = tl.where(seen, scores_RS, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores_RS, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp(most - base)
+        p_RS = tl.exp(scores_RS - base[:, None])
+        total = total * shrink + tl.sum(p_RS, 1)
+        acc_RD = acc_RD * shrink[:, None]
+        acc_RD += tl.dot(p_RS.to(v_SD.dtype), v_SD, input_precision=PRECISION)
+        most = higher
+    if SPLITS > 1:
+        part = (place * H + query_head) * SPLITS + split
+        tl.store(parts + part[:, None] * D + d[None, :], acc_RD, mask=wanted)
+        tl.store(stats + part * 2, most, mask=valid)
+        tl.store(stats + part * 2 + 1, total, mask=valid)
+    else:
+        acc_RD = acc_RD / tl.where(total == 0, 1.0, total)[:, None]
+        target = out + (place * H + query_head)[:, None] * D + d[None, :]
+        tl.store(target, acc_RD.to(out.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def combine_kernel(
+    parts,
+    stats,
+    out,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WIDE_J: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Put the splits of one token and query head together, in their order."""
+    first_wait(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    j, d = tl.arange(0, WIDE_J), tl.arange(0, WIDE)
+    there = j < SPLITS
+    most_J = tl.load(stats + (row * SPLITS + j) * 2, mask=there, other=float("-inf"))
+    total_J = tl.load(stats + (row * SPLITS + j) * 2 + 1, mask=there, other=0.0)
+    highest = tl.max(most_J, 0)
+    weight_J = tl.exp(most_J - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(total_J * weight_J, 0)
+    wanted = there[:, None] & (d < D)[None, :]
+    acc_JD = tl.load(parts + (row * SPLITS + j)[:, None] * D + d[None, :], mask=wanted, other=0.0)
+    acc_D = tl.sum(acc_JD * weight_J[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(out + row * D + d, acc_D.to(out.dtype.element_ty), mask=d < D)
+
+
+def store(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    angles: tuple[Tensor, Tensor],
+    pages: Pages,
+    shape: Shape,
+    options: dict[str, Any],
+) -> None:
+    """Normalise and turn queries in place; turn keys, and store them and values in the cache.
+
+    `qkv` is [T, (H + 2 K) D]; `angles` are the cosines and sines of all positions, [P, D / 2].
+    """
+    H, K, D = shape.heads, shape.kv_heads, shape.head_dim
+    q_norm, k_norm = norms or (qkv, qkv)
+    store_kernel[(len(qkv), H + 2 * K)](
+        qkv,
+        keys,
+        values,
+        q_norm,
+        k_norm,
+        *angles,
+        pages.table,
+        pages.seat_T,
+        pages.position_T,
+        pages.table.stride(0),
+        eps,
+        H=H,
+        K=K,
+        D=D,
+        HALF=triton.next_power_of_2(D // 2),
+        SIZE=pages.size,
+        NORM=norms is not None,
+        num_warps=1,
+        **options,
+    )
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Pages,
+    shape: Shape,
+    options: dict[str, Any],
+) -> Tensor:
+    """Return what every token attends to, [T, H D]; the first H D columns of `q` are queries."""
+    T, H, D = len(q), shape.heads, shape.head_dim
+    out = q.new_empty(T, H * D)
+    if pages.singles:
+        alone(q, keys, values, out, pages, shape, options)
+    if pages.tiles is not None:
+        tiled = SINGLE if pages.exact else CHUNK
+        tokens = tile_tokens(shape.group, exact=pages.exact)
+        grid = (len(pages.tiles), shape.kv_heads, 1)
+        launch(q, keys, values, out, (q, q), pages, shape, grid, tokens, True, tiled | options)
+    return out
+
+
+def alone(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    pages: Pages,
+    shape: Shape,
+    options: dict[str, Any],
+) -> None:
+    """Attend for the single tokens, their keys split where there are few of them."""
+    n, H, D, J = pages.singles, shape.heads, shape.head_dim, pages.splits
+    both: tuple[Tensor, ...] = (q, q)
+    if J > 1:
+        both = tuple(q.new_empty(n, H, J, C, dtype=torch.float32) for C in (D, 2))
+    grid = (n, shape.kv_heads, J)
+    launch(q, keys, values, out, both, pages, shape, grid, 1, False, SINGLE | options)
+    if J > 1:
+        combine_kernel[(n * H,)](
+            *both,
+            out,
+            D=D,
+            WIDE=triton.next_power_of_2(D),
+            SPLITS=J,
+            WIDE_J=triton.next_power_of_2(J),
+            num_warps=1,
+            **options,
+        )
+
+
+def launch(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    both: tuple[Tensor, ...],
+    pages: Pages,
+    shape: Shape,
+    grid: tuple[int, int, int],
+    tokens: int,
+    tiled: bool,
+    options: dict[str, Any],
+) -> None:
+    """Run the attention's kernel."""
+    D = shape.head_dim
+    attend_kernel[grid](
+        q,
+        keys,
+        values,
+        out,
+        *both,
+        pages.table,
+        pages.seat_T,
+        pages.position_T,
+        pages.tiles if tiled else pages.seat_T,
+        q.stride(0),
+        pages.table.stride(0),
+        shape.scale,
+        shape.softcap or 0.0,
+        shape.window or 0,
+        H=shape.heads,
+        K=shape.kv_heads,
+        D=D,
+        WIDE=max(16, triton.next_power_of_2(D)),
+        GROUP=shape.group,
+        TOKENS=tokens,
+        ROWS=max(16, triton.next_power_of_2(tokens * shape.group)),
+        SIZE=pages.size,
+        SPLITS=grid[2],
+        TILED=tiled,
+        CAPPED=shape.softcap is not None,
+        WINDOWED=shape.window is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        **options,
+    )

@@ -1,0 +1,217 @@
+"""The kernels of a GPU against plain arithmetic; without a GPU in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+pytest.importorskip("triton")
+
+from groundup.model import gpu, gpu_attention, gpu_layers  # noqa: E402
+from groundup.model.gpu_attention import Pages, Shape  # noqa: E402
+
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # bf16 is not interpreted
+OPTIONS = gpu.options(DEVICE)
+SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def near(found, wanted, dtype, scale=1.0):
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype] * scale
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
+
+
+def normed(x, weight, eps=1e-6):
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("B", "K", "N"), [(1, 64, 48), (3, 96, 50), (8, 200, 7)])
+def test_layer_kernels_equal_the_modules(dtype, B, K, N):
+    x, weight, bias = randn(B, K, dtype=dtype), randn(2 * N, K, dtype=dtype), randn(2 * N).to(dtype)
+    scale, residual = randn(K, dtype=dtype), randn(B, N, dtype=dtype)
+    x, wanted = x / 4, normed(x / 4, scale)
+    near(gpu_layers.rms_norm(x, None, scale, 1e-6, OPTIONS), wanted, dtype)
+    other, total = randn(B, K, dtype=dtype), x.clone()
+    found = gpu_layers.rms_norm(total, other, scale, 1e-6, OPTIONS)
+    near(total, x + other, dtype)
+    near(found, normed(x + other, scale), dtype)
+    wide = F.linear(wanted, weight, bias)
+    options = {"norm": scale, "eps": 1e-6, "options": OPTIONS}
+    near(gpu_layers.matvec(x, weight, bias, **options), wide, dtype, K**0.5)
+    near(gpu_layers.matmul(wanted, weight, bias, options=OPTIONS), wide, dtype, K**0.5)
+    gate, up = F.linear(wanted, weight).chunk(2, -1)
+    gated = F.silu(gate) * up
+    near(gpu_layers.silu_mul(torch.cat([gate, up], -1), OPTIONS), gated, dtype, 2.0)
+    found = gpu_layers.matvec(x, weight, gated=True, residual=residual, **options)
+    near(found, gated + residual, dtype, K**0.5)
+
+
+def test_draws_follow_the_share_of_cumulated_mass():
+    logits = 3 * randn(64, 9001)
+    heat = torch.rand(64, dtype=torch.float64).to(DEVICE) + 0.2
+    heat[:4] = 0
+    logits[:, 5000:] -= torch.inf  # banned
+    u = torch.rand(64, dtype=torch.float64).to(DEVICE)
+    u[4:8] = 1 - 1e-12
+    tokens = torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    gpu_layers.draw(logits, heat, u, tokens, OPTIONS)
+    assert tokens[:4].equal(logits[:4].argmax(-1))
+    mass = (logits.double() / heat.clamp(min=1e-3)[:, None]).softmax(-1).cumsum(-1)
+    at = tokens[4:, None]
+    low, high = mass[4:].gather(1, (at - 1).clamp(min=0)), mass[4:].gather(1, at)
+    low = low.where(at > 0, 0.0)
+    assert (low - 1e-5 <= u[4:, None]).all()
+    assert (u[4:, None] <= high + 1e-5).all()
+    assert (high > low).all()  # never one that is banned
+
+
+def paged(lengths, counts, shape, dtype, *, exact=False):
+    """Return pages with requests of some lengths, whose last tokens are fed, and their cache."""
+    blocks = [-(-n // SIZE) for n in lengths]
+    order = torch.randperm(sum(blocks) + 3)
+    table = torch.zeros(len(lengths), max(blocks) + 2, dtype=torch.int32)
+    start = 0
+    for row, n in zip(table, blocks, strict=True):
+        row[:n] = order[start : start + n]
+        start += n
+    seats = torch.arange(len(lengths)).repeat_interleave(torch.tensor(counts))
+    positions = torch.cat([torch.arange(n - c, n) for n, c in zip(lengths, counts, strict=True)])
+    singles = 0 if exact else sum(1 for c in counts if c == 1)
+    tiles, start, most = [], singles, gpu_attention.tile_tokens(shape.group, exact=exact)
+    for count in counts[singles:]:
+        tiles += [(start + n, min(most, count - n)) for n in range(0, count, most)]
+        start += count
+    pages = Pages(
+        table=table.to(DEVICE),
+        size=SIZE,
+        seat_T=seats.to(DEVICE),
+        position_T=positions.to(DEVICE),
+        singles=singles,
+        splits=gpu_attention.splits_of(max(1, singles), shape.kv_heads),
+        tiles=torch.tensor(tiles, dtype=torch.int32, device=DEVICE) if tiles else None,
+        exact=exact,
+    )
+    slots = (len(order) * SIZE, shape.kv_heads, shape.head_dim)
+    return pages, randn(*slots, dtype=dtype), randn(*slots, dtype=dtype)
+
+
+def plainly(q_HD, position, keys, values, pages, seat, shape):
+    """Return what one token attends to."""
+    at = torch.arange(position + 1, device=DEVICE)
+    if shape.window:
+        at = at[-shape.window :]
+    slots = pages.table[seat, at // SIZE].long() * SIZE + at % SIZE
+    k, v = (x[slots].float().repeat_interleave(shape.group, 1) for x in (keys, values))
+    scores = torch.einsum("hd,shd->hs", q_HD.float(), k) * shape.scale
+    if shape.softcap:
+        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    return torch.einsum("hs,shd->hd", scores.softmax(-1), v)
+
+
+SHAPES = [
+    Shape(4, 2, 32, 0.2),
+    Shape(6, 2, 24, 0.3, window=20),
+    Shape(2, 2, 16, 0.5, softcap=3.0),
+]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_over_pages_equals_plain_attention(shape, dtype, exact):
+    lengths, counts = [1, 70, 150, 37, 90, 140], [1, 1, 1, 5, 30, 140]
+    pages, keys, values = paged(lengths, counts, shape, dtype, exact=exact)
+    q = randn(sum(counts), (shape.heads + 2) * shape.head_dim, dtype=dtype)
+    found = gpu_attention.attend(q, keys, values, pages, shape, OPTIONS)
+    q_THD = q[:, : shape.heads * shape.head_dim].unflatten(1, (shape.heads, -1))
+    rows = zip(q_THD, pages.position_T.tolist(), pages.seat_T.tolist(), strict=True)
+    wanted = torch.stack([plainly(x, p, keys, values, pages, s, shape) for x, p, s in rows])
+    near(found, wanted.flatten(1).to(dtype), dtype)
+
+
+def test_exact_attention_does_not_depend_on_what_else_runs():
+    shape, dtype = Shape(4, 2, 32, 0.2), DTYPES[-1]
+    lengths, counts = [70, 90, 140], [1, 30, 140]
+    pages, keys, values = paged(lengths, counts, shape, dtype, exact=True)
+    q = randn(sum(counts), shape.heads * shape.head_dim, dtype=dtype)
+    together = gpu_attention.attend(q, keys, values, pages, shape, OPTIONS)
+    for row in (0, 5, 60, 170):
+        alone = Pages(
+            table=pages.table,
+            size=SIZE,
+            seat_T=pages.seat_T[row : row + 1].clone(),
+            position_T=pages.position_T[row : row + 1].clone(),
+            singles=0,
+            splits=1,
+            tiles=torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE),
+            exact=True,
+        )
+        one = gpu_attention.attend(q[row : row + 1], keys, values, alone, shape, OPTIONS)
+        assert one[0].equal(together[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+def test_keys_are_normed_turned_and_stored(dtype, norm):
+    shape = Shape(4, 2, 24, 0.2)
+    H, K, D = 4, 2, 24
+    pages, keys, values = paged([5, 40], [1, 3], shape, dtype)
+    pages.position_T[2] = -1  # padding stores nothing
+    qkv = randn(4, (H + 2 * K) * D, dtype=dtype)
+    before, old_keys, old_values = qkv.clone(), keys.clone(), values.clone()
+    cosine, sine = randn(64, D // 2), randn(64, D // 2)
+    norms = (randn(D, dtype=dtype), randn(D, dtype=dtype)) if norm else None
+    gpu_attention.store(qkv, keys, values, norms, 1e-6, (cosine, sine), pages, shape, OPTIONS)
+    q, k, v = before.unflatten(1, (-1, D)).split([H, K, K], 1)
+    if norms:
+        q, k = normed(q, norms[0]), normed(k, norms[1])
+    at = pages.position_T.long()
+    cos, sin = (torch.cat([x, x], -1)[at.clamp(min=0)][:, None] for x in (cosine, sine))
+    q, k = (
+        (x * cos + torch.cat([-x[..., D // 2 :], x[..., : D // 2]], -1) * sin).to(dtype)
+        for x in (q, k)
+    )
+    near(qkv[:, : H * D], q.flatten(1), dtype, 4.0)
+    slots = pages.table[pages.seat_T, at // SIZE].long() * SIZE + at % SIZE
+    stay = at >= 0
+    old_keys[slots[stay]], old_values[slots[stay]] = k[stay], v[stay]
+    near(keys, old_keys, dtype, 4.0)
+    assert values.equal(old_values)
+
+
+def test_ids_are_taken_from_the_last_step_and_blocks_written():
+    inputs = torch.tensor([[-1, 0, 2], [7, 0, 0], [-1, 5, 0], [0, 31, 32]], device=DEVICE)
+    tokens = torch.tensor([11, 12, 13], device=DEVICE)
+    table = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE)
+    ids = gpu_layers.take(inputs, tokens, table, OPTIONS)
+    assert ids.tolist() == [7, 11, 13]
+    assert table.flatten().tolist() == [32, 0, 0, 0, 0, 31, 0, 0]
+
+
+def test_joined_weights_stay_where_they_are_read():
+    parts = [torch.nn.Parameter(randn(n, 8)) for n in (4, 2, 2)]
+    values = torch.cat([p.detach().clone() for p in parts])
+    whole = gpu.join(*parts)
+    assert whole.equal(values)
+    assert torch.cat(list(parts)).equal(values)
+    with torch.no_grad():
+        parts[1].add_(1)
+    assert whole[4:6].equal(parts[1])
+    again = gpu.join(*parts)
+    assert again.data_ptr() == whole.data_ptr()
+    assert again.equal(whole)
