@@ -111,6 +111,8 @@ def matvec_kernel(
         gdc_wait()
     for m in tl.static_range(M):
         x_K = tl.load(x + m * K + k, mask=inside & (m < B), other=0.0)
+        if ADD:
+            before = tl.load(residual + m * N + n, mask=wanted & (m < B), other=0.0)
         dtype = x_K.dtype
         if NORM:
             wide = x_K.to(tl.float32)
@@ -128,7 +130,6 @@ def matvec_kernel(
             up = tl.sum(up_NK.to(tl.float32) * wide_K, 1).to(dtype)
             result = (gated * up.to(tl.float32)).to(dtype)
         if ADD:
-            before = tl.load(residual + m * N + n, mask=wanted & (m < B), other=0.0)
             result = (before.to(tl.float32) + result.to(tl.float32)).to(dtype)
         tl.store(out + m * N + n, result, mask=wanted & (m < B))
 
