@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from groundup.core.device import Device
 from groundup.core.errors import ConfigError
@@ -129,11 +130,11 @@ def timed(
     context = config.max_position_embeddings
     ids = torch.randint(config.vocab_size, (rows, context), device=device.device)
     batch: list[MicroBatch] = [{"ids": ids, "targets": ids}]
-    forward: Any = model
+    forward: nn.Module | None = model
     if compile:
         forward = compiled(model, objective, batch[0], device.device, DTYPES[dtype])
-        if forward is model:
-            return Timing(config, 0.0, 0)
+    if forward is None:
+        return Timing(config, 0.0, 0)
     times = []
     for _ in range(TIMED_STEPS + 1):  # the first one warms up
         start = time.perf_counter()
