@@ -94,11 +94,11 @@ def gap(mine, other):
     return max(float((mine[n] - other[n]).norm() / (other[n].norm() + 1e-8)) for n in other)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [(family, False) for family in FAMILIES] + [(n, True) for n in ("llama", "mistral", "gemma2")],
+)
 def test_loss_and_gradients_are_those_of_the_cpu(family, packed):
-    if packed and family in ("qwen2", "olmo2", "qwen3_moe"):
-        pytest.skip("nothing of its own")
     batch = batch_of(packed=packed)
     wanted, grads = step(model_of(family), batch, CPU)
     loss, found = step(model_of(family), batch, CUDA)
@@ -208,7 +208,7 @@ def test_the_softmax_kernel_is_the_plain_one(vocab, z_loss, softcap, dtype):
 
 def test_the_loss_of_a_large_vocabulary_is_torchs():
     torch.manual_seed(0)
-    hidden = torch.randn(777, 64, device=CUDA, dtype=torch.bfloat16).requires_grad_()
+    hidden = (torch.randn(777, 64, device=CUDA) / 4).bfloat16().requires_grad_()
     head = torch.randn(50_257, 64, device=CUDA).requires_grad_()
     targets = torch.randint(50_257, (777,), device=CUDA)
     linear_cross_entropy(hidden, head, targets)[0].backward()
