@@ -7,6 +7,7 @@ and of the logits only one piece is alive (after Hsu et al. 2024, arXiv 2410.109
 Shape suffixes: N positions, n those of one piece, E hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,19 +69,26 @@ def losses_and_gradients(
         kept_N = (targets_N != IGNORE).nonzero().squeeze(-1)
         rows = rows_of_a_piece(hidden_NE, len(head_VE), len(kept_N))
         buffer_nV = room_for_logits(hidden_NE, rows, len(head_VE))
-        for kept_n in kept_N.split(rows):
-            hidden_nE, targets_n = hidden_NE[kept_n], targets_N[kept_n]
-            logits_nV = torch.mm(hidden_nE, head_VE.mT, out=buffer_nV[: len(kept_n)])
+        for at_n in pieces(kept_N, len(targets_N), rows):
+            hidden_nE, targets_n = hidden_NE[at_n], targets_N[at_n]
+            logits_nV = torch.mm(hidden_nE, head_VE.mT, out=buffer_nV[: len(targets_n)])
             d_nV, nll_n, log_z_n = softmax(logits_nV, targets_n, z_loss, softcap, wanted)
             nll = nll_n.sum()
             sums += torch.stack((nll + z_loss * log_z_n.square().sum(), nll))
             if not wanted:
                 continue
             d_nV = d_nV.to(head_VE.dtype)
-            d_hidden_NE[kept_n] = d_nV @ head_VE
+            d_hidden_NE[at_n] = d_nV @ head_VE
             if trained:
                 add_product(d_head_VE, d_nV.mT, hidden_nE)
         return sums, d_hidden_NE, d_head_VE
+
+
+def pieces(kept_N: Tensor, N: int, rows: int) -> Sequence[Tensor | slice]:
+    """Return where pieces lie: side by side where every position has a target."""
+    if len(kept_N) == N:
+        return [slice(n, n + rows) for n in range(0, N, rows)]
+    return kept_N.split(rows)
 
 
 def rows_of_a_piece(hidden_NE: Tensor, V: int, count: int) -> int:
