@@ -8,15 +8,17 @@ from groundup.model import loss, native
 from groundup.model.loss import linear_cross_entropy
 
 
-@pytest.mark.parametrize("pieces", [1, 2**30])
+@pytest.mark.parametrize("holes", [True, False])
+@pytest.mark.parametrize("pieces", [1, 400, 2**30])
 @pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, None), (0.1, None), (0.1, 3.0)])
-def test_pieces_equal_all_logits(pieces, z_loss, softcap, monkeypatch):
+def test_pieces_equal_all_logits(pieces, holes, z_loss, softcap, monkeypatch):
     monkeypatch.setitem(loss.PIECE_LOGITS, "cpu", pieces)
     torch.manual_seed(0)
     hidden = torch.randn(37, 16, dtype=torch.float64, requires_grad=True)
     head = torch.randn(29, 16, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 29, (37,))
-    targets[::5] = -100
+    if holes:
+        targets[::5] = -100
     sums = linear_cross_entropy(hidden, head, targets, z_loss=z_loss, softcap=softcap)
     found = torch.autograd.grad(sums[0] * 0.37, (hidden, head))
     logits = hidden @ head.T

@@ -73,7 +73,7 @@ def metavar(hint: Any) -> str:
     """Return how a value of this type is called in the help."""
     if typing.get_origin(hint) is typing.Literal:
         return "{" + ",".join(map(str, typing.get_args(hint))) + "}"
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return metavar(next(arg for arg in typing.get_args(hint) if arg is not type(None)))
     if typing.get_origin(hint) is tuple:
         return metavar(typing.get_args(hint)[0])

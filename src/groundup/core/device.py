@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from groundup.core.errors import ConfigError
+from groundup.core.run import peak_memory_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,27 @@ def pick(name: str | None = None, dtype: str | None = None) -> Device:
     """Return the named device, or the best there is: CUDA, then MPS, then the CPU."""
     import torch
 
+    device = place(name)
+    route_products()
+    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype is not None and dtype not in known:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(known)}")
+    chosen = known[dtype] if dtype else fastest_dtype(device)
+    short = next(label for label, value in known.items() if value is chosen)
+    if device.type == "cuda":
+        what = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        what = f"{torch.get_num_threads()} threads"
+    else:
+        what = "Apple GPU"
+    together = f", {process()[1]} ranks" if process()[1] > 1 else ""
+    return Device(device, chosen, f"{device}, {what}, {short}{together}")
+
+
+def place(name: str | None = None) -> "torch.device":
+    """Return the named device, tried out, or the best there is."""
+    import torch
+
     if name is None:
         name = (
             "cuda"
@@ -51,20 +73,29 @@ def pick(name: str | None = None, dtype: str | None = None) -> Device:
     except (RuntimeError, AssertionError) as err:
         reason = str(err).splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here ({reason}): try cpu") from err
-    route_products()
-    known = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if dtype is not None and dtype not in known:
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(known)}")
-    chosen = known[dtype] if dtype else fastest_dtype(device)
-    short = next(label for label, value in known.items() if value is chosen)
+    return device
+
+
+def training_dtype(name: str | None = None, dtype: str | None = None) -> str:
+    """Return the dtype asked for; else bf16 on a GPU that has it, and fp32 anywhere else.
+
+    A rule rather than a timing, so that a resumed run has the dtype of the first.
+    """
+    if dtype is not None:
+        return dtype
+    import torch
+
+    device = place(name)
+    return "bf16" if device.type == "cuda" and fastest_dtype(device) is torch.bfloat16 else "fp32"
+
+
+def peak_memory(device: "torch.device") -> int:
+    """Return the peak of the GPU's memory, or of the process's where there is none."""
+    import torch
+
     if device.type == "cuda":
-        what = torch.cuda.get_device_name(device)
-    elif device.type == "cpu":
-        what = f"{torch.get_num_threads()} threads"
-    else:
-        what = "Apple GPU"
-    together = f", {process()[1]} ranks" if process()[1] > 1 else ""
-    return Device(device, chosen, f"{device}, {what}, {short}{together}")
+        return torch.cuda.max_memory_allocated(device)
+    return peak_memory_bytes()
 
 
 @cache
@@ -130,7 +161,7 @@ def matmul_flops_per_s(device: "torch.device", dtype: "torch.dtype") -> float:
     import torch
 
     size = 8192 if device.type == "cuda" else 1024
-    square = torch.ones(size, size, device=device, dtype=dtype)
+    square = torch.rand(size, size, device=device).to(dtype)  # a GPU is faster with equal numbers
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()

@@ -198,6 +198,7 @@ def run_stage(
         "outputs": list_outputs(out),
         "seconds": round(time.time() - started, 2),
         "peak_memory_bytes": peak_memory_bytes(),
+        **gpu_memory(),
         "resumed": status == "resume",
         "versions": library_versions(),
     }
@@ -262,11 +263,25 @@ def library_versions() -> dict[str, str]:
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak of resident memory, where the system (Linux) offers it."""
+    """Start a new peak of resident memory, where the system (Linux) offers it, and of a GPU's."""
+    if (gpu := used_gpu()) is not None:
+        gpu.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+def used_gpu() -> Any:
+    """Return torch.cuda if this process has used it; torch is not imported for the question."""
+    gpu = getattr(sys.modules.get("torch"), "cuda", None)
+    return gpu if gpu is not None and gpu.is_initialized() else None
+
+
+def gpu_memory() -> dict[str, int]:
+    """Return the peak of the GPU's memory, where one was used."""
+    gpu = used_gpu()
+    return {} if gpu is None else {"gpu_peak_memory_bytes": gpu.max_memory_allocated()}
 
 
 def peak_memory_bytes() -> int:

@@ -1,7 +1,8 @@
 """What positions look at, and causal attention on a CPU, forward and backward, in training.cpp.
 
 There a query looks at a stretch of keys that ends with itself: packed documents and sliding
-windows are such stretches, so no mask is made, and what is masked is not computed.
+windows are such stretches, so no mask is made, and what is masked is not computed. On a GPU they
+are masks of blocks (`flex`).
 
 Shape suffixes: B batch, H query heads, K key/value heads, T positions, D size of a head.
 """
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
-from groundup.model import native
+from groundup.model import flex, native
 
 DTYPES = (torch.float32, torch.bfloat16)
 P, L, N, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -31,17 +33,21 @@ class Reach:
     window: int | None = None
     made_first: Tensor | None = None
     made_mask: Tensor | None = None
+    blocks: BlockMask | None = None
 
     def first(self) -> Tensor | None:
         """Return the first place [B, T] that each looks at, int32; None is the very first."""
-        if self.made_first is None and (self.segments_BT is not None or self.window is not None):
+        window = self.window
+        if window is not None and window >= self.ids_BT.shape[1]:
+            window = None  # it holds the whole row
+        if self.made_first is None and (self.segments_BT is not None or window is not None):
             first_BT = torch.zeros_like(self.ids_BT, dtype=torch.int32)
             places_T = torch.arange(first_BT.shape[1], device=first_BT.device, dtype=torch.int32)
             if self.segments_BT is not None:
                 same_BT = self.segments_BT[:, 1:] == self.segments_BT[:, :-1]
                 first_BT[:, 1:] = places_T[1:].masked_fill(same_BT, 0).cummax(-1).values
-            if self.window is not None:
-                first_BT = torch.maximum(first_BT, places_T - self.window + 1)
+            if window is not None:
+                first_BT = torch.maximum(first_BT, places_T - window + 1)
             self.made_first = first_BT
         return self.made_first
 
@@ -51,6 +57,19 @@ class Reach:
         if self.made_mask is None and first_BT is not None:
             self.made_mask = looked_at(first_BT)
         return self.made_mask
+
+    def prepare(self, *, capped: bool) -> None:
+        """Make the mask of blocks that all layers share, where there is a use for it.
+
+        Without stretches torch's causal kernels need none, but they cannot cap scores.
+        """
+        if not flex.worthwhile(self.ids_BT):
+            return
+        first_BT = self.first()
+        if first_BT is None and capped:
+            first_BT = torch.zeros_like(self.ids_BT, dtype=torch.int32)
+        if first_BT is not None:
+            self.blocks = flex.block_mask(first_BT)
 
 
 def looked_at(first_BT: Tensor) -> Tensor:

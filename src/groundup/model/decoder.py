@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from groundup.model import attention
+from groundup.model import attention, flex
 from groundup.model.config import ModelConfig
 from groundup.model.fused import RMSNormed, SwiGLU, worthwhile
 from groundup.model.loss import IGNORE, linear_cross_entropy
@@ -123,6 +123,8 @@ class Attention(nn.Module):
         v_BKTD = v_BTKD.transpose(1, 2)
         if self.softcap is None and attention.takes(q_BHTD, k_BKTD, v_BKTD):
             out_BHTD = attention.causal_attention(q_BHTD, k_BKTD, v_BKTD, reach.first(), self.scale)
+        elif reach.blocks is not None and q_BHTD.dtype in flex.DTYPES:
+            out_BHTD = flex.attend(q_BHTD, k_BKTD, v_BKTD, reach.blocks, self.scale, self.softcap)
         else:
             mask = reach.mask()
             out_BHTD = self.attend(q_BHTD, k_BKTD, v_BKTD, mask, causal=mask is None)
@@ -333,15 +335,22 @@ class Stack(nn.Module):
                 padded = -(-most // PADDED_TO) * PADDED_TO
                 if padded < T:
                     check_length(T, most)
-            positions = torch.arange(T, device=ids_BT.device).expand(B, T)
+            rows = 1 if cache is None else B  # alike, unless a cache shifts them
+            positions = torch.arange(T, device=ids_BT.device).expand(rows, T)
         rotary = local_rotary = rotary_table(positions, config, cached=cache is not None)
         if config.sliding_window is not None and config.rope_local_base_freq is not None:
             local_rotary = rotary_table(positions, config, local=True)
+        reach = local_reach = attention.Reach(ids_BT, segments)
+        if config.sliding_window is not None:
+            local_reach = attention.Reach(ids_BT, segments, config.sliding_window)
+        if cache is None:
+            for every in (reach, local_reach):
+                every.prepare(capped=config.attn_logit_softcapping is not None)
         context = Context(
             rotary,
             local_rotary,
-            attention.Reach(ids_BT, segments),
-            attention.Reach(ids_BT, segments, config.sliding_window),
+            reach,
+            local_reach,
             cache,
             routing.append if routing is not None else None,
         )

@@ -95,6 +95,8 @@ def training_peak(model: Network, length: int, batch: int, dtype: torch.dtype) -
             loss = summed_loss(model, length, batch)
         piece = min(PIECE_LOGITS["cpu"], batch * length * model.config.vocab_size)
         held = alive.now + 2 * 4 * piece  # the loss's own: logits, and their gradient's
+        if dtype != torch.float32:  # and the head in it
+            held += model.config.vocab_size * model.config.hidden_size * dtype.itemsize
         loss.backward()  # type: ignore[no-untyped-call]
     model.zero_grad(set_to_none=True)
     return max(alive.peak, held)

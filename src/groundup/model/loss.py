@@ -7,15 +7,17 @@ and of the logits only one piece is alive (after Hsu et al. 2024, arXiv 2410.109
 Shape suffixes: N positions, n those of one piece, E hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from groundup.model import native
+from groundup.model import loss_kernel, native
 
 IGNORE = -100  # a target that counts for nothing, as in torch's cross-entropy
-PIECE_LOGITS = {"cpu": 2**21, "cuda": 2**27}  # logits alive at a time: what stays in a cache
+PIECE_LOGITS = {"cpu": 2**21}  # logits alive at a time: what stays in a cache
+PIECE_BYTES = 2**30  # of them on a GPU: the head's gradient is read and written once a piece
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -38,7 +40,7 @@ def linear_cross_entropy(
     trained = torch.is_grad_enabled() and head_VE.requires_grad  # not so below an adapter
     wanted = trained or (torch.is_grad_enabled() and hidden_NE.requires_grad)
     sums, _, _ = losses_and_gradients(
-        hidden_NE.to(dtype), head_VE.to(dtype), targets_N, z_loss, softcap or 0.0, wanted, trained
+        hidden_NE.to(dtype), head_VE, targets_N, z_loss, softcap or 0.0, wanted, trained
     )
     return sums
 
@@ -55,37 +57,76 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the two sums, and the gradients of the first by hidden states and a trained head.
 
-    One operator of its own, so that torch.compile takes it as it is.
+    Products are in the hidden states' dtype, the head's gradient is added up in fp32. One operator
+    of its own, so that torch.compile takes it as it is.
     """
     with torch.autocast(hidden_NE.device.type, enabled=False):
         wide = torch.promote_types(hidden_NE.dtype, torch.float32)
         sums = hidden_NE.new_zeros(2, dtype=wide)
         d_hidden_NE = torch.zeros_like(hidden_NE) if wanted else hidden_NE.new_empty(0)
         d_head_VE = torch.zeros_like(head_VE, dtype=wide) if trained else hidden_NE.new_empty(0)
+        head_VE = head_VE.to(hidden_NE.dtype)
         kept_N = (targets_N != IGNORE).nonzero().squeeze(-1)
-        rows = max(1, PIECE_LOGITS.get(hidden_NE.device.type, 2**24) // len(head_VE))
-        for kept_n in kept_N.split(rows):
-            hidden_nE, targets_n = hidden_NE[kept_n], targets_N[kept_n]
-            logits_nV = hidden_nE @ head_VE.mT
-            in_kernel = not softcap and logits_nV.dtype in KERNEL_DTYPES
-            if in_kernel and logits_nV.device.type == "cpu" and native.training() is not None:
-                nll_n, log_z_n = kernel(logits_nV, targets_n, z_loss, wanted)
-                d_nV = logits_nV
-            else:
-                d_nV, nll_n, log_z_n = plain(logits_nV.to(wide), targets_n, z_loss, softcap, wanted)
+        rows = rows_of_a_piece(hidden_NE, len(head_VE), len(kept_N))
+        buffer_nV = room_for_logits(hidden_NE, rows, len(head_VE))
+        for at_n in pieces(kept_N, len(targets_N), rows):
+            hidden_nE, targets_n = hidden_NE[at_n], targets_N[at_n]
+            logits_nV = torch.mm(hidden_nE, head_VE.mT, out=buffer_nV[: len(targets_n)])
+            d_nV, nll_n, log_z_n = softmax(logits_nV, targets_n, z_loss, softcap, wanted)
             nll = nll_n.sum()
             sums += torch.stack((nll + z_loss * log_z_n.square().sum(), nll))
             if not wanted:
                 continue
             d_nV = d_nV.to(head_VE.dtype)
-            d_hidden_NE[kept_n] = d_nV @ head_VE
-            if not trained:
-                continue
-            if d_head_VE.dtype == d_nV.dtype:
-                d_head_VE.addmm_(d_nV.mT, hidden_nE)
-            else:
-                d_head_VE += d_nV.mT @ hidden_nE
+            d_hidden_NE[at_n] = d_nV @ head_VE
+            if trained:
+                add_product(d_head_VE, d_nV.mT, hidden_nE)
         return sums, d_hidden_NE, d_head_VE
+
+
+def pieces(kept_N: Tensor, N: int, rows: int) -> Sequence[Tensor | slice]:
+    """Return where pieces lie: side by side where every position has a target."""
+    if len(kept_N) == N:
+        return [slice(n, n + rows) for n in range(0, N, rows)]
+    return kept_N.split(rows)
+
+
+def rows_of_a_piece(hidden_NE: Tensor, V: int, count: int) -> int:
+    """Return how many of `count` rows go through the softmax at a time; even pieces on a GPU."""
+    if hidden_NE.device.type != "cuda":
+        return max(1, PIECE_LOGITS.get(hidden_NE.device.type, 2**24) // V)
+    most = max(1, PIECE_BYTES // hidden_NE.element_size() // V)
+    each = -(-count // max(1, -(-count // most)))
+    return max(1, -(-each // 128) * 128)
+
+
+def room_for_logits(hidden_NE: Tensor, rows: int, V: int) -> Tensor:
+    """Return [rows, V] to be written; rows start where products on a GPU are fast."""
+    padded = -(-V // 64) * 64 if hidden_NE.device.type == "cuda" else V
+    return hidden_NE.new_empty(min(rows, len(hidden_NE)), padded)[:, :V]
+
+
+def softmax(
+    logits_nV: Tensor, targets_n: Tensor, z_loss: float, softcap: float, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gradients by logits, if wanted, losses and log(Z); by a kernel where there is one."""
+    if loss_kernel.takes(logits_nV):
+        return logits_nV, *loss_kernel.cross_entropy(logits_nV, targets_n, z_loss, softcap, wanted)
+    in_kernel = not softcap and logits_nV.dtype in KERNEL_DTYPES
+    if in_kernel and logits_nV.device.type == "cpu" and native.training() is not None:
+        return logits_nV, *kernel(logits_nV, targets_n, z_loss, wanted)
+    wide = torch.promote_types(logits_nV.dtype, torch.float32)
+    return plain(logits_nV.to(wide), targets_n, z_loss, softcap, wanted)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product of matrices to a sum, in the sum's dtype if that is wider."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 def kernel(

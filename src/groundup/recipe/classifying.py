@@ -62,7 +62,8 @@ def classify(config: ClassifyConfig, out: Path) -> dict[str, Any]:
     sizes = sorted({min(size, len(train)) for size in config.sizes or default_sizes(train, labels)})
     samples = nested_samples(train, sizes, config.seed)
     show_counts(train, test, labels, counts)
-    device = devices.pick(config.device, config.dtype)
+    dtype = devices.training_dtype(config.device, config.dtype)
+    device = devices.pick(config.device, dtype)
     say(f"  device: {device.line}")
     bench = Bench(config, labels, test, small_tokenizer(config, train, out), out, device)
     results: dict[str, list[dict[str, Any]]] = {
@@ -335,7 +336,7 @@ def learn(
         adam_learning_rate=config.adam_learning_rate or others,
         warmup_fraction=0.1,
         weight_decay=0.01,
-        dtype=config.dtype,
+        dtype=devices.training_dtype(config.device, config.dtype),  # type: ignore[arg-type]
         seed=config.seed,
         checkpoint_every=max(200, steps // 3),
     )

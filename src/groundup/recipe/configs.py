@@ -150,7 +150,9 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     steps: int = field(500, help="optimizer steps")
     learning_rate: float = field(0.02, help="peak rate of Muon (matrices)")
     adam_learning_rate: float = field(0.003, help="peak rate of AdamW (embeddings, norms)")
-    dtype: Literal["fp32", "bf16", "fp16"] = field("fp32", help="dtype of matrix products")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = field(
+        None, help="dtype of matrix products; unset: bf16 on a GPU that has it, else fp32"
+    )
     compile: bool = field(False, help="use torch.compile")
     seed: int = field(1, help="seed of weights and data order")
     checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
@@ -218,7 +220,9 @@ class ReadingConfig:
     batch_size: int = field(16, help="windows in an optimizer step")
     learning_rate: float = field(0.005, help="peak rate of Muon (matrices)")
     adam_learning_rate: float = field(0.0005, help="peak rate of AdamW (embeddings, norms, head)")
-    dtype: Literal["fp32", "bf16"] = field("fp32", help="dtype of matrix products")
+    dtype: Literal["fp32", "bf16"] | None = field(
+        None, help="dtype of matrix products; unset: bf16 on a GPU that has it, else fp32"
+    )
     seed: int = field(1, help="seed of the new head, the split and the order")
     checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
@@ -316,7 +320,9 @@ class ClassifyConfig:
     adam_learning_rate: float | None = field(
         None, help="peak rate of AdamW (the rest); unset: 0.003 from random weights, else 0.0005"
     )
-    dtype: Literal["fp32", "bf16"] = field("fp32", help="dtype of the networks' matrix products")
+    dtype: Literal["fp32", "bf16"] | None = field(
+        None, help="dtype of the networks' matrix products; unset: bf16 on a GPU, else fp32"
+    )
     max_test_rows: int = field(1000, help="test texts scored, drawn by seed")
     seed: int = field(1, help="seed of samples, weights and order")
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundup.core import config as configs
+from groundup.core.device import training_dtype
 from groundup.core.errors import ConfigError, closest, need
 from groundup.core.metrics import MetricsLog
 from groundup.data import Shard
@@ -37,7 +38,9 @@ def evaluation_hook(
     tasks = [read_task(path, limit=config.eval_limit, seed=config.seed) for path in config.tasks]
     if not documents and not tasks:
         return None
-    lm = NeuralLM(model, tok.eos_token_id, dtype=DTYPES[config.dtype])
+    lm = NeuralLM(
+        model, tok.eos_token_id, dtype=DTYPES[training_dtype(config.device, config.dtype)]
+    )
     texts = [tok.decode([int(i) for i in d if i != tok.eos_token_id]) for d in documents]
     num_bytes = sum(len(text.encode()) for text in texts)
     log = MetricsLog(out / "evals.jsonl")

@@ -15,7 +15,6 @@ from groundup.core.errors import ConfigError
 from groundup.core.files import read_json, write_json
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say, show_table
-from groundup.core.run import peak_memory_bytes
 from groundup.data import Shard, open_shard
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters
@@ -204,7 +203,7 @@ def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str
     return replace(config, **values, max_position_embeddings=made["context"]), made
 
 
-def outcome(made: dict[str, Any], out: Path) -> dict[str, Any]:
+def outcome(made: dict[str, Any], out: Path, device: torch.device) -> dict[str, Any]:
     """Print what the plan expected beside what came; return both."""
     expected = made.get("predicted") or {}
     if not expected:
@@ -212,7 +211,7 @@ def outcome(made: dict[str, Any], out: Path) -> dict[str, Any]:
     rows = MetricsLog.read(out / "metrics.jsonl")
     came: dict[str, float] = {
         "seconds": sum(row["seconds"] for row in rows),
-        "memory_bytes": float(peak_memory_bytes()),
+        "memory_bytes": float(devices.peak_memory(device)),
     }
     scored = [row["bits_per_byte"] for row in read_evaluations(out) if "bits_per_byte" in row]
     if scored:

@@ -12,7 +12,7 @@ from groundup.core import device as devices
 from groundup.core.errors import ConfigError
 from groundup.core.files import read_json
 from groundup.core.progress import console, say
-from groundup.core.run import FINISHED, peak_memory_bytes
+from groundup.core.run import FINISHED
 from groundup.core.types import SamplingParams
 from groundup.data import Shard, open_shard
 from groundup.figure import LiveTraining
@@ -30,7 +30,7 @@ from groundup.recipe.monitoring import (
     tracking,
 )
 from groundup.recipe.planning import outcome, planned
-from groundup.recipe.shared import fit_settings, for_ranks, shards_of
+from groundup.recipe.shared import fit_settings, for_ranks, shards_of, with_dtype
 from groundup.recipe.sources import show_epochs, token_source, with_phases
 from groundup.recipe.starting import check_start, continued_decoder, within_positions
 from groundup.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     """Train on the training split; write `model/`, checkpoints and metrics.jsonl."""
     check_start(config)
     config, made = planned(config, out)
-    config = for_ranks(with_phases(config))
+    config = for_ranks(with_phases(with_dtype(config)))
     if config.objective.startswith("mlm"):
         if config.tasks:
             raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
@@ -67,6 +67,8 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     else:
         model = continued_decoder(config.init, tok)
         config = within_positions(config, model.config.max_position_embeddings)
+    if here().size == 1:  # hooks take the model as it lies
+        model.to(device.device)
     size = num_parameters(model.config)
     say(f"  device: {device.line}; {size / 1e6:.2f}M parameters; {config.steps:,} steps")
     source = token_source(config, tok, train)
@@ -107,7 +109,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
         return {}
     save_model(model, tok, out / "model")
     return {
-        **(outcome(made, out) if made else {}),
+        **(outcome(made, out, device.device) if made else {}),
         **show_epochs(source),
         "parameters": size,
         "steps": config.steps,
@@ -172,7 +174,8 @@ def watch(
     config: PretrainConfig,
 ) -> Callable[[State], None]:
     """Return what draws the loss."""
-    peak = devices.matmul_flops_per_s(place, DTYPES[config.dtype]) * here().size
+    dtype = DTYPES[devices.training_dtype(config.device, config.dtype)]
+    peak = devices.matmul_flops_per_s(place, dtype) * here().size
     flops_per_token = train_flops_per_token(shape, config.max_position_embeddings)
 
     def run(state: State) -> None:
@@ -180,7 +183,7 @@ def watch(
         left_s = metrics["seconds"] * (state.steps - state.step)
         rate = metrics["tokens"] / metrics["seconds"]
         share = rate * flops_per_token / peak
-        note = f"{share:.0%} of matmul   {memory_bytes(place) / 1e9:.1f} GB   "
+        note = f"{share:.0%} of matmul   {devices.peak_memory(place) / 1e9:.1f} GB   "
         live.update(state.step, metrics["loss"] * bits_per_nat, rate, left_s, note)
 
     return run
@@ -217,10 +220,3 @@ def speaking_hook(
             spoken = time.monotonic()
 
     return Hook(1 if alone else steps_between(config), run, looks=True)
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Return the peak of the GPU's memory, or of the process's where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_memory_bytes()

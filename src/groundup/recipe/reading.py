@@ -28,7 +28,8 @@ from groundup.train.windows import cut_windows, span_rows
 def read_spans(config: ReadingConfig, out: Path) -> dict[str, Any]:
     """Train on windows of the contexts; write `model/`, predictions.json and scores."""
     tok = Tokenizer.load(config.model)
-    device = devices.pick(config.device, config.dtype)
+    dtype = devices.training_dtype(config.device, config.dtype)
+    device = devices.pick(config.device, dtype)
     torch.manual_seed(config.seed)
     model = span_model(config.model)
     tok.need_rows(model.config.vocab_size, config.model)
@@ -48,7 +49,7 @@ def read_spans(config: ReadingConfig, out: Path) -> dict[str, Any]:
         adam_learning_rate=config.adam_learning_rate,
         warmup_fraction=0.1,
         weight_decay=0.01,
-        dtype=config.dtype,
+        dtype=dtype,  # type: ignore[arg-type]
         seed=config.seed,
         checkpoint_every=config.checkpoint_every,
     )

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from groundup.core.device import training_dtype
 from groundup.core.errors import ConfigError
 from groundup.core.files import read_json
 from groundup.core.progress import say
@@ -40,6 +41,12 @@ def make_shards(corpus: Path, tok: Tokenizer, folder: Path) -> None:
     """Write shards of a corpus, unless they are there."""
     if not (folder / "index.json").is_file():
         write_shards(corpus, tok, folder)
+
+
+def with_dtype(config: PretrainConfig) -> PretrainConfig:
+    """Return the config with the dtype that its device takes, where none is asked for."""
+    dtype: Any = training_dtype(config.device, config.dtype)
+    return dataclasses.replace(config, dtype=dtype)
 
 
 def for_ranks(config: PretrainConfig) -> PretrainConfig:

@@ -48,7 +48,7 @@ EFFICIENCY = 0.7  # of pretraining's tokens/s without compiling: short rows, pad
 def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     """Fine-tune on conversations; the audit says first what will be learned from."""
     tok = Tokenizer.load(config.model)
-    device = devices.pick(config.device, planned_dtype(config.plan))
+    device = devices.pick(config.device, planned_dtype(config))
     model = load_model(config.model, device=device.device)
     tok.need_rows(model.config.vocab_size, config.model)
     adapter = adapt(model, config)
@@ -131,7 +131,7 @@ def make_preferences(config: PreferencesConfig, out: Path) -> dict[str, Any]:
 def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     """Run DPO against the starting model; its log-probabilities are computed once, up front."""
     tok = Tokenizer.load(config.model)
-    device = devices.pick(config.device, planned_dtype(config.plan))
+    device = devices.pick(config.device, planned_dtype(config))
     model = load_model(config.model, device=device.device)
     tok.need_rows(model.config.vocab_size, config.model)
     adapter = adapt(model, config)
@@ -195,9 +195,10 @@ def answer_row(tok: Tokenizer, prompt: list[Message], answer: list[Message]) -> 
     return rendered.ids, trainable
 
 
-def planned_dtype(plan: Path | None) -> str:
-    """Return the dtype that the plan measured, or fp32."""
-    return str(read_plan(plan)["dtype"]) if plan else "fp32"
+def planned_dtype(config: FinetuneConfig | AlignConfig) -> str:
+    """Return the dtype that the plan measured, or what the device trains in by itself."""
+    asked = str(read_plan(config.plan)["dtype"]) if config.plan else None
+    return devices.training_dtype(config.device, asked)
 
 
 def planned_steps(
@@ -240,7 +241,7 @@ def train(
     device: devices.Device,
 ) -> dict[str, float]:
     """Run the one loop with a live curve; write `model/`, and `adapter/` where one is trained."""
-    fit_config = fit_settings(config, steps=steps, dtype=planned_dtype(config.plan))
+    fit_config = fit_settings(config, steps=steps, dtype=planned_dtype(config))
     say(f"  device: {device.line}; {steps:,} steps, {steps / source.steps_per_epoch:.2f} epochs")
     write, read = checkpoint_files(model, tok, config)
     with LiveTraining(console, steps=steps, unit="loss") as live:

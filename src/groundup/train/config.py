@@ -35,6 +35,9 @@ class LoopOptions:
     gradient_checkpointing: bool = field(
         False, help="compute activations again instead of keeping them", semantic=False
     )
+    deterministic: bool = field(
+        False, help="the same bits every time on a GPU too, slower; a CPU's always are"
+    )
     on_bad_step: Literal["stop", "skip"] = field(
         "stop", help="what to do at a loss that is not finite, or a spike"
     )

@@ -19,6 +19,7 @@ from types import FrameType
 import torch
 from torch import nn
 
+from groundup.core.device import peak_memory
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say
 from groundup.train.average import Average, copy_into
@@ -29,11 +30,13 @@ from groundup.train.checkpoint import (
     Saver,
     Training,
     WriteModel,
+    list_checkpoints,
     load_checkpoint,
     read_trained,
     trained,
 )
 from groundup.train.config import FitConfig
+from groundup.train.gpu import faults, repeatable
 from groundup.train.guard import Guard, LossScale
 from groundup.train.objectives import Objective
 from groundup.train.optim import make_optimizers
@@ -109,20 +112,26 @@ def fit(
     if ranks.first:
         log.truncate_after(first_step)
     state = State(first_step, config.steps, whole)
-    forward = model
-    with checkpointed_activations(model, config.gradient_checkpointing), interrupts() as stop:
+    forward = None if config.compile else model
+    with (
+        checkpointed_activations(model, config.gradient_checkpointing),
+        faults(device, partial(left, saver.folder, state)),
+        interrupts() as stop,
+    ):
         try:
             for step in range(first_step, config.steps):
                 started = time.perf_counter()
                 batch = source.next_step()
-                if config.compile and forward is model:
-                    micro = to_device(batch[0], device)
-                    forward = compiled(model, objective, micro, device, dtype)
                 rate = set_rates(training.optimizers, step, config)
-                metrics = optimizer_step(training, partial(run_step, forward), batch, step, config)
+                with repeatable(config.deterministic, device):
+                    if forward is None:
+                        micro = to_device(batch[0], device)
+                        forward = compiled(model, objective, micro, device, dtype) or model
+                    backward = partial(run_step, forward)
+                    metrics = optimizer_step(training, backward, batch, step, config)
                 state.step = step + 1
                 seconds = time.perf_counter() - started
-                state.metrics = metrics | {"lr": rate, "seconds": seconds}
+                state.metrics = metrics | {"lr": rate, "seconds": seconds} | memory(device)
                 last = state.step == config.steps
                 if math.isfinite(metrics["loss"]):
                     run_hooks(hooks, state, last, stop, partial(gather, whole, model, ranks), ranks)
@@ -142,6 +151,18 @@ def fit(
     choose_weights(training, config, saver, read_weights, ranks)
     gather(whole, model, ranks)
     return state.metrics
+
+
+def left(folder: Path, state: State) -> str:
+    """Say which step was under way, and what a run can go on from."""
+    there = list_checkpoints(folder)
+    kept = f"{there[0]} is intact" if there else "no checkpoint had been written"
+    return f"in step {state.step + 1:,} of {state.steps:,}; {kept}"
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Return the peak of a GPU's memory."""
+    return {"memory_bytes": float(peak_memory(device))} if device.type == "cuda" else {}
 
 
 def optimizer_step(

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from groundup.train.blocks import blocks, matrices
 from groundup.train.config import FitConfig
 from groundup.train.owners import by_owners
+from groundup.train.sharding import own_part
 
 # Quintic Newton-Schulz coefficients, one triple a step. Jordan et al. 2024
 # (kellerjordan.github.io/posts/muon); Polar Express, Amsel et al. 2025 (arXiv 2505.16932,
@@ -35,6 +36,7 @@ COEFFICIENTS = {
 }
 MOMENTUM = 0.95
 ROW_MEMORY = 0.95  # NorMuon's beta2
+TOGETHER = 2**28  # numbers that are orthogonalised at a time: some GB, on the way
 
 
 def orthogonalise(stack_NRC: Tensor, dtype: torch.dtype, kind: str = "jordan") -> Tensor:
@@ -87,28 +89,36 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is not None:
                     by_shape[weight.shape].append((weight, group))
         done = 0
-        for members in by_shape.values():
-            updates = self.updates([self.nesterov(weight) for weight, _ in members], done)
-            for (weight, group), update_RC in zip(members, updates, strict=True):
-                self.apply(weight, update_RC, group["lr"], group["weight_decay"])
-            done += len(members)
+        for shape, same in by_shape.items():
+            at_once = max(1, TOGETHER // shape.numel())
+            for members in (same[n : n + at_once] for n in range(0, len(same), at_once)):
+                updates = self.updates(self.nesterov([weight for weight, _ in members]), done)
+                for (weight, group), update_RC in zip(members, updates, strict=True):
+                    self.apply(weight, update_RC, group["lr"], group["weight_decay"])
+                done += len(members)
 
     def updates(self, momenta: list[Tensor], first: int) -> Iterable[Tensor]:
         """Orthogonalise matrices of one shape; over ranks, each on its owner."""
         work = partial(orthogonalise, dtype=self.dtype, kind=self.coefficients)
         if isinstance(momenta[0], DTensor):
             return by_owners(momenta, work, first)
-        return work(torch.stack(momenta))
+        if momenta[0].device.type != "cuda":
+            return work(torch.stack(momenta))
+        stack_NRC = momenta[0].new_empty((len(momenta), *momenta[0].shape), dtype=self.dtype)
+        torch._foreach_copy_(list(stack_NRC), momenta)
+        return work(stack_NRC)
 
-    def nesterov(self, weight: nn.Parameter) -> Tensor:
-        """Return the look-ahead momentum of one matrix."""
-        state: dict[str, Any] = self.state[weight]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        buffer: Tensor = state["momentum_buffer"]
-        assert weight.grad is not None
-        buffer.lerp_(weight.grad, 1 - MOMENTUM)
-        return weight.grad.lerp(buffer, MOMENTUM)
+    def nesterov(self, weights: list[nn.Parameter]) -> list[Tensor]:
+        """Return the look-ahead momenta of matrices."""
+        for weight in weights:
+            if "momentum_buffer" not in self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        buffers: list[Tensor] = [self.state[weight]["momentum_buffer"] for weight in weights]
+        grads = [weight.grad for weight in weights if weight.grad is not None]
+        torch._foreach_lerp_(list(map(own_part, buffers)), list(map(own_part, grads)), 1 - MOMENTUM)
+        if isinstance(grads[0], DTensor):
+            return [g.lerp(buffer, MOMENTUM) for g, buffer in zip(grads, buffers, strict=True)]
+        return list(torch._foreach_lerp(grads, buffers, MOMENTUM))
 
     def apply(self, weight: Tensor, update_RC: Tensor, lr: float, decay: float) -> None:
         """Decay the weight and take the step."""
@@ -123,6 +133,7 @@ class Muon(torch.optim.Optimizer):
     def evened(self, weight: Tensor, update_RC: Tensor) -> Tensor:
         """Return the update with rows divided by the root of their remembered mean square."""
         state: dict[str, Any] = self.state[weight]
+        update_RC = update_RC.to(weight.dtype)
         square_R = update_RC.square().mean(1)
         if "row_square" not in state:
             state["row_square"] = torch.zeros_like(square_R)

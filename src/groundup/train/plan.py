@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from groundup.core.device import Device
 from groundup.core.errors import ConfigError
@@ -39,7 +40,7 @@ SIZES = (
     (1536, 24, 24, 2048),
     (2048, 24, 32, 2048),
 )
-MICRO_TOKENS = 4096  # of a micro-batch; on a GPU it grows while that pays
+MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more may pay
 TIMED_STEPS = 2
 LEAST_STEPS = 20
 MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
@@ -129,11 +130,11 @@ def timed(
     context = config.max_position_embeddings
     ids = torch.randint(config.vocab_size, (rows, context), device=device.device)
     batch: list[MicroBatch] = [{"ids": ids, "targets": ids}]
-    forward: Any = model
+    forward: nn.Module | None = model
     if compile:
         forward = compiled(model, objective, batch[0], device.device, DTYPES[dtype])
-        if forward is model:
-            return Timing(config, 0.0, 0)
+    if forward is None:
+        return Timing(config, 0.0, 0)
     times = []
     for _ in range(TIMED_STEPS + 1):  # the first one warms up
         start = time.perf_counter()
@@ -149,6 +150,11 @@ def timed(
     return Timing(config, rows * context / min(times[1:]), memory)
 
 
+def micro_tokens(device: Device) -> int:
+    """Return the tokens of a micro-batch that sizes are timed with: a GPU is idle with few."""
+    return GPU_MICRO_TOKENS if device.device.type == "cuda" else MICRO_TOKENS
+
+
 def memory_needed(config: ModelConfig) -> float:
     """Return a lower bound of the bytes that training a size takes.
 
@@ -160,7 +166,8 @@ def memory_needed(config: ModelConfig) -> float:
 def memory_free(device: Device) -> float:
     """Return the free bytes of the device; infinite where the system does not say."""
     if device.device.type == "cuda":
-        return float(torch.cuda.mem_get_info()[0])
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # from sizes before
+        return float(torch.cuda.mem_get_info()[0] + kept)
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -208,7 +215,14 @@ def choose(
                 raise ConfigError(f"not enough memory for the smallest size: {needed:.1f} GB")
             rule += f"; the next size needs {needed:.1f} GB or more"
             break
-        timing = time_size(config)
+        try:
+            timing = time_size(config)
+        except torch.OutOfMemoryError:
+            say(f"  {size[0]} x {size[1]}: the memory ran out")
+            if chosen is None:
+                raise
+            rule += "; the next size needs more memory than there is"
+            break
         smallest = smallest or timing
         tokens = tokens_within(budget, config, timing.tokens_per_s)
         say(
@@ -240,15 +254,17 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     dtype = "bf16" if device.dtype == torch.bfloat16 else "fp32"
 
     def time_size(config: ModelConfig) -> Timing:
-        return timed(config, MICRO_TOKENS // config.max_position_embeddings, device, dtype)
+        rows = micro_tokens(device) // config.max_position_embeddings
+        return timed(config, rows, device, dtype)
 
     free = memory_free(device)
     smallest, chosen, rule = choose(budget, vocab_size, train_tokens, free, time_size)
     config, eager = chosen.config, chosen.tokens_per_s
     context = config.max_position_embeddings
-    rows = MICRO_TOKENS // context
+    rows = micro_tokens(device) // context
     if device.device.type == "cuda":
-        rows, chosen = widest(chosen, device, dtype)
+        most = step_law_tokens(tokens_within(budget, config, chosen.tokens_per_s))
+        rows, chosen = widest(chosen, rows, int(most / context), device, dtype)
     seconds = tokens_within(budget, config, chosen.tokens_per_s) / chosen.tokens_per_s
     compiled_faster = try_compiling(chosen, rows, seconds, device, dtype)
     use_compile = compiled_faster is not None
@@ -337,14 +353,20 @@ def try_compiling(
     return fast if saved_s > COMPILE_S else None
 
 
-def widest(timing: Timing, device: Device, dtype: str) -> tuple[int, Timing]:
-    """Return the rows of a micro-batch, doubled while that is faster and fits on the GPU."""
-    rows = MICRO_TOKENS // timing.config.max_position_embeddings
-    while True:
+def widest(timing: Timing, rows: int, most: int, device: Device, dtype: str) -> tuple[int, Timing]:
+    """Return the rows of a micro-batch, doubled while that is faster and fits on the GPU.
+
+    A step of `most` rows is as large as it should be: more are not laid side by side.
+    """
+    if rows > max(1, most):
+        rows = max(1, most)
+        timing = timed(timing.config, rows, device, dtype)
+    while 2 * rows <= most:
         try:
             wider = timed(timing.config, 2 * rows, device, dtype)
         except torch.OutOfMemoryError:
-            return rows, timing
+            break
         if wider.tokens_per_s < 1.05 * timing.tokens_per_s:
-            return rows, timing
+            break
         rows, timing = 2 * rows, wider
+    return rows, timing

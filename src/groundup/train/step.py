@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from groundup.core.progress import say
 from groundup.train.batches import StepBatch
+from groundup.train.blocks import CompiledBlocks, blocks
+from groundup.train.gpu import products
 from groundup.train.objectives import Metrics, MicroBatch, Objective, Stats
 from groundup.train.ranks import ALONE, Ranks
 from groundup.train.sharding import exchange_behind_the_last
@@ -59,15 +61,14 @@ def accumulate(
     for micro in batch:
         for term, weight in objective.weights(micro).items():
             totals[term] += weight
-    narrow = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    with narrow:
+    with products(device, dtype):
         stats = prepared(forward, objective, mine, len(batch), ranks)
     losses: list[Tensor] = []
     found = Tally()
     for n, (micro, counts) in enumerate(mine):
         if ranks.size > 1:
             exchange_behind_the_last(forward, n, len(mine))
-        with narrow:
+        with products(device, dtype):
             terms, metrics = objective(forward, micro, stats)
         # A term without any weight in this step is zero, but stays in the graph.
         loss = torch.stack(
@@ -146,23 +147,37 @@ def compiled(
     micro: MicroBatch,
     device: torch.device,
     dtype: torch.dtype,
-) -> nn.Module:
-    """Return the compiled model, or the model itself and one line where compiling fails."""
-    candidate: Any = torch.compile(model)
+) -> nn.Module | None:
+    """Return the compiled model; None, and one line, where compiling fails.
+
+    On a GPU its blocks are compiled, which are alike, so that one is compiled for all; on a CPU
+    the model as a whole, as calls cost more there beside smaller products.
+    """
+    by_block = device.type == "cuda" and bool(blocks(model))
+    candidate: Any = CompiledBlocks(model) if by_block else torch.compile(model)
     try:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with products(device, dtype):
             terms, _ = objective(candidate, micro)
         torch.stack(list(terms.values())).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as err:  # any compiler fault: eager does the same, slower
         say(f"  torch.compile failed ({type(err).__name__}): going on without it")
-        candidate = model
+        candidate = None
     model.zero_grad(set_to_none=True)
     return candidate  # type: ignore[no-any-return]
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
-    """Move a micro-batch's tensors."""
+    """Move a micro-batch's tensors; to a GPU while it works."""
     return {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        key: moved(value, device) if isinstance(value, torch.Tensor) else value
         for key, value in micro.items()
     }
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on the device; pinned memory is copied without waiting."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
