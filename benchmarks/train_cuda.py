@@ -1,18 +1,20 @@
 """A training step on one GPU beside transformers', in one process; prints shares of the card.
 
 python benchmarks/train_cuda.py [ceiling] [step] [peer] [muon] [packed] [deterministic] [profile]
-    [--model 0.6b|1b] [--rows 8] [--context 2048] [--steps 8] [--peers autocast bf16 autocast-eager]
+    [--model tiny|0.6b|1b] [--rows 8] [--context 2048] [--steps 8] [--ours compiled eager]
+    [--peers autocast autocast-layers autocast-eager bf16]
 
-Qwen3-0.6B's and Llama-3.2-1B's shapes with random weights, bf16 products, clipping, one micro-batch
-a step; losses of the first step are asserted to be near each other. FLOPs are 6 N + 12 L E T a
-token (groundup.model.counts), attention counted whole; with the causal half of it alone, the
-share is in brackets. Every section prints its own errors, and the next one goes on.
+The shapes of Qwen3-0.6B, Llama-3.2-1B and the quickstart's model on a laptop (tiny), with random
+weights, bf16 products, clipping, one micro-batch a step. On our side it is the loop's own step and
+guard. Losses of the first step are asserted to be near each other. FLOPs are 6 N + 12 L E T a token
+(groundup.model.counts), attention counted whole; with the causal half of it alone, the share is in
+brackets. Every section prints its own errors, and the next one goes on.
 
 `ceiling`        the card: a product of 8192 x 8192 random bf16 matrices, and the copying rate
 `step`           AdamW, compiled and eager
 `peer`           transformers' model under AdamW: fp32 weights under autocast, as groundup has them,
-                 or bf16 weights throughout; compiled as a whole, or eager
-`muon`           Muon's step, and the time of its update
+                 or bf16 weights throughout; compiled as a whole, by layers, or eager
+`muon`           Muon's step, and the time and rate of its update
 `packed`         documents of mixed length packed by best fit, and the same rows without boundaries
 `deterministic`  a step of bits that repeat
 `profile`        the kernels that take the time of a compiled step, and how long the card idles
@@ -20,12 +22,14 @@ share is in brackets. Every section prints its own errors, and the next one goes
 
 import argparse
 import gc
+import itertools
 import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,15 +38,28 @@ import torch
 from groundup.model import Decoder, ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.train import FitConfig, NextToken
+from groundup.train.checkpoint import Training
 from groundup.train.gpu import repeatable
+from groundup.train.guard import Guard, LossScale
+from groundup.train.loop import optimizer_step
 from groundup.train.optim import make_optimizers
 from groundup.train.packing import PackedStream
-from groundup.train.step import accumulate, compiled, to_device
+from groundup.train.step import compiled, passes, to_device
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 PEAK = 790e12  # FLOP/s in bf16 that the issue counts shares of
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "qwen3",
+        "vocab_size": 4096,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+    },
     "0.6b": {
         "model_type": "qwen3",
         "vocab_size": 151_936,
@@ -97,42 +114,33 @@ def our_step(
     compile: bool = True,
     optim: Any = "adamw",
 ) -> Step:
-    """Return a step as the loop does it: batch to the card, passes, clipping, update."""
+    """Return the loop's step: batch to the card, passes, guard, clipping, update."""
     model = our_model(args)
-    optimizers = make_optimizers(model, FitConfig(steps=1, optim=optim), BF16)
+    config = FitConfig(steps=1, optim=optim)
+    optimizers = make_optimizers(model, config, BF16)
+    source: Any = None  # batches are at hand
+    training = Training(model, optimizers, source, Guard(config, Path()), LossScale())
     forward: Any = model
     if compile:
         forward = compiled(model, NextToken(), to_device(batches[0], CUDA), CUDA, BF16)
         assert forward is not None, "it could not be compiled"
-    turn = 0
+    backward = partial(passes, forward, NextToken(), device=CUDA, dtype=BF16)
+    turns = itertools.cycle(batches)
 
     def step() -> float:
-        nonlocal turn
-        turn += 1
-        batch = [batches[turn % len(batches)]]
-        loss = accumulate(forward, NextToken(), batch, CUDA, BF16)["loss"]
-        clip(model, optimizers)
-        return loss
+        return optimizer_step(training, backward, [next(turns)], 0, config)["loss"]
 
     return step
 
 
-def clip(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Clip the gradient to 1, and update, both sides alike."""
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
 def their_step(
-    args: argparse.Namespace, *, narrow: bool, compile: bool, pieces: int, weights: Any
+    args: argparse.Namespace, *, narrow: bool, compile: str, pieces: int, weights: Any
 ) -> Step:
     """Return a step of transformers' model on the same weights; `pieces` micro-batches."""
     import transformers
 
     values = {k: v for k, v in SHAPES[args.model].items() if k != "model_type"}
-    kind = "Qwen3" if args.model == "0.6b" else "Llama"
+    kind = {"qwen3": "Qwen3", "llama": "Llama"}[SHAPES[args.model]["model_type"]]
     config = getattr(transformers, f"{kind}Config")(
         **values, max_position_embeddings=args.context, tie_word_embeddings=True, use_cache=False
     )
@@ -143,7 +151,10 @@ def their_step(
     model.load_state_dict(weights, strict=False)
     if narrow:
         model.to(BF16)
-    forward: Any = torch.compile(model) if compile else model
+    if compile == "layers":  # as accelerate's regional compilation does
+        for layer in model.model.layers:
+            layer.compile()
+    forward: Any = torch.compile(model) if compile == "whole" else model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.003, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True
     )
@@ -157,7 +168,9 @@ def their_step(
                 loss = forward(input_ids=part[:, :-1], labels=part[:, :-1]).loss / pieces
             loss.backward()
             total = total + loss.detach()
-        clip(model, [optimizer])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return float(total)
 
     return step
@@ -243,7 +256,7 @@ def peer(args: argparse.Namespace) -> None:
     weights = {name: weight.cpu() for name, weight in our_model(args).state_dict().items()}
     free()
     for word in args.peers:
-        narrow, compile = "autocast" not in word, "eager" not in word
+        narrow, compile = "autocast" not in word, word.partition("-")[2] or "whole"
         for pieces in (1, 2, 4, 8):
             name = f"transformers {word}" + (f", {pieces} pieces" if pieces > 1 else "")
             try:
@@ -259,16 +272,21 @@ def peer(args: argparse.Namespace) -> None:
                         weights=weights,
                     ),
                 )
+                compare(name)
                 break
             except torch.OutOfMemoryError:
                 print(f"{name}: out of memory", flush=True)
             free()
         free()
-    if ours := RESULTS.get("groundup bf16 compiled"):
-        for name, (loss, rate) in RESULTS.items():
-            if name.startswith("transformers"):
-                print(f"groundup compiled / {name}: {ours[1] / rate:.2f}")
-                assert abs(loss - ours[0]) < 0.01 * ours[0], (name, loss, ours[0])
+
+
+def compare(name: str) -> None:
+    """Print how much faster groundup's steps were than a peer's."""
+    loss, rate = RESULTS[name]
+    for ours, (our_loss, our_rate) in RESULTS.items():
+        if ours.startswith("groundup bf16"):
+            assert abs(loss - our_loss) < 0.01 * our_loss, (name, loss, ours, our_loss)
+            print(f"  {ours} / {name}: {our_rate / rate:.2f}", flush=True)
 
 
 def muon(args: argparse.Namespace) -> None:
@@ -290,9 +308,19 @@ def muon(args: argparse.Namespace) -> None:
         matrices.step()
         torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
+    seconds = statistics.median(taken[1:])
+    work = sum(newton_schulz_flops(*weight.shape) for weight in matrices.param_groups[0]["params"])
+    step_s = args.rows * args.context / RESULTS["groundup bf16 compiled, Muon"][1]
     print(
-        f"Muon alone: {statistics.median(taken[1:]) * 1e3:.1f} ms, for the matrices of the layers"
+        f"Muon alone: {seconds * 1e3:.1f} ms, {seconds / step_s:.1%} of that step; products of "
+        f"{work / 1e12:.1f} TFLOP, {work / 1e12 / seconds:.0f} a second with all around them"
     )
+
+
+def newton_schulz_flops(rows: int, columns: int) -> int:
+    """Return the products of orthogonalising a matrix in five steps."""
+    short, long = sorted((rows, columns))
+    return 5 * (4 * short * short * long + 2 * short**3)
 
 
 def documents(args: argparse.Namespace) -> PackedStream:

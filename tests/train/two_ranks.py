@@ -13,7 +13,7 @@ from test_objectives import CPU, OBJECTIVES, cut
 from groundup.train import FitConfig, NextToken, fit
 from groundup.train.ranks import ALONE, here, together
 from groundup.train.sharding import spread
-from groundup.train.step import accumulate
+from groundup.train.step import accumulate, passes
 
 
 def gradients(model):
@@ -34,10 +34,9 @@ def objectives(folder):
         for shard_ranks in (0, 1):
             ranks = here()
             model_of_many = spread(copy.deepcopy(model), ranks, CPU, torch.float32, shard_ranks)
-            each = []
-            found = accumulate(
-                model_of_many, objective, batch, CPU, torch.float32, ranks=ranks, each=each
-            )
+            found, each = passes(
+                model_of_many, objective, batch, CPU, torch.float32, ranks=ranks
+            ).read()
             assert len(each) == len(batch)
             ours, theirs = gradients(model_of_many), gradients(alone)
             length = sum(g.square().sum() for g in theirs.values()).sqrt()

@@ -76,6 +76,11 @@ def kernel() -> Any:
         row = tl.program_id(0).to(tl.int64)
         logits += row * row_stride
         target = tl.load(targets + row)
+        known = (target >= 0) & (target < V)
+        # read ahead of the sums, whose barriers lie between it and the gradients written over it
+        picked = tl.load(logits + target, known, float("nan")).to(tl.float32)
+        if CAPPED:
+            picked = (2 * tl.sigmoid(2 * picked / softcap) - 1) * softcap
         inside = tl.arange(0, BLOCK)
         top = float("-inf")
         total = 0.0
@@ -87,10 +92,6 @@ def kernel() -> Any:
             total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), 0)
             top = higher
         lse = top + tl.log(total)
-        known = (target >= 0) & (target < V)
-        picked = tl.load(logits + target, known, float("nan")).to(tl.float32)
-        if CAPPED:
-            picked = (2 * tl.sigmoid(2 * picked / softcap) - 1) * softcap
         tl.store(nll + row, lse - picked)
         tl.store(log_z + row, lse)
         if WANTED:

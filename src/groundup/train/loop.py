@@ -43,7 +43,7 @@ from groundup.train.optim import make_optimizers
 from groundup.train.ranks import Ranks, here
 from groundup.train.schedule import multiplier
 from groundup.train.sharding import gather, own_part, spread, total_norm
-from groundup.train.step import DTYPES, accumulate, compiled, to_device
+from groundup.train.step import DTYPES, Passed, compiled, passes, to_device
 
 FIRST_SCALE = 2.0**16  # of fp16's loss
 
@@ -105,7 +105,7 @@ def fit(
     )
     log = MetricsLog(out / "metrics.jsonl")
     saver = Saver(out / "checkpoints", config, write_model, ranks)
-    run_step = partial(accumulate, objective=objective, device=device, dtype=dtype, ranks=ranks)
+    run_step = partial(passes, objective=objective, device=device, dtype=dtype, ranks=ranks)
     first_step = load_checkpoint(saver.folder, training, read_weights, ranks)
     if first_step:
         say(f"  continuing from step {first_step:,} of {config.steps:,}")
@@ -167,19 +167,21 @@ def memory(device: torch.device) -> dict[str, float]:
 
 def optimizer_step(
     training: Training,
-    backward: Callable[..., dict[str, float]],
+    backward: Callable[..., Passed],
     batch: StepBatch,
     step: int,
     config: FitConfig,
 ) -> dict[str, float]:
-    """Forward and backward, then judge, clip and update; return the step's metrics."""
-    losses: list[float] = []
+    """Forward and backward, then judge, clip and update; return the step's metrics.
+
+    A GPU is waited for once, behind the norm; while it updates, the next step is prepared.
+    """
     scale = training.scale.value
-    metrics = backward(batch=batch, scale=scale, each=losses)
+    passed = backward(batch=batch, scale=scale)
     weights = [weight for weight in training.model.parameters() if weight.grad is not None]
     grads = [weight.grad for weight in weights if weight.grad is not None]
     norm = total_norm(grads) / scale
-    metrics["grad_norm"] = float(norm)
+    metrics, losses = passed.read(grad_norm=norm)
     if training.scale.overflowed(metrics["grad_norm"]):
         metrics["loss_scale"] = training.scale.value
     elif fault := training.guard.fault(metrics["loss"], metrics["grad_norm"]):

@@ -44,7 +44,7 @@ MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more 
 TIMED_STEPS = 2
 LEAST_STEPS = 20
 MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
-COMPILE_S = 30.0  # what compiling costs; weighed against what it saves
+COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
 # Hoffmann et al. fitted runs of 6e18 FLOPs and more; their law misjudges far smaller ones (it
 # expects 12 nats a token of the quickstart's model). Below, docs/decisions/0004 has measurements.
 LAW_FLOPS = 1e18
@@ -153,6 +153,11 @@ def timed(
 def micro_tokens(device: Device) -> int:
     """Return the tokens of a micro-batch that sizes are timed with: a GPU is idle with few."""
     return GPU_MICRO_TOKENS if device.device.type == "cuda" else MICRO_TOKENS
+
+
+def compile_seconds(device: Device) -> float:
+    """Return what compiling costs: a whole model on a CPU, one block for all on a GPU."""
+    return GPU_COMPILE_S if device.device.type == "cuda" else COMPILE_S
 
 
 def memory_needed(config: ModelConfig) -> float:
@@ -307,7 +312,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
             f"between {LEAST_ADAM_RATE} and {MOST_ADAM_RATE}",
             "dtype": f"{dtype}: timed on a 512 x 512 product",
             "compile": f"{'saves' if use_compile else 'does not save'} more than its "
-            f"{COMPILE_S:.0f} s",
+            f"{compile_seconds(device):.0f} s",
         },
         parameters=chosen.parameters,
         tokens=steps * per_step,
@@ -345,12 +350,13 @@ def try_compiling(
     eager: Timing, rows: int, seconds: float, device: Device, dtype: str
 ) -> Timing | None:
     """Return the compiled size's timing where it saves more than compiling costs."""
-    if seconds <= 4 * COMPILE_S:
+    cost = compile_seconds(device)
+    if seconds <= 4 * cost:
         return None
     fast = timed(eager.config, rows, device, dtype, compile=True)
     saved_s = seconds * (1 - eager.tokens_per_s / max(fast.tokens_per_s, 1e-9))
     say(f"  compiled: {fast.tokens_per_s:,.0f} tokens/s, saves {saved_s:,.0f} s")
-    return fast if saved_s > COMPILE_S else None
+    return fast if saved_s > cost else None
 
 
 def widest(timing: Timing, rows: int, most: int, device: Device, dtype: str) -> tuple[int, Timing]:

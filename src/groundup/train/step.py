@@ -4,6 +4,7 @@ import ctypes
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -35,6 +36,28 @@ def keep_memory() -> None:
             mallopt(parameter, most)
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What a step's passes leave on the device; reading it waits for the device."""
+
+    losses: list[Tensor]  # of this rank's micro-batches
+    means: Stats
+    batch: StepBatch
+    ranks: Ranks
+
+    def read(self, **more: Tensor) -> tuple[dict[str, float], list[float]]:
+        """Return the step's loss and metrics, `more` among them, and every micro-batch's loss."""
+        metrics = self.means | more
+        device = self.losses[0].device
+        found = [torch.as_tensor(value, device=device) for value in metrics.values()]
+        values = torch.stack([*self.losses, *found]).tolist()
+        mine = len(self.losses)
+        losses = in_order(values[:mine], len(self.batch), self.ranks)
+        tokens = float(sum(micro["ids"].numel() for micro in self.batch))
+        named = dict(zip(metrics, values[mine:], strict=True))
+        return {"loss": sum(losses), "tokens": tokens, **named}, losses
+
+
 def accumulate(
     forward: nn.Module,
     objective: Objective,
@@ -43,14 +66,26 @@ def accumulate(
     dtype: torch.dtype,
     *,
     ranks: Ranks = ALONE,
-    scale: float = 1.0,
-    each: list[float] | None = None,
 ) -> dict[str, float]:
-    """Run forward and backward over a whole step; return its loss and metrics.
+    """Run forward and backward over a whole step; return its loss and metrics."""
+    metrics, _ = passes(forward, objective, batch, device, dtype, ranks=ranks).read()
+    return metrics
+
+
+def passes(
+    forward: nn.Module,
+    objective: Objective,
+    batch: StepBatch,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    ranks: Ranks = ALONE,
+    scale: float = 1.0,
+) -> Passed:
+    """Run forward and backward over a whole step; gradients come out times `scale`.
 
     Every rank is given the whole step and runs its share of the micro-batches, equally many on
-    each: what is missing is run without weight. Gradients come out times `scale`; `each`
-    collects the loss of every micro-batch, those of other ranks included.
+    each: what is missing is run without weight.
     """
     if device.type == "cpu":
         keep_memory()
@@ -78,12 +113,7 @@ def accumulate(
         (loss * (ranks.size * scale if counts else 0.0)).backward()
         losses.append(loss.detach() * counts)
         found.add(metrics, counts)
-    values = in_order(torch.stack(losses).tolist(), len(batch), ranks)
-    if each is not None:
-        each += values
-    tokens = float(sum(micro["ids"].numel() for micro in batch))
-    means = {name: float(value) for name, value in found.means(ranks).items()}
-    return {"loss": sum(values), "tokens": tokens, **means}
+    return Passed(losses, found.means(ranks), batch, ranks)
 
 
 class Tally:
