@@ -43,7 +43,7 @@ from groundup.train import FitConfig, NextToken, TokenStream, fit
 from groundup.train.plan import mlp_width
 
 VOCABULARY = 2048
-SEEDS, PARTS = (1, 2, 3), (0.5, 0.75, 1.0)
+SEEDS, PARTS = (1, 2, 3), (0.25, 0.5, 0.75, 1.0)
 EXPLORED, SIDES = 8, ("adamw", "muon")
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182}  # 97.5 % points of t, by degrees of freedom
 SCORED_TOKENS = 150_000
@@ -343,7 +343,12 @@ def interval(values: list[float]) -> str:
 
 
 def part_needed(found: list[float], wanted: float) -> float:
-    """Return the part of the tokens at which a falling curve meets a loss; linear in log part."""
+    """Return the part of the tokens at which a falling curve meets a loss; linear in log part.
+
+    Never less than the smallest part that was run; past the whole it is extrapolated.
+    """
+    if found[0] <= wanted:
+        return PARTS[0]
     logs = [math.log(part) for part in PARTS]
     n = next((n for n in range(1, len(PARTS)) if found[n] <= wanted), len(PARTS) - 1)
     slope = (found[n] - found[n - 1]) / (logs[n] - logs[n - 1])
@@ -378,9 +383,10 @@ def report(runs: Runs, text: str, folder: Path) -> None:
             for wanted, *found in zip(theirs, *curves, strict=True)  # type: ignore[arg-type]
         ]
         print(f"  part of the tokens at AdamW's loss: {interval(needed)}")
-    if base := curves[-1]:
+    base, changes = curves[-1], runs.ablations(text)
+    if base and any(runs.bits(rows) for rows in changes.values()):
         print("| change | bits per byte | difference, paired |\n|---|---|---|")
-        for label, rows in runs.ablations(text).items():
+        for label, rows in changes.items():
             if found := runs.bits(rows):
                 paired = interval([x - y for x, y in zip(found, base, strict=True)])
                 print(f"| {label} | {statistics.mean(found):.4f} | {paired} |")
@@ -392,9 +398,9 @@ def main() -> None:
     flags.add_argument("out", type=Path)
     flags.add_argument("--text", nargs="+", required=True, help="NAME=FILE, python, or a kept NAME")
     flags.add_argument("--ablate", nargs="*", default=[], help="names of texts")
-    for name, value in (("width", 128), ("layers", 3), ("context", 256), ("rows", 16)):
+    for name, value in (("width", 128), ("layers", 3), ("context", 256), ("rows", 8)):
         flags.add_argument(f"--{name}", type=int, default=value)
-    flags.add_argument("--steps", type=int, default=240)
+    flags.add_argument("--steps", type=int, default=480, help="on 2,048 tokens each: 983,040")
     flags.add_argument("--workers", type=int, default=1)
     flags.add_argument("--threads", type=int, default=1, help="of each worker")
     flags.add_argument("--device", default="cpu")
