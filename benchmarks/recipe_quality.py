@@ -1,27 +1,33 @@
 """What groundup's recipe gains over a plain Llama with a tuned AdamW, from the same tokens.
 
 Both sides train the same shape on the same rows of the same text, and get the same number of
-trials for rate, weight decay, beta2 and warm-up. The best of each side is then run over seeds;
-groundup on parts of the tokens too, each part with a schedule of its own, to find the part in
-which it reaches AdamW's loss. The ablation takes one ingredient at a time away from groundup's
-best, or puts one in.
+trials for rates, weight decay, beta2, warm-up and schedule: eight spread over the ranges, four
+around the best of these. The best of each side is then run over seeds; groundup on parts of the
+tokens too, each part with a schedule of its own, to find the part in which it reaches AdamW's
+loss. The ablation takes one ingredient at a time away from groundup's best, or puts one in.
 
     python benchmarks/recipe_quality.py OUT --text shakespeare=input.txt wikitext=valid.txt python
-    python benchmarks/recipe_quality.py OUT --text python --ablate
+    python benchmarks/recipe_quality.py OUT --text python --ablate python --workers 16 --device cuda
+    python benchmarks/recipe_quality.py OUT --text shakespeare wikitext python --report
 
-`python` is the library of the installed Python. Every finished run is a line of OUT/runs.jsonl:
-run again, and it is not repeated. A tenth of each text is held out.
+`python` is the library of the installed Python. Texts are kept in OUT as ids, so that a copy of
+the folder is enough elsewhere. Every finished run is a line of OUT/runs.jsonl: run again, and it
+is not repeated. A tenth of each text is held out. `--minutes` stops early, and reports what there
+is.
 """
 
 import argparse
 import hashlib
 import json
 import math
+import multiprocessing
+import queue
 import statistics
 import sysconfig
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,47 +35,54 @@ import numpy as np
 import torch
 
 from groundup.core.device import pick
+from groundup.core.errors import GroundupError
+from groundup.core.progress import console
 from groundup.model import Decoder, ModelConfig
 from groundup.model.lm import NeuralLM
-from groundup.tokenizer import Tokenizer
 from groundup.train import FitConfig, NextToken, TokenStream, fit
 from groundup.train.plan import mlp_width
 
-WIDTH, LAYERS, HEADS, CONTEXT, VOCABULARY = 128, 3, 2, 256, 2048
-ROWS = 16  # a step: 4,096 tokens; in 240 steps 983,040
-TRIALS, SEEDS, PARTS = 8, (1, 2, 3), (0.5, 0.75, 1.0)
-STUDENT = {2: 4.303, 3: 3.182}  # 97.5 % points of t, by degrees of freedom
+VOCABULARY = 2048
+SEEDS, PARTS = (1, 2, 3), (0.25, 0.5, 0.75, 1.0)
+EXPLORED, SIDES = 8, ("adamw", "muon")
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182}  # 97.5 % points of t, by degrees of freedom
 SCORED_TOKENS = 150_000
-ADAMW = {"model_type": "llama", "optim": "adamw"}
-MUON = {"model_type": "qwen3", "optim": "muon"}
+DIVERGED = 99.0  # bits per byte of a run that the guard has stopped
+MODEL_TYPES = {"adamw": "llama", "muon": "qwen3"}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "weight_decay": (0.0, 0.01, 0.1),
+    "adam_beta2": (0.9, 0.95, 0.98, 0.995),
+    "warmup_fraction": (0.01, 0.05, 0.1),
+    "lr_scheduler_type": ("linear", "cosine"),
+}
+RATES = {  # lowest and highest; a rate between them is drawn evenly in its logarithm
+    "adamw": {"adam_learning_rate": (5e-4, 2e-2)},
+    "muon": {"learning_rate": (5e-3, 5e-2), "adam_learning_rate": (1e-3, 2e-2)},
+}
+KNOWN_GOOD = {
+    "adamw": {"adam_learning_rate": 3e-3, "weight_decay": 0.1, "warmup_fraction": 0.05},
+    "muon": {"learning_rate": 0.02, "adam_learning_rate": 3e-3, "warmup_fraction": 0.02},
+}
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "AdamW for Muon, rates of the tuned AdamW": {"optim": "adamw"},
+    "AdamW for Muon, all as tuned for AdamW": {"optim": "adamw"},
     "no norm of queries and keys (Llama)": {"model_type": "llama"},
     "embeddings not tied": {"tie_word_embeddings": False},
     "cosine schedule": {"lr_scheduler_type": "cosine"},
+    "linear schedule": {"lr_scheduler_type": "linear"},
     "WSD schedule": {"lr_scheduler_type": "wsd"},
     "NorMuon": {"optim": "normuon"},
     "Polar Express coefficients": {"newton_schulz": "polar-express"},
+    "no weight decay": {"weight_decay": 0.0},
     "weight decay 0.1": {"weight_decay": 0.1},
     "cautious weight decay 0.1": {"weight_decay": 0.1, "cautious_weight_decay": True},
     "EMA 0.99": {"ema_decay": 0.99},
     "z-loss 1e-4": {"z_loss": 1e-4},
-    "half the rows a step": {"rows": ROWS // 2},
-    "twice the rows a step": {"rows": ROWS * 2},
+    "no clipping": {"max_grad_norm": 1e9},
+    "half the rows a step": {"rows": 0.5},
+    "twice the rows a step": {"rows": 2},
     "fp32 products": {"dtype": "fp32"},
 }
-
-
-@dataclass
-class Text:
-    """A text as ids: a split to train on, documents to score, and the bytes of those."""
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    held_out: list[np.ndarray]
-    held_out_bytes: int
-    eos_token_id: int
+Row = dict[str, Any]  # text, size, part of the steps, seed, settings
 
 
 def pieces_of(path: Path | None) -> list[str]:
@@ -91,119 +104,236 @@ def pieces_of(path: Path | None) -> list[str]:
     return pieces
 
 
-def read(path: Path | None) -> Text:
-    """Split by content, train a tokenizer on the one part, and encode both."""
-    pieces = [piece for piece in pieces_of(path) if piece.strip()]
+def keep_text(given: str, out: Path) -> str:
+    """Split a text by content, train a tokenizer on the one part, keep both as ids; its name."""
+    name, _, file = given.partition("=")
+    if (out / f"{name}.npz").exists():
+        return name
+    from groundup.tokenizer import Tokenizer
+
+    pieces = [piece for piece in pieces_of(Path(file) if file else None) if piece.strip()]
     last_digit = [hashlib.sha256(piece.encode()).digest()[0] % 10 for piece in pieces]
     inside = [piece for piece, digit in zip(pieces, last_digit, strict=True) if digit]
     outside = [piece for piece, digit in zip(pieces, last_digit, strict=True) if not digit]
     tok = Tokenizer.train(inside, kind="bpe", vocab_size=VOCABULARY)
     eos = tok.eos_token_id
     trained = [[*tok.encode(piece), eos] for piece in inside]
-    held_out, size = [], 0
-    scored = 0
+    held_out: list[list[int]] = []
+    size = 0
     for piece in outside:
-        ids = np.array([*tok.encode(piece), eos])
-        if scored + len(ids) > SCORED_TOKENS and held_out:
-            continue
-        held_out.append(ids)
-        scored, size = scored + len(ids), size + len(piece.encode())
-    lengths = [len(ids) for ids in trained]
-    tokens = np.concatenate([np.array(ids, np.uint16) for ids in trained])
-    return Text(tokens, np.concatenate([[0], np.cumsum(lengths)]), held_out, size, eos)
+        ids = [*tok.encode(piece), eos]
+        if sum(map(len, held_out)) + len(ids) <= SCORED_TOKENS or not held_out:
+            held_out.append(ids)
+            size += len(piece.encode())
+    arrays = {}
+    for part, documents in (("train", trained), ("held_out", held_out)):
+        arrays[part] = np.concatenate([np.array(ids, np.uint16) for ids in documents])
+        arrays[f"{part}_offsets"] = np.cumsum([0, *map(len, documents)])
+    np.savez_compressed(out / f"{name}.npz", **arrays, bytes=size, eos=eos)
+    return name
 
 
-def run(text: Text, steps: int, seed: int, settings: dict[str, Any]) -> dict[str, float]:
-    """Train once; return bits per byte on the held-out documents, and seconds."""
-    settings = dict(settings)
-    shape = {
-        name: settings.pop(name)
-        for name in ("model_type", "tie_word_embeddings")
-        if name in settings
-    }
-    rows, z_loss = settings.pop("rows", ROWS), settings.pop("z_loss", 0.0)
-    device = pick("cpu", settings.pop("dtype", None))
-    torch.manual_seed(seed)
-    model = Decoder(
-        ModelConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=mlp_width(WIDTH),
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            head_dim=WIDTH // HEADS,
-            max_position_embeddings=CONTEXT,
-            **shape,
-        )
-    )
-    source = TokenStream(
-        text.tokens,
-        text.offsets,
-        eos_token_id=text.eos_token_id,
-        context=CONTEXT,
-        batch_size=rows,
-        gradient_accumulation_steps=1,
-        seed=seed,
-    )
-    steps = round(steps * ROWS / rows)
-    name = "bf16" if device.dtype == torch.bfloat16 else "fp32"
-    config = FitConfig(steps=steps, seed=seed, checkpoint_every=steps, dtype=name, **settings)
+@cache
+def kept_text(file: Path) -> dict[str, Any]:
+    """Return a kept text's arrays."""
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+def run(row: Row, folder: Path, device_name: str) -> Row:
+    """Train once; return the row with bits per byte on the held-out documents, and seconds."""
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        objective = NextToken(z_loss=z_loss)
-        fit(model, objective, source, config, Path(folder), device=device.device)
-    seconds = time.perf_counter() - started
-    logprobs = NeuralLM(model.eval(), text.eos_token_id).token_logprobs(text.held_out)
-    nats = -sum(float(values.sum()) for values in logprobs)
-    return {"bits_per_byte": nats / math.log(2) / text.held_out_bytes, "seconds": seconds}
+    text, size, settings = (
+        kept_text(folder / f"{row['text']}.npz"),
+        row["size"],
+        {**row["settings"]},
+    )
+    eos, context = int(text["eos"]), size["context"]
+    share, z_loss = settings.pop("rows", 1), settings.pop("z_loss", 0.0)
+    device = pick(device_name, settings.pop("dtype", None))
+    torch.manual_seed(row["seed"])
+    model = Decoder(shape(size, **{k: settings.pop(k) for k in SHAPED if k in settings}))
+    source = TokenStream(
+        text["train"],
+        text["train_offsets"],
+        eos_token_id=eos,
+        context=context,
+        batch_size=round(share * size["rows"]),
+        gradient_accumulation_steps=1,
+        seed=row["seed"],
+    )
+    steps = round(row["part"] * size["steps"] / share)
+    name = "bf16" if device.dtype == torch.bfloat16 else "fp32"
+    config = FitConfig(
+        steps=steps, seed=row["seed"], checkpoint_every=steps, dtype=name, **settings
+    )
+    try:
+        with tempfile.TemporaryDirectory() as aside:
+            objective = NextToken(z_loss=z_loss)
+            fit(model, objective, source, config, Path(aside), device=device.device)
+    except GroundupError as err:
+        return row | {"bits_per_byte": DIVERGED, "fault": str(err)}
+    documents = np.split(text["held_out"], text["held_out_offsets"][1:-1])
+    logprobs = NeuralLM(model.eval(), eos).token_logprobs(documents)
+    bits = -sum(float(values.sum()) for values in logprobs) / math.log(2) / int(text["bytes"])
+    return row | {"bits_per_byte": bits, "seconds": time.perf_counter() - started}
 
 
-def trials(side: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the settings that are tried: drawn by the same seed, so that both sides match."""
+SHAPED = ("model_type", "tie_word_embeddings")
+
+
+def shape(size: dict[str, int], **others: Any) -> ModelConfig:
+    """Return the shape that both sides have."""
+    heads = max(1, size["width"] // 64)
+    return ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size["width"],
+        intermediate_size=mlp_width(size["width"]),
+        num_hidden_layers=size["layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=size["width"] // heads,
+        max_position_embeddings=size["context"],
+        **others,
+    )
+
+
+def explored(side: str) -> list[dict[str, Any]]:
+    """Return the settings tried first: known good ones, and others that fill the ranges evenly."""
     rng = np.random.default_rng(7)
-    tried = []
-    for n in range(TRIALS):
-        place, other = rng.random(2)
-        decay, beta2 = rng.choice([0.0, 0.01, 0.1]), rng.choice([0.9, 0.95, 0.98, 0.995])
-        warm = rng.choice([0.01, 0.05, 0.1])
-        drawn = {"weight_decay": decay, "adam_beta2": beta2, "warmup_fraction": warm}
-        drawn = {name: float(value) for name, value in drawn.items()}
-        if n == 0:  # the defaults are a trial as well
-            drawn = {"weight_decay": 0.0, "adam_beta2": 0.95, "warmup_fraction": 0.02}
-            place = other = 0.5
-        if side["optim"] == "adamw":  # one rate: 1e-3 to 2e-2
-            rates = {"adam_learning_rate": 1e-3 * 20**place}
-        else:  # 6e-3 to 6e-2 and 1e-3 to 1e-2
-            rates = {"learning_rate": 6e-3 * 10**place, "adam_learning_rate": 1e-3 * 10**other}
-        tried.append(side | drawn | {name: round(float(rate), 6) for name, rate in rates.items()})
+    count = EXPLORED - 1
+    start = {"optim": side, "model_type": MODEL_TYPES[side], "weight_decay": 0.0}
+    tried = [start | KNOWN_GOOD[side]] + [start | {} for _ in range(count)]
+    for name, values in CHOICES.items():
+        for n, k in enumerate(rng.permutation(count)):
+            tried[1 + n][name] = values[k % len(values)]
+    for name, (low, high) in RATES[side].items():
+        for n, k in enumerate(rng.permutation(count)):  # a rate in each of as many strips
+            tried[1 + n][name] = round(float(low * (high / low) ** ((k + 0.5) / count)), 6)
     return tried
 
 
+def refined(side: str, best: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return four changes of the best so far."""
+    rates = [{name: round(best[name] * by, 6)} for name in RATES[side] for by in (0.7, 1.4)]
+    if side == "muon":
+        return [best | change for change in rates]
+    beta2 = 0.95 if best.get("adam_beta2", 0.95) != 0.95 else 0.98
+    decay = 0.0 if best["weight_decay"] else 0.1
+    return [best | change for change in (*rates, {"adam_beta2": beta2}, {"weight_decay": decay})]
+
+
+def key(row: Row) -> str:
+    """Return what identifies a run."""
+    asked = {name: row[name] for name in ("text", "size", "part", "seed", "settings")}
+    return json.dumps(asked, sort_keys=True)
+
+
 class Runs:
-    """Finished runs, one a line of a file; what is there is not run again."""
+    """The finished runs of a file, and which come next."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, size: dict[str, int]) -> None:
+        self.file, self.size = file, size
         lines = file.read_text().splitlines() if file.exists() else []
-        self.known = {self.key(row): row for row in map(json.loads, lines)}
+        self.known = {key(row): row for row in map(json.loads, lines)}
 
-    @staticmethod
-    def key(row: dict[str, Any]) -> str:
-        """Return what identifies a run."""
-        asked = {name: row[name] for name in ("text", "steps", "seed", "settings")}
-        return json.dumps(asked, sort_keys=True)
+    def add(self, row: Row) -> None:
+        """Keep a finished run."""
+        self.known[key(row)] = row
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
-    def bits(self, name: str, text: Text, steps: int, seed: int, settings: dict[str, Any]) -> float:
-        """Return a run's bits per byte."""
-        row: dict[str, Any] = {"text": name, "steps": steps, "seed": seed, "settings": settings}
-        if self.key(row) not in self.known:
-            row |= run(text, steps, seed, settings)
-            self.known[self.key(row)] = row
-            with self.file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        found: float = self.known[self.key(row)]["bits_per_byte"]
+    def row(self, text: str, settings: dict[str, Any], seed: int = 0, part: float = 1.0) -> Row:
+        """Return a run that could be done."""
+        return {"text": text, "size": self.size, "part": part, "seed": seed, "settings": settings}
+
+    def bits(self, rows: list[Row]) -> list[float] | None:
+        """Return the bits per byte of runs, if all are done."""
+        found = [self.known.get(key(row)) for row in rows]
+        return [row["bits_per_byte"] for row in found if row] if all(found) else None
+
+    def best(self, text: str, tried: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """Return the best settings of trials, if all are done."""
+        found = self.bits([self.row(text, settings) for settings in tried])
+        return tried[found.index(min(found))] if found else None
+
+    def trials(self, text: str, side: str) -> list[dict[str, Any]]:
+        """Return the settings to try; those around the best only when that is known."""
+        first = explored(side)
+        best = self.best(text, first)
+        return first + refined(side, best) if best else first
+
+    def chosen(self, text: str, side: str) -> dict[str, Any] | None:
+        """Return a side's tuned settings, if its trials are done."""
+        tried = self.trials(text, side)
+        return self.best(text, tried) if len(tried) > EXPLORED else None
+
+    def seeds(self, text: str, settings: dict[str, Any], part: float = 1.0) -> list[Row]:
+        """Return the same run over seeds."""
+        return [self.row(text, settings, seed, part) for seed in SEEDS]
+
+    def ablations(self, text: str) -> dict[str, list[Row]]:
+        """Return the runs of the ablation, if both sides are tuned."""
+        plain, ours = (self.chosen(text, side) for side in SIDES)
+        if not plain or not ours:
+            return {}
+        found = {}
+        for label, change in ABLATIONS.items():
+            settings = ours | change
+            if change.get("optim") == "adamw":
+                settings |= {k: v for k, v in plain.items() if k != "model_type"}
+            if settings != ours:
+                found[label] = self.seeds(text, settings)
         return found
+
+    def wanted(self, texts: list[str], ablated: list[str]) -> Iterator[Row]:
+        """Yield what can be run by now, the most wanted first: trials, comparisons, ablations."""
+        for text in texts:
+            for side in SIDES:
+                yield from (self.row(text, settings) for settings in self.trials(text, side))
+        for text in texts:
+            for side in SIDES:
+                if best := self.chosen(text, side):
+                    for part in PARTS if side == "muon" else (1.0,):
+                        yield from self.seeds(text, best, part)
+        for text in ablated:
+            for rows in self.ablations(text).values():
+                yield from rows
+
+
+def start_worker(threads: int) -> None:
+    """Set a worker up."""
+    torch.set_num_threads(threads)
+    console.quiet = True
+
+
+def run_all(runs: Runs, args: argparse.Namespace, texts: list[str]) -> None:
+    """Run what is wanted in several processes, until all is done or time is up."""
+    end = time.monotonic() + 60 * args.minutes
+    finished: queue.Queue[Row | BaseException] = queue.Queue()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.workers, start_worker, (args.threads,)) as pool:
+        running: set[str] = set()
+        while time.monotonic() < end:
+            for row in runs.wanted(texts, args.ablate):
+                if len(running) == args.workers:
+                    break
+                if key(row) not in running and key(row) not in runs.known:
+                    running.add(key(row))
+                    given = (row, args.out, args.device)
+                    pool.apply_async(run, given, {}, finished.put, finished.put)
+            if not running:
+                return
+            try:
+                row = finished.get(timeout=max(0.1, end - time.monotonic()))
+            except queue.Empty:
+                break
+            if isinstance(row, BaseException):
+                raise row
+            runs.add(row)
+            running.remove(key(row))
+            print(f"{len(runs.known)} {row['text']} {row['bits_per_byte']:.4f}", flush=True)
+    print(f"time is up: {len(running)} runs were cut off")
 
 
 def interval(values: list[float]) -> str:
@@ -212,72 +342,79 @@ def interval(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} +- {half:.4f}"
 
 
-def part_needed(parts: list[float], found: list[float], wanted: float) -> float:
-    """Return the part of the tokens at which a falling curve meets a loss; linear in log part."""
-    logs = [math.log(part) for part in parts]
-    for n in range(1, len(parts)):
-        if found[n] <= wanted or n == len(parts) - 1:
-            slope = (found[n] - found[n - 1]) / (logs[n] - logs[n - 1])
-            return math.exp(logs[n - 1] + (wanted - found[n - 1]) / slope)
-    raise AssertionError
+def part_needed(found: list[float], wanted: float) -> float:
+    """Return the part of the tokens at which a falling curve meets a loss; linear in log part.
+
+    Never less than the smallest part that was run; past the whole it is extrapolated.
+    """
+    if found[0] <= wanted:
+        return PARTS[0]
+    logs = [math.log(part) for part in PARTS]
+    n = next((n for n in range(1, len(PARTS)) if found[n] <= wanted), len(PARTS) - 1)
+    slope = (found[n] - found[n - 1]) / (logs[n] - logs[n - 1])
+    return math.exp(logs[n - 1] + (wanted - found[n - 1]) / slope)
 
 
-def best(runs: Runs, name: str, text: Text, steps: int, side: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the best trial."""
-    scored = [(runs.bits(name, text, steps, 0, tried), tried) for tried in trials(side)]
-    bits, chosen = min(scored, key=lambda pair: pair[0])
-    rates = {k: v for k, v in chosen.items() if k not in side}
-    print(f"  {side['optim']}: best of {TRIALS} trials {bits:.4f} with {rates}", flush=True)
-    return chosen
-
-
-def compare(runs: Runs, name: str, text: Text, steps: int) -> None:
-    """Print both sides over seeds, and the part of the tokens that groundup needs."""
-    epochs = steps * ROWS * CONTEXT / len(text.tokens)
-    print(f"{name}: {steps * ROWS * CONTEXT:,} tokens, {epochs:.1f} epochs", flush=True)
-    plain, ours = (best(runs, name, text, steps, side) for side in (ADAMW, MUON))
-    theirs = [runs.bits(name, text, steps, seed, plain) for seed in SEEDS]
-    curves = {
-        part: [runs.bits(name, text, round(part * steps), seed, ours) for seed in SEEDS]
-        for part in PARTS
-    }
-    print(f"  Llama and tuned AdamW: {interval(theirs)} bits per byte")
-    for part, found in curves.items():
-        print(f"  groundup on {part:.0%} of the tokens: {interval(found)}")
-    needed = [
-        part_needed(list(PARTS), [curves[part][n] for part in PARTS], theirs[n])
-        for n in range(len(SEEDS))
-    ]
-    print(f"  part of the tokens at AdamW's loss: {interval(needed)}", flush=True)
-
-
-def ablate(runs: Runs, name: str, text: Text, steps: int) -> None:
-    """Print what each ingredient gives, over seeds, paired."""
-    plain, ours = (best(runs, name, text, steps, side) for side in (ADAMW, MUON))
-    base = [runs.bits(name, text, steps, seed, ours) for seed in SEEDS]
-    for label, change in ABLATIONS.items():
-        settings = ours | change
-        if change.get("optim") == "adamw":
-            settings |= {k: v for k, v in plain.items() if k != "model_type"}
-        found = [runs.bits(name, text, steps, seed, settings) for seed in SEEDS]
-        paired = interval([x - y for x, y in zip(found, base, strict=True)])
-        print(f"  {label:<44} {statistics.mean(found):.4f}   {paired}", flush=True)
+def report(runs: Runs, text: str, folder: Path) -> None:
+    """Print both sides over seeds, the part of the tokens that groundup needs, and the ablation."""
+    size, tokens = runs.size, len(kept_text(folder / f"{text}.npz")["train"])
+    seen = size["steps"] * size["rows"] * size["context"]
+    print(f"\n{text}: {size}, {seen:,} tokens, {seen / tokens:.1f} epochs of {tokens:,}")
+    plain, ours = (runs.chosen(text, side) for side in SIDES)
+    for side, best in zip(SIDES, (plain, ours), strict=True):
+        tried = runs.trials(text, side)
+        done = [b for row in tried if (b := runs.bits([runs.row(text, row)]))]
+        print(
+            f"  {side}: {len(done)} trials, bits per byte " + " ".join(f"{b:.3f}" for [b] in done)
+        )
+        print(f"  best: {best}")
+    if not plain or not ours:
+        return
+    theirs = runs.bits(runs.seeds(text, plain))
+    curves = [runs.bits(runs.seeds(text, ours, part)) for part in PARTS]
+    if theirs:
+        print(f"  Llama and tuned AdamW: {interval(theirs)} bits per byte")
+    for part, found in zip(PARTS, curves, strict=True):
+        if found:
+            print(f"  groundup on {part:.0%} of the tokens: {interval(found)}")
+    if theirs and all(curves):
+        needed = [
+            part_needed(list(found), wanted)
+            for wanted, *found in zip(theirs, *curves, strict=True)  # type: ignore[arg-type]
+        ]
+        print(f"  part of the tokens at AdamW's loss: {interval(needed)}")
+    base, changes = curves[-1], runs.ablations(text)
+    if base and any(runs.bits(rows) for rows in changes.values()):
+        print("| change | bits per byte | difference, paired |\n|---|---|---|")
+        for label, rows in changes.items():
+            if found := runs.bits(rows):
+                paired = interval([x - y for x, y in zip(found, base, strict=True)])
+                print(f"| {label} | {statistics.mean(found):.4f} | {paired} |")
 
 
 def main() -> None:
-    """Run what is asked for and not known yet."""
+    """Run what is asked for and not known yet, and report."""
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("out", type=Path)
-    flags.add_argument("--text", nargs="+", required=True, help="NAME=FILE, or python")
-    flags.add_argument("--steps", type=int, default=240)
-    flags.add_argument("--ablate", action="store_true")
+    flags.add_argument("--text", nargs="+", required=True, help="NAME=FILE, python, or a kept NAME")
+    flags.add_argument("--ablate", nargs="*", default=[], help="names of texts")
+    for name, value in (("width", 128), ("layers", 3), ("context", 256), ("rows", 8)):
+        flags.add_argument(f"--{name}", type=int, default=value)
+    flags.add_argument("--steps", type=int, default=480, help="on 2,048 tokens each: 983,040")
+    flags.add_argument("--workers", type=int, default=1)
+    flags.add_argument("--threads", type=int, default=1, help="of each worker")
+    flags.add_argument("--device", default="cpu")
+    flags.add_argument("--minutes", type=float, default=60 * 24)
+    flags.add_argument("--report", action="store_true", help="of what there is; run nothing")
     args = flags.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = Runs(args.out / "runs.jsonl")
-    for given in args.text:
-        name, _, file = given.partition("=")
-        text = read(Path(file) if file else None)
-        (ablate if args.ablate else compare)(runs, name, text, args.steps)
+    size = {n: getattr(args, n) for n in ("width", "layers", "context", "rows", "steps")}
+    runs = Runs(args.out / "runs.jsonl", size)
+    texts = [keep_text(given, args.out) for given in args.text]
+    if not args.report:
+        run_all(runs, args, texts)
+    for text in texts:
+        report(runs, text, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Budgets from the command line: planned once, kept, compared with what came; and ladders."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +94,14 @@ def test_a_ladder_foretells_and_continues(place, tmp_path, monkeypatch):
     assert sizes[-1] < found["target"]["parameters"]
     assert found["predicted"]["low"] < found["predicted"]["high"]
     assert "<svg" in (tmp_path / "lad" / "ladder.html").read_text()
+
+
+def test_validation_text_that_is_trained_on_is_refused(place, capsys):
+    shutil.copytree(place, "copied")
+    shutil.copy("copied/train.parquet", "copied/validation.parquet")
+    command = ["pretrain", "copied", "--tokenizer", "tok", "--hidden-size", "64", "--steps", "1"]
+    command += ["--num-hidden-layers", "1", "--max-position-embeddings", "64"]
+    assert main([*command, "--out", "run"]) == 2
+    assert "100.0% of its tokens, are in the training text too" in capsys.readouterr().err
+    assert not Path("run").exists()
+    assert main([*command, "--allow-overlap", "--out", "run"]) == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from two_ranks import train
 
 from groundup.core.metrics import MetricsLog
@@ -24,6 +25,11 @@ OPTIONS = {
     "adamw": {"optim": "adamw", "cautious_weight_decay": True, "weight_decay": 0.1},
 }
 RESUMED = {"optim": "normuon", "ema_decay": 0.9}
+DISTURBED = {
+    "full disk of the first": ("full disk", 6, 0),
+    "full disk of the other": ("full disk", 6, 1),
+    "interrupted": ("interrupt", 3, 1),
+}
 
 
 def start(folder, *what):
@@ -75,13 +81,19 @@ def folder(tok, tmp_path_factory):
     for name, options in OPTIONS.items():
         train(place, f"one, {name}", options)
     train(place, "one, whole", RESUMED)
-    train(place, "one to two", RESUMED, stop_at=6)
+    train(place, "one to two", RESUMED, "power cut", 6)
+    train(place, "one, skipped", {"on_bad_step": "skip"}, poisoned=True)
     runs = [{"name": f"two, {name}", "settings": options} for name, options in OPTIONS.items()]
     runs += [{"name": "two, whole", "settings": RESUMED}]
     runs += [{"name": "one to two", "settings": RESUMED}]
     for name in ("two to two", "two to one"):
-        runs += [{"name": name, "settings": RESUMED, "stop_at": 6}]
+        runs += [{"name": name, "settings": RESUMED, "event": "power cut", "before": 6}]
     runs += [{"name": "two to two", "settings": RESUMED}]
+    runs += [{"name": "two, skipped", "settings": {"on_bad_step": "skip"}, "poisoned": True}]
+    runs += [{"name": "two, stopped", "settings": {}, "poisoned": True}]
+    for name, (event, step, rank) in DISTURBED.items():
+        again = {"name": name, "settings": RESUMED}
+        runs += [again | {"event": event, "before": step, "on": [rank]}, again]
     (place / "runs.json").write_text(json.dumps(runs))
     codes, said = finish(start(place, "runs", "objectives"))
     assert codes == [0, 0], "\n".join(said)
@@ -91,7 +103,7 @@ def folder(tok, tmp_path_factory):
 
 def result(place):
     """Return losses and finished weights."""
-    losses = [row["loss"] for row in MetricsLog.read(place / "metrics.jsonl")]
+    losses = [row.get("loss") for row in MetricsLog.read(place / "metrics.jsonl")]
     assert len(losses) == 6
     return losses, torch.load(place / "model.pt")
 
@@ -129,6 +141,48 @@ def test_as_many_ranks_go_on_bit_for_bit(folder):
     whole, resumed = result(folder / "two, whole"), result(folder / "two to two")
     assert whole[0] == resumed[0]
     assert all(torch.equal(weight, resumed[1][name]) for name, weight in whole[1].items())
+
+
+def ends(place, rank):
+    """Return how the runs into a folder ended on a rank."""
+    return (place / f"ends-{rank}.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", DISTURBED)
+def test_what_happens_to_one_rank_stops_all_and_costs_nothing(folder, name):
+    for rank in range(2):
+        first, second = ends(folder / name, rank)
+        assert second == "finished"
+        if name == "interrupted":
+            assert first == "KeyboardInterrupt: "
+        else:
+            assert first.startswith("StorageError: the limit of a file's size")
+            assert "checkpoints" in first
+    assert result(folder / name)[0] == result(folder / "two, whole")[0]
+
+
+def test_ranks_skip_a_bad_step_alike(folder):
+    one, two = (result(folder / f"{n}, skipped") for n in ("one", "two"))
+    bad = [n for n, loss in enumerate(one[0]) if loss is None]
+    assert bad
+    assert bad == [n for n, loss in enumerate(two[0]) if loss is None]
+    assert_close(*(([x for x in losses if x], weights) for losses, weights in (one, two)))
+
+
+def test_a_bad_step_stops_all_ranks_with_its_documents(folder):
+    found = [ends(folder / "two, stopped", rank) for rank in range(2)]
+    assert found[0] == found[1]
+    [bad] = MetricsLog.read(folder / "two, stopped" / "bad_steps.jsonl")
+    assert f"step {bad['step']}: the loss is nan, micro-batch" in found[0][0]
+    assert 5 in bad["documents"]
+
+
+def test_checkpoints_of_ranks_hold_the_model(folder):
+    place = folder / "two, adamw"
+    saved = load_file(place / "checkpoints" / "step-6" / "model.safetensors")
+    finished = result(place)[1]
+    assert all(torch.equal(weight, finished[name]) for name, weight in saved.items())
+    assert (place / "checkpoints" / "step-6" / "parts").is_dir()
 
 
 def test_rows_are_cut_for_all_ranks():

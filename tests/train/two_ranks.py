@@ -2,14 +2,19 @@
 
 import copy
 import json
+import os
+import resource
+import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from test_checkpoints import source
+from test_guard import Poisoned
+from test_guard import source as poisoned_source
 from test_objectives import CPU, OBJECTIVES, cut
 
+from groundup.core.errors import GroundupError
 from groundup.train import FitConfig, NextToken, fit
 from groundup.train.ranks import ALONE, here, together
 from groundup.train.sharding import spread
@@ -52,16 +57,32 @@ class PowerCut(Exception):
     """What ends a run too early."""
 
 
-class Cut:
-    """A source that fails at a step, on every rank."""
+def power_cut():
+    raise PowerCut
 
-    def __init__(self, stop_at):
-        self.inner, self.left = source(), stop_at
+
+def fill_disk():
+    """Let files grow to 20 kB at most from here on."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+EVENTS = {
+    "power cut": power_cut,
+    "full disk": fill_disk,
+    "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
+}
+
+
+class Disturbed:
+    """A source that something happens to before a step."""
+
+    def __init__(self, inner, event, before, on):
+        self.inner, self.event, self.left, self.on = inner, event, before, on
 
     def next_step(self):
         self.left -= 1
-        if self.left == 0:
-            raise PowerCut
+        if self.left == 0 and here().rank in self.on:
+            EVENTS[self.event]()
         return self.inner.next_step()
 
     def state_dict(self):
@@ -71,12 +92,23 @@ class Cut:
         self.inner.load_state_dict(state)
 
 
-def train(folder, name, settings, stop_at=0):
-    """Train a copy of `tiny.pt` into a folder, alone or with others, `stop_at` steps at most."""
+def train(folder, name, settings, event="", before=0, on=(0, 1), poisoned=False):
+    """Train a copy of `tiny.pt` into a folder, alone or with others; note how it ended.
+
+    `event` happens on the ranks `on`, before that step.
+    """
     model = torch.load(folder / "tiny.pt", weights_only=False)
-    settings = {"steps": 6, "checkpoint_every": 2, "warmup_fraction": 0.3} | settings
-    with suppress(PowerCut):
-        fit(model, NextToken(), Cut(stop_at), FitConfig(**settings), folder / name, device=CPU)
+    config = FitConfig(**{"steps": 6, "checkpoint_every": 2, "warmup_fraction": 0.3} | settings)
+    inner, objective = (poisoned_source(), Poisoned()) if poisoned else (source(), NextToken())
+    data = Disturbed(inner, event, before, on)
+    end = "finished"
+    try:
+        fit(model, objective, data, config, folder / name, device=CPU)
+    except (PowerCut, GroundupError, KeyboardInterrupt) as err:
+        end = f"{type(err).__name__}: {err}"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    with (folder / name / f"ends-{here().rank}.txt").open("a") as ends:
+        ends.write(end + "\n")
     if here().first:
         torch.save(model.state_dict(), folder / name / "model.pt")
 

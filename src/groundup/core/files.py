@@ -12,6 +12,11 @@ from typing import Any
 
 from groundup.core.errors import DataError, StorageError
 
+FULL = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the limit of a file's size (ulimit -f) is reached",
+}
 FORBIDDEN = {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
@@ -21,18 +26,19 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        if err.errno == errno.ENOSPC:
+        if err.errno in FULL:
             free = shutil.disk_usage(existing_parent(path)).free
             raise StorageError(
-                f"no space left on the disk while writing {path} ({free / 1e6:.0f} MB free): "
+                f"{FULL[err.errno]} while writing {path} ({free / 1e6:.0f} MB free): "
                 "free some, or choose another --out"
             ) from err
         if err.errno in FORBIDDEN:
             raise StorageError(f"cannot write {path}: {os.strerror(err.errno)}") from err
         raise
     except Exception as err:  # native libraries put the system's words into their own errors
-        if os.strerror(errno.ENOSPC) in str(err):
-            raise StorageError(f"no space left on the disk while writing {path}") from err
+        for number, what in FULL.items():
+            if os.strerror(number) in str(err):
+                raise StorageError(f"{what} while writing {path}") from err
         raise
 
 

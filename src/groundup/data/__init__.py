@@ -12,7 +12,7 @@ from groundup.data.preferences import (
     write_preferences,
 )
 from groundup.data.readers import read_documents
-from groundup.data.shards import Shard, open_shard, write_shards
+from groundup.data.shards import Shard, open_shard, overlap, write_shards
 
 __all__ = [
     "ChatsConfig",
@@ -24,6 +24,7 @@ __all__ = [
     "build_corpus",
     "mismatched_pairs",
     "open_shard",
+    "overlap",
     "pair_of",
     "phase_order",
     "plan_mixture",

@@ -9,7 +9,7 @@ document. Parts joined in order are a split; in a cache folder they are found ag
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from groundup.core.run import exclusive
 from groundup.core.types import SPLITS, Encoder, Split
 from groundup.data.blocks import corpus_files
 
+COMPARED = 200_000  # documents of a split that are looked at for overlap, at most
 BATCH_BYTES = 2_000_000  # text encoded at a time
 RECORD = np.dtype([("tokens", np.uint64), ("bytes", np.uint64)])
 
@@ -209,3 +210,24 @@ def open_shard(folder: Path, split: Split) -> Shard:
         vocab_size=index["vocab_size"],
         tokenizer=index["tokenizer"],
     )
+
+
+def overlap(trained: Sequence[Shard], validation: Shard) -> tuple[int, float]:
+    """Return how many validation documents stand in training splits too, and their tokens' share.
+
+    Documents are the same when all their ids are. Of a large split an even part is compared: then
+    the numbers are of what was compared.
+    """
+    seen = {digest for shard in trained for digest, _ in digests(shard)}
+    compared = list(digests(validation))
+    found = [length for digest, length in compared if digest in seen]
+    return len(found), sum(found) / max(1, sum(length for _, length in compared))
+
+
+def digests(shard: Shard) -> Iterator[tuple[bytes, int]]:
+    """Yield a hash and the length of documents, of an even part where there are too many."""
+    count = len(shard.offsets) - 1
+    for n in range(0, count, -(-count // COMPARED) or 1):
+        first, end = int(shard.offsets[n]), int(shard.offsets[n + 1])
+        content = np.asarray(shard.tokens[first:end], np.uint32).tobytes()
+        yield hashlib.blake2b(content, digest_size=8).digest(), end - first

@@ -138,6 +138,9 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     packing_strategy: Literal["wrapped", "bfd"] = field(
         "wrapped", help="rows cut from one stream, or whole documents packed by best fit"
     )
+    allow_overlap: bool = field(
+        False, help="train although the validation text is in the training text", semantic=False
+    )
     z_loss: float = field(0.0, help="weight of log(Z)^2, which keeps logits small (PaLM: 1e-4)")
     fim_rate: float = field(0.5, help="share of the text that fim rearranges")
     fim_level: Literal["document", "context"] = field("document", help="what fim cuts")

@@ -54,7 +54,7 @@ def ladder(config: LadderConfig, out: Path) -> dict[str, Any]:
         if not done.is_file():
             tokens = per_parameter * num_parameters(rung)
             trial = run_trial(
-                rung, tokens, train, validation, device, large["dtype"], seed=config.seed
+                rung, tokens, train, validation, device, large["dtype"], out, seed=config.seed
             )
             write_json(done, asdict(trial))
         trials.append(Trial(**read_json(done)))

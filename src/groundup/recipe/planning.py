@@ -28,7 +28,7 @@ from groundup.tokenizer import Tokenizer
 from groundup.train import FitConfig, NextToken, Plan, TokenStream, fit, make_plan
 from groundup.train.budget import Budget, parse_budget
 from groundup.train.plan import MUON_RATE, SIZES, shape
-from groundup.train.ranks import here
+from groundup.train.ranks import here, rows_each
 from groundup.train.scaling import Prediction, Trial, predict, step_law_tokens
 from groundup.train.step import DTYPES
 
@@ -58,15 +58,18 @@ def plan(config: PlanConfig, out: Path) -> dict[str, Any]:
         budget = Budget(f"{config.pretrain_s:.0f} s", seconds=config.pretrain_s)
     else:
         budget = parse_budget(config.budget, usd_per_hour=config.usd_per_hour)
-    made = plan_for(budget, config.shards, devices.pick(config.device), ladder=config.ladder)
+    made = plan_for(budget, config.shards, devices.pick(config.device), out, ladder=config.ladder)
     write_json(out / "plan.json", made)
     return made
 
 
 def plan_for(
-    budget: Budget, shards: Path, device: devices.Device, *, ladder: Path | None = None
+    budget: Budget, shards: Path, device: devices.Device, out: Path, *, ladder: Path | None = None
 ) -> dict[str, Any]:
-    """Return a plan as plain values, with the predicted bits per byte of validation text."""
+    """Return a plan as plain values, with the predicted bits per byte of validation text.
+
+    Ranks call this together, and each is given the same.
+    """
     train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
     say(f"  device: {device.line}")
     made = make_plan(
@@ -75,7 +78,7 @@ def plan_for(
     if ladder is not None:
         trials = [Trial(**row) for row in read_json(ladder / "ladder.json")["trials"]]
     else:
-        trials = small_trials(made, train, validation, device)
+        trials = small_trials(made, train, validation, device, out)
     values = asdict(made)
     if trials:
         found = predict(trials, made.parameters, made.tokens, made.unique_tokens)
@@ -113,7 +116,7 @@ def show_prediction(predicted: dict[str, float]) -> None:
 
 
 def small_trials(
-    made: Plan, train: Shard, validation: Shard, device: devices.Device
+    made: Plan, train: Shard, validation: Shard, device: devices.Device, out: Path
 ) -> list[Trial]:
     """Train the smallest size on two small token counts; none where the budget is too short."""
     rate = made.predicted["smallest_tokens_per_s"]
@@ -122,7 +125,7 @@ def small_trials(
         return []
     config = shape(*SIZES[0], train.vocab_size)
     return [
-        run_trial(config, share * tokens, train, validation, device, made.dtype)
+        run_trial(config, share * tokens, train, validation, device, made.dtype, out)
         for share in (1 / 3, 2 / 3)
     ]
 
@@ -134,13 +137,18 @@ def run_trial(
     validation: Shard,
     device: devices.Device,
     dtype: str,
+    out: Path,
     *,
     seed: int = 1,
 ) -> Trial:
-    """Train a size from random weights on so many tokens; return its held-out loss in nats."""
-    context = config.max_position_embeddings
+    """Train a size from random weights on so many tokens; return its held-out loss in nats.
+
+    What it writes meanwhile goes to a folder in `out`, which all ranks can see.
+    """
+    context, ranks = config.max_position_embeddings, here()
     rows = max(1, round(step_law_tokens(tokens) / context))
     steps = max(1, round(tokens / (rows * context)))
+    each, micro_batches = rows_each(rows, 1, ranks.size)
     torch.manual_seed(seed)
     model = Decoder(config)
     source = TokenStream(
@@ -148,8 +156,8 @@ def run_trial(
         train.offsets,
         eos_token_id=train.eos_token_id,
         context=context,
-        batch_size=rows,
-        gradient_accumulation_steps=1,
+        batch_size=each,
+        gradient_accumulation_steps=micro_batches,
         seed=seed,
     )
     settings = FitConfig(
@@ -159,16 +167,21 @@ def run_trial(
         seed=seed,
         checkpoint_every=steps,
     )
-    with TemporaryDirectory() as folder:
-        fit(model, NextToken(), source, settings, Path(folder), device=device.device)
-    lm = NeuralLM(model, train.eos_token_id, dtype=DTYPES[dtype])
-    values = np.concatenate(lm.token_logprobs(spread(validation, TRIAL_EVAL_TOKENS)))
-    seen = steps * rows * context
+    with TemporaryDirectory(dir=out, prefix=".trial.", suffix=".tmp") as folder:
+        place = ranks.told(Path(folder))  # the first one's is for all
+        fit(model, NextToken(), source, settings, place, device=device.device)
+        ranks.any(False)  # all have written
+    loss = 0.0
+    if ranks.first:
+        lm = NeuralLM(model, train.eos_token_id, dtype=DTYPES[dtype])
+        values = np.concatenate(lm.token_logprobs(spread(validation, TRIAL_EVAL_TOKENS)))
+        loss = float(-values.mean())
+    loss, seen = ranks.told(loss), steps * rows * context
     say(
         f"  trial: {num_parameters(config) / 1e6:.2f}M parameters, {seen / 1e6:.2f}M tokens, "
-        f"{-values.mean():.3f} nats a token"
+        f"{loss:.3f} nats a token"
     )
-    return Trial(num_parameters(config), seen, len(train.tokens), float(-values.mean()))
+    return Trial(num_parameters(config), seen, len(train.tokens), loss)
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -180,25 +193,24 @@ def read_plan(path: Path) -> dict[str, Any]:
 def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str, Any] | None]:
     """Return a config with a plan's numbers in it, and the plan.
 
-    A budget is planned once, into `out/plan.json`; a resumed run reads it there.
+    A budget is planned once, into `out/plan.json`; a resumed run reads it there. Ranks plan
+    together, and all take the first one's plan.
     """
-    if config.budget is not None and here().size > 1:
-        raise ConfigError(
-            "a budget is planned by timing one process: plan without torchrun, then give --plan"
-        )
+    ranks = here()
     if config.budget is not None and config.plan is not None:
         raise ConfigError("a plan has its own budget: give --plan or --budget")
     if config.budget is None and config.plan is None:
         return config, None
     if config.plan is not None:
         made = read_plan(config.plan)
-    elif (out / "plan.json").is_file():
+    elif ranks.told((out / "plan.json").is_file()):
         made = read_plan(out)
     else:
         budget = parse_budget(config.budget or "", usd_per_hour=config.usd_per_hour)
         shards = shards_of(config, Tokenizer.load(config.tokenizer), out)
-        made = plan_for(budget, shards, devices.pick(config.device))
-        write_json(out / "plan.json", made)
+        made = plan_for(budget, shards, devices.pick(config.device), out)
+        if ranks.first:
+            write_json(out / "plan.json", made)
     values = {name: made[name] for name in PLANNED}
     return replace(config, **values, max_position_embeddings=made["context"]), made
 

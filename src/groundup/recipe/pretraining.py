@@ -31,7 +31,7 @@ from groundup.recipe.monitoring import (
 )
 from groundup.recipe.planning import outcome, planned
 from groundup.recipe.shared import fit_settings, for_ranks, shards_of, with_dtype
-from groundup.recipe.sources import show_epochs, token_source, with_phases
+from groundup.recipe.sources import refuse_overlap, show_epochs, token_source, with_phases
 from groundup.recipe.starting import check_start, continued_decoder, within_positions
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
@@ -40,6 +40,7 @@ from groundup.train import (
     State,
     fit,
 )
+from groundup.train.memory import check_memory, memory_free
 from groundup.train.plan import mlp_width
 from groundup.train.ranks import here
 from groundup.train.step import DTYPES
@@ -61,12 +62,8 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     shards = shards_of(config, tok, out)
     train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
     device = devices.pick(config.device, config.dtype)
-    torch.manual_seed(config.seed)
-    if config.init is None:
-        model = Decoder(model_config(config, tok))
-    else:
-        model = continued_decoder(config.init, tok)
-        config = within_positions(config, model.config.max_position_embeddings)
+    refuse_overlap(config, train, validation)
+    model, config = starting_model(config, tok, device)
     if here().size == 1:  # hooks take the model as it lies
         model.to(device.device)
     size = num_parameters(model.config)
@@ -118,6 +115,20 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
         "ngram_bits_per_byte": level,
         "device": device.line,
     }
+
+
+def starting_model(
+    config: PretrainConfig, tok: Tokenizer, device: devices.Device
+) -> tuple[Decoder, PretrainConfig]:
+    """Return the model to train, of random weights or to go on from, and a config that suits it."""
+    torch.manual_seed(config.seed)
+    if config.init is not None:
+        model = continued_decoder(config.init, tok)
+        return model, within_positions(config, model.config.max_position_embeddings)
+    shape, ranks = model_config(config, tok), here()
+    free = ranks.told(memory_free(device))
+    check_memory(shape, fit_settings(config), config.batch_size, free, ranks.size)
+    return Decoder(shape), config
 
 
 def next_token(config: ModelConfig, z_loss: float) -> NextToken:

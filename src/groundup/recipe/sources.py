@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, DataError
 from groundup.core.progress import say
-from groundup.data import Shard, open_shard
+from groundup.data import Shard, open_shard, overlap
 from groundup.data.mix import MixConfig, phase_order, show_mixture
 from groundup.recipe.configs import PretrainConfig
 from groundup.recipe.monitoring import tokens_per_step
@@ -17,6 +17,8 @@ from groundup.train.batches import BatchSource
 from groundup.train.middle import MIDDLE, PREFIX, SUFFIX
 from groundup.train.mixture import MixtureStream
 from groundup.train.packing import PackedStream
+
+MOST_OVERLAP = 0.01  # of the validation text's tokens
 
 
 def with_phases(config: PretrainConfig) -> PretrainConfig:
@@ -47,6 +49,26 @@ def mixture_source(mix: MixConfig, tok: Tokenizer, options: dict[str, Any]) -> M
     show_mixture(mix, {name: int(found.sum()) for name, found in lengths.items()})
     orders = [phase_order(mix, lengths, number) for number in range(len(mix.phases))]
     return MixtureStream(shards, orders, **options)
+
+
+def refuse_overlap(config: PretrainConfig, train: Shard, validation: Shard) -> None:
+    """Refuse to train on the text that is measured on; say it where that is little."""
+    trained = [train]
+    if config.mix is not None:
+        trained = [open_shard(folder, "train") for folder in config.mix.sources.values()]
+    documents, share = overlap(trained, validation)
+    if not documents:
+        return
+    said = (
+        f"{documents:,} documents of the validation text, {share:.1%} of its tokens, are in the "
+        "training text too"
+    )
+    if share > MOST_OVERLAP and not config.allow_overlap:
+        raise DataError(
+            f"{said}: what is measured on them is no held-out loss. Build the corpus again with "
+            "`groundup data build`, which keeps each text once, or give --allow-overlap"
+        )
+    say(f"  {said}")
 
 
 def show_epochs(source: BatchSource) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Beside the model's files stand `optimizer.safetensors` (optimizers, averaged weights, generators)
 and `training.json` (step, data position, guard, loss scale, metrics), so that a resumed run goes
 on as if never stopped. The copy is taken at once; a thread writes it while training goes on.
-Several ranks write `parts/` (`resharding`) in place of model and optimizer files; either kind is
-read by any number of ranks.
+Several ranks write `parts/` (`resharding`) in place of the optimizer's file, with each rank's
+weights in it; either kind is read by any number of ranks.
 """
 
 import copy
@@ -34,7 +34,7 @@ from groundup.train.config import FitConfig
 from groundup.train.guard import Guard, LossScale
 from groundup.train.ranks import ALONE, Ranks
 from groundup.train.resharding import PARTS, on_cpu, read_parts, write_parts
-from groundup.train.sharding import laid_like
+from groundup.train.sharding import gather, laid_like
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "training.json"
 DAMAGE = (
@@ -56,6 +56,7 @@ class Training:
     """Everything that the rest of a run depends on."""
 
     model: nn.Module
+    whole: nn.Module  # the model itself; on the first of several ranks, one that is not cut up
     optimizers: Sequence[torch.optim.Optimizer]
     source: BatchSource
     guard: Guard
@@ -67,7 +68,7 @@ class Training:
 class Snapshot:
     """A training at one step, copied to the CPU; of several ranks, this one's part."""
 
-    model: nn.Module | None  # of several ranks, the weights are among the tensors
+    model: nn.Module | None  # on the first rank; of several, the weights are among the tensors too
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
@@ -90,7 +91,8 @@ def identity(training: Training) -> dict[str, Any]:
 def take(
     training: Training, step: int, metrics: dict[str, float], ranks: Ranks = ALONE
 ) -> Snapshot:
-    """Copy a training."""
+    """Copy a training; ranks do so together, as the first is given all weights for its model."""
+    gather(training.whole, training.model, ranks)
     generators, generator_state = read_generators()
     tensors = optimizer_tensors(training)
     if ranks.size > 1:
@@ -111,7 +113,7 @@ def take(
         "identity": identity(training),
     }
     return Snapshot(
-        model=copied(training.model) if ranks.size == 1 else None,
+        model=copied(training.whole) if ranks.first else None,
         tensors={name: on_cpu(tensor) for name, tensor in tensors.items()},
         state=copy.deepcopy(state),
     )
@@ -126,8 +128,10 @@ def copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def write_together(snapshot: Snapshot, folder: Path, group: dist.ProcessGroup) -> None:
-    """Write this rank's part of step-N aside; the first renames it when all have done so."""
+def write_together(
+    snapshot: Snapshot, folder: Path, write_model: WriteModel | None, group: dist.ProcessGroup
+) -> None:
+    """Write this rank's part of step-N aside; the first adds the rest, and renames it."""
     place = folder / f"step-{snapshot.state['step']}"
     box = [place]
     if dist.get_rank():
@@ -138,20 +142,25 @@ def write_together(snapshot: Snapshot, folder: Path, group: dist.ProcessGroup) -
     with atomic_folder(place) as box[0]:
         dist.broadcast_object_list(box, src=0, group=group)
         write_parts(snapshot.tensors, box[0], group)
-        write_json(box[0] / STATE, snapshot.state)
+        write_whole(snapshot, box[0], write_model)
 
 
 def write(snapshot: Snapshot, folder: Path, write_model: WriteModel | None) -> None:
     """Write step-N aside and rename it into place."""
-    assert snapshot.model is not None
     with atomic_folder(folder / f"step-{snapshot.state['step']}") as aside:
-        if write_model:
-            write_model(snapshot.model, aside)
-        else:
-            weights = trained(snapshot.model)
-            save_file({name: w.data.contiguous() for name, w in weights.items()}, aside / WEIGHTS)
         save_file({name: t.contiguous() for name, t in snapshot.tensors.items()}, aside / OPTIMIZER)
-        write_json(aside / STATE, snapshot.state)
+        write_whole(snapshot, aside, write_model)
+
+
+def write_whole(snapshot: Snapshot, aside: Path, write_model: WriteModel | None) -> None:
+    """Write the model's folder and what is the same on every rank."""
+    assert snapshot.model is not None
+    if write_model:
+        write_model(snapshot.model, aside)
+    else:
+        weights = trained(snapshot.model)
+        save_file({name: w.data.contiguous() for name, w in weights.items()}, aside / WEIGHTS)
+    write_json(aside / STATE, snapshot.state)
 
 
 class Saver:
@@ -174,6 +183,8 @@ class Saver:
     def save(self, training: Training, step: int, metrics: dict[str, float]) -> None:
         """Copy now; write in the background, once the save before is done."""
         self.wait()
+        if (name := self.config.metric_for_best_model) and name not in metrics:
+            say(f"  step {step} has no {name!r} to be the best by; it has {', '.join(metrics)}")
         snapshot = take(training, step, metrics, self.ranks)
         self.thread = threading.Thread(target=self.work, args=(snapshot,))
         self.thread.start()
@@ -182,7 +193,7 @@ class Saver:
         """Write, then drop what is no longer kept."""
         try:
             if self.group is not None:
-                write_together(snapshot, self.folder, self.group)
+                write_together(snapshot, self.folder, self.write_model, self.group)
             else:
                 write(snapshot, self.folder, self.write_model)
             if self.ranks.first:

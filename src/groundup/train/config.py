@@ -1,9 +1,40 @@
 """How the loop trains; imports no torch."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from groundup.core.config import field
+from groundup.core.errors import ConfigError
+
+COUNTS = (  # 1 or more
+    "steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_steps",
+    "max_position_embeddings",
+)
+POSITIVE = ("adam_epsilon", "layer_lr_decay", "max_grad_norm", "spike_threshold")
+NOT_NEGATIVE = ("learning_rate", "adam_learning_rate", "weight_decay", "shard_ranks", "z_loss")
+SHARES = ("warmup_fraction", "decay_fraction", "fim_rate", "mlm_probability")  # 0 to 1
+MEMORIES = ("adam_beta1", "adam_beta2", "ema_decay")  # from 0 to below 1
+
+
+def check_numbers(config: Any) -> None:
+    """Refuse a setting that no training can use."""
+    for names, allowed, words in (
+        (COUNTS, lambda x: x >= 1, "1 or more"),
+        (POSITIVE, lambda x: x > 0, "above 0"),
+        (NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
+        (SHARES, lambda x: 0 <= x <= 1, "between 0 and 1"),
+        (MEMORIES, lambda x: 0 <= x < 1, "from 0 to below 1"),
+    ):
+        for name in names:
+            value = getattr(config, name, None)
+            if value is not None and not (math.isfinite(value) and allowed(value)):
+                raise ConfigError(f"{name} = {value} must be {words}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +86,12 @@ class LoopOptions:
     )
     greater_is_better: bool = field(False, help="that metric is better the greater it is")
     load_best_model_at_end: bool = field(False, help="the finished model is the best checkpoint")
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be."""
+        check_numbers(self)
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            raise ConfigError("load_best_model_at_end needs metric_for_best_model, such as loss")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,7 @@ def fit(
     model.train()
     training = Training(
         model=model,
+        whole=whole,
         optimizers=make_optimizers(model, config, dtype),
         source=source,
         guard=Guard(config, out, writes=ranks.first),

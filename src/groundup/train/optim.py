@@ -48,12 +48,37 @@ def orthogonalise(stack_NRC: Tensor, dtype: torch.dtype, kind: str = "jordan") -
     tall = stack_NRC.shape[-2] > stack_NRC.shape[-1]
     x_NSL = (stack_NRC.mT if tall else stack_NRC).to(dtype)
     slack = SAFETY if kind == "polar-express" else 1.0
-    x_NSL = x_NSL / (x_NSL.norm(dim=(-2, -1), keepdim=True) * slack + 1e-7)
-    for a, b, c in COEFFICIENTS[kind]:
-        gram_NSS = x_NSL @ x_NSL.mT
-        powers_NSS = torch.baddbmm(gram_NSS, gram_NSS, gram_NSS, beta=b, alpha=c)
-        x_NSL = torch.baddbmm(x_NSL, powers_NSS, x_NSL, beta=a)
+    norms_N11 = x_NSL.norm(dim=(-2, -1), keepdim=True) * slack + 1e-7
+    if dtype == torch.float32 and 2 * x_NSL.shape[-1] > 3 * x_NSL.shape[-2]:
+        x_NSL = product_of_steps(x_NSL, norms_N11, COEFFICIENTS[kind]) @ x_NSL
+    else:
+        x_NSL = x_NSL / norms_N11
+        for a, b, c in COEFFICIENTS[kind]:
+            gram_NSS = x_NSL @ x_NSL.mT
+            powers_NSS = torch.baddbmm(gram_NSS, gram_NSS, gram_NSS, beta=b, alpha=c)
+            x_NSL = torch.baddbmm(x_NSL, powers_NSS, x_NSL, beta=a)
     return (x_NSL.mT if tall else x_NSL).to(stack_NRC.dtype)
+
+
+def product_of_steps(
+    x_NSL: Tensor, norms_N11: Tensor, coefficients: tuple[tuple[float, float, float], ...]
+) -> Tensor:
+    """Return what all Newton-Schulz steps on x / norms multiply x by, without touching L again.
+
+    A step is X <- P X with P a polynomial of G = X X^T, so that G <- P G P: 34 products of S^3 and
+    two of S^2 L, against 5 S^3 and ten. Errors of G grow from step to step: in fp32 to 1e-4 of
+    the result, 1e-3 at the worst; so fp32 alone goes this way (bf16's own error is 3e-2).
+    """
+    gram_NSS = (x_NSL @ x_NSL.mT) / norms_N11.square()
+    product_NSS: Tensor | None = None
+    for n, (a, b, c) in enumerate(coefficients):
+        step_NSS = torch.baddbmm(gram_NSS, gram_NSS, gram_NSS, beta=b, alpha=c)
+        step_NSS.diagonal(dim1=-2, dim2=-1).add_(a)
+        product_NSS = step_NSS if product_NSS is None else step_NSS @ product_NSS
+        if n + 1 < len(coefficients):
+            gram_NSS = step_NSS @ (gram_NSS @ step_NSS)
+    assert product_NSS is not None
+    return product_NSS / norms_N11
 
 
 class Muon(torch.optim.Optimizer):

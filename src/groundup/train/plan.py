@@ -1,13 +1,13 @@
 """The planner: from a budget to model size, tokens, batch, rate and steps, each with its rule.
 
 It times this machine. The plan is an output of its own, written once and read by every run and
-resume: time becomes a step count here, and the loop never looks at the clock.
+resume: time becomes a step count here, and the loop never looks at the clock. Several ranks
+time together what they would train together, and all go by what the first one measured.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +22,12 @@ from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.model.decoder import Decoder
 from groundup.train.budget import Budget
 from groundup.train.config import FitConfig
+from groundup.train.memory import memory_free
 from groundup.train.objectives import MicroBatch, NextToken
 from groundup.train.optim import make_optimizers
+from groundup.train.ranks import here
 from groundup.train.scaling import Law, step_law_rate, step_law_tokens
+from groundup.train.sharding import spread
 from groundup.train.step import DTYPES, accumulate, compiled
 
 # (width, layers, heads, context): from a laptop's minutes to a GPU's weeks.
@@ -116,20 +119,21 @@ def mlp_width(width: int) -> int:
 def timed(
     config: ModelConfig, rows: int, device: Device, dtype: str, *, compile: bool = False
 ) -> Timing:
-    """Run a micro-batch a few times, forward, backward and optimizer; return the best rate.
+    """Run a micro-batch a rank a few times, forward, backward and optimizer; return the best rate.
 
     A model that cannot be compiled has the rate 0.
     """
+    ranks = here(device.device)
     torch.manual_seed(0)
     reset_peak_memory()
     if device.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    model = Decoder(config).to(device.device)
+    model = spread(Decoder(config), ranks, device.device, DTYPES[dtype], 0)
     objective = NextToken()
     optimizers = make_optimizers(model, FitConfig(steps=1), DTYPES[dtype])
     context = config.max_position_embeddings
     ids = torch.randint(config.vocab_size, (rows, context), device=device.device)
-    batch: list[MicroBatch] = [{"ids": ids, "targets": ids}]
+    batch: list[MicroBatch] = [{"ids": ids, "targets": ids}] * ranks.size
     forward: nn.Module | None = model
     if compile:
         forward = compiled(model, objective, batch[0], device.device, DTYPES[dtype])
@@ -138,7 +142,7 @@ def timed(
     times = []
     for _ in range(TIMED_STEPS + 1):  # the first one warms up
         start = time.perf_counter()
-        accumulate(forward, objective, batch, device.device, DTYPES[dtype])
+        accumulate(forward, objective, batch, device.device, DTYPES[dtype], ranks=ranks)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -147,7 +151,9 @@ def timed(
         times.append(time.perf_counter() - start)
     on_gpu = device.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()
-    return Timing(config, rows * context / min(times[1:]), memory)
+    rate = ranks.size * rows * context / min(times[1:])
+    # the first rank holds the whole weights besides, so that it takes the most memory
+    return Timing(config, *ranks.told((rate, memory)))
 
 
 def micro_tokens(device: Device) -> int:
@@ -160,25 +166,14 @@ def compile_seconds(device: Device) -> float:
     return GPU_COMPILE_S if device.device.type == "cuda" else COMPILE_S
 
 
-def memory_needed(config: ModelConfig) -> float:
-    """Return a lower bound of the bytes that training a size takes.
+def memory_needed(config: ModelConfig, ranks: int = 1) -> float:
+    """Return a lower bound of the bytes that training a size takes on the first rank.
 
-    Weights, gradients and two optimizer moments in fp32, and a micro-batch's logits.
+    Weights, gradients and two optimizer moments in fp32, cut up over ranks, and a micro-batch's
+    logits; the first of several keeps whole weights too.
     """
-    return 16.0 * num_parameters(config) + 12.0 * MICRO_TOKENS * config.vocab_size
-
-
-def memory_free(device: Device) -> float:
-    """Return the free bytes of the device; infinite where the system does not say."""
-    if device.device.type == "cuda":
-        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # from sizes before
-        return float(torch.cuda.mem_get_info()[0] + kept)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    [line] = [line for line in lines if line.startswith("MemAvailable:")]
-    return float(line.split()[1]) * 1024
+    weights = 16.0 / ranks + (4.0 if ranks > 1 else 0.0)
+    return weights * num_parameters(config) + 12.0 * MICRO_TOKENS * config.vocab_size
 
 
 def tokens_within(budget: Budget, config: ModelConfig, tokens_per_s: float) -> float:
@@ -213,8 +208,8 @@ def choose(
         config = shape(*size, vocab_size)
         if chosen is not None and num_parameters(config) > max(bound, SMALL_BOUND):
             break
-        if memory_needed(config) > MEMORY_SHARE * free_bytes:
-            needed, free = memory_needed(config) / 1e9, free_bytes / 1e9
+        needed, free = memory_needed(config, here().size) / 1e9, free_bytes / 1e9
+        if needed > MEMORY_SHARE * free:
             say(f"  {size[0]} x {size[1]}: needs {needed:.1f} GB or more, and {free:.1f} are free")
             if chosen is None:
                 raise ConfigError(f"not enough memory for the smallest size: {needed:.1f} GB")
@@ -262,7 +257,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
         rows = micro_tokens(device) // config.max_position_embeddings
         return timed(config, rows, device, dtype)
 
-    free = memory_free(device)
+    free = here().told(memory_free(device))
     smallest, chosen, rule = choose(budget, vocab_size, train_tokens, free, time_size)
     config, eager = chosen.config, chosen.tokens_per_s
     context = config.max_position_embeddings
@@ -362,12 +357,14 @@ def try_compiling(
 def widest(timing: Timing, rows: int, most: int, device: Device, dtype: str) -> tuple[int, Timing]:
     """Return the rows of a micro-batch, doubled while that is faster and fits on the GPU.
 
-    A step of `most` rows is as large as it should be: more are not laid side by side.
+    A step of `most` rows is as large as it should be: more are not laid side by side. Several
+    ranks stop before it gets tight: one that ran out alone would leave the others waiting.
     """
     if rows > max(1, most):
         rows = max(1, most)
         timing = timed(timing.config, rows, device, dtype)
-    while 2 * rows <= most:
+    total = torch.cuda.mem_get_info()[1]
+    while 2 * rows <= most and (here().size == 1 or 2 * timing.memory_bytes < total):
         try:
             wider = timed(timing.config, 2 * rows, device, dtype)
         except torch.OutOfMemoryError:

@@ -1,0 +1,82 @@
+"""Memory told before a training starts, and numbers that no training can have."""
+
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from groundup.core.errors import ConfigError
+from groundup.model import Decoder
+from groundup.model.counts import num_parameters
+from groundup.model.footprint import training_peak, twin_of
+from groundup.model.inspection import train_memory
+from groundup.train import FitConfig
+from groundup.train.memory import activation_bytes, check_memory, kept_bytes
+from groundup.train.plan import shape
+
+CONFIG = shape(256, 4, 4, 512, 4096)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_estimate_is_a_lower_bound_near_what_a_step_on_shapes_says(optim, dtype):
+    with FakeTensorMode():
+        twin = twin_of(Decoder(CONFIG))
+        width = torch.float32 if dtype == "fp32" else torch.bfloat16
+        peak = training_peak(twin, 512, 8, width)
+        parts = train_memory(twin, optim=optim, peak=peak)
+    weights = 4 * num_parameters(CONFIG)
+    kept = kept_bytes(CONFIG, optim, 1)
+    assert kept == pytest.approx(parts["weights"] + parts["optimizer"] + weights, rel=0.01)
+    activations = activation_bytes(CONFIG, 8 * 512, dtype, False)
+    assert 0.35 * peak < activations < peak
+    assert activation_bytes(CONFIG, 8 * 512, dtype, True) < 0.2 * activations
+
+
+def refusal(rows, free, ranks=1, **settings):
+    with pytest.raises(ConfigError, match="not enough memory") as refused:
+        check_memory(CONFIG, FitConfig(steps=1, **settings), rows, free, ranks)
+    return str(refused.value)
+
+
+def test_too_many_rows_are_told_how_many_fit():
+    free, settings = kept_bytes(CONFIG, "muon", 1) + 6e8, FitConfig(steps=1)
+    said = refusal(256, free)
+    [rows, times] = map(int, re.search(r"--batch-size (\d+) .* times (\d+)", said).groups())
+    assert rows * times == 256
+    check_memory(CONFIG, settings, rows, free, 1)
+    assert "--batch-size" in refusal(2 * rows, free)
+    assert "or --gradient-checkpointing" in said
+    check_memory(CONFIG, FitConfig(steps=1, gradient_checkpointing=True), 256, free, 1)
+
+
+def test_a_model_too_large_is_told_the_size_that_fits_and_may_be_shared():
+    free = kept_bytes(CONFIG, "muon", 1) / 2
+    said = refusal(1, free)
+    assert f"about {num_parameters(CONFIG) / 2e6:,.0f}M parameters would fit" in said
+    check_memory(CONFIG, FitConfig(steps=1), 1, free + 1e8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("steps", 0, "1 or more"),
+        ("checkpoint_every", 0, "1 or more"),
+        ("keep_checkpoints", -1, "1 or more"),
+        ("learning_rate", float("nan"), "0 or more"),
+        ("adam_learning_rate", -0.1, "0 or more"),
+        ("max_grad_norm", 0.0, "above 0"),
+        ("warmup_fraction", 1.5, "between 0 and 1"),
+        ("adam_beta2", 1.0, "from 0 to below 1"),
+        ("ema_decay", 2.0, "from 0 to below 1"),
+    ],
+)
+def test_numbers_that_no_training_can_have(name, value, said):
+    with pytest.raises(ConfigError, match=f"^{name} = .* must be {said}"):
+        FitConfig(**({"steps": 1} | {name: value}))
+
+
+def test_the_best_needs_a_metric():
+    with pytest.raises(ConfigError, match="needs metric_for_best_model"):
+        FitConfig(steps=1, load_best_model_at_end=True)
