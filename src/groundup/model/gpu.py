@@ -2,7 +2,7 @@
 
 Queries, keys and values come from one product, gate and up from another: their parameters are
 moved into one tensor, of which they stay views, so that nothing is held twice and training goes on
-in place. Up to FEW rows a layer is seven kernels; beyond, cuBLAS computes the products.
+in place. Up to FEW rows a layer is five kernels; beyond, cuBLAS computes the products.
 """
 
 import copy
@@ -20,7 +20,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.decoder import MLP, Attention, Cache, Decoder, Layer, RMSNorm, Stack
 from groundup.model.rope import rotary_table
 
-FEW = 8  # rows up to which the products are bound by reading weights, and not cuBLAS's
+FEW = 4  # rows up to which the products are ours, bound by reading weights, and not cuBLAS's
 Options = dict[str, Any]
 
 
@@ -129,19 +129,23 @@ class GpuStack(Stack):
 
         return max(self.made[0].o.shape[1], *self.made[0].down.shape) <= MOST_K
 
-    def attend(self, layer: int, qkv: Tensor, pages: Any, cache: Any) -> Tensor:
+    def attend(
+        self, layer: int, qkv: Tensor, pages: Any, cache: Any, ahead: Tensor | None = None
+    ) -> Tensor:
         """Store a layer's keys and values; return what its tokens attend to."""
         from groundup.model import gpu_attention
 
         of, opts = self.made[layer], options(qkv.device)
         keys, values = cache.layer(layer)
         angles = self.local_angles if of.local else self.angles
-        eps = self.norm.eps
-        gpu_attention.store(qkv, keys, values, of.norms, eps, angles, pages, of.shape, opts)
-        return gpu_attention.attend(qkv, keys, values, pages, of.shape, opts)
+        turn = gpu_attention.Turn(of.norms, self.norm.eps, angles)
+        return gpu_attention.attend(qkv, keys, values, pages, of.shape, opts, turn, ahead)
 
     def few(self, x: Tensor, pages: Any, cache: Any, each: list[Tensor] | None) -> Tensor:
-        """Run all layers with the products bound by reading weights."""
+        """Run all layers with the products bound by reading weights.
+
+        Each kernel fetches the weights of the next but one: the next reads its own already.
+        """
         from groundup.model import gpu_layers
 
         opts, eps = options(x.device), self.norm.eps
@@ -149,10 +153,15 @@ class GpuStack(Stack):
         for n, of in enumerate(self.made):
             if each is not None:
                 each.append(x[None])
-            qkv = matvec(x, of.qkv, of.qkv_bias, norm=of.input_norm, eps=eps, options=opts)
-            a = self.attend(n, qkv, pages, cache)
-            x = matvec(a, of.o, of.o_bias, residual=x, options=opts)
-            h = matvec(x, of.gate_up, norm=of.post_norm, eps=eps, gated=True, options=opts)
+            qkv = matvec(
+                x, of.qkv, of.qkv_bias, norm=of.input_norm, eps=eps, ahead=of.o, options=opts
+            )
+            a = self.attend(n, qkv, pages, cache, of.gate_up)
+            x = matvec(a, of.o, of.o_bias, residual=x, ahead=of.down, options=opts)
+            then = self.made[n + 1].qkv if n + 1 < len(self.made) else None
+            h = matvec(
+                x, of.gate_up, norm=of.post_norm, eps=eps, gated=True, ahead=then, options=opts
+            )
             x = matvec(h, of.down, of.down_bias, residual=x, options=opts)
         return gpu_layers.rms_norm(x, None, self.norm.weight, eps, opts)
 
