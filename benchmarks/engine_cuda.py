@@ -252,22 +252,26 @@ def attention(speed: float) -> None:
 
 def rows(llm: LLM, speed: float) -> None:
     """Measure the products of a layer for few rows, ours and cuBLAS's, in shares of a read."""
-    from groundup.model import gpu, gpu_layers
+    from groundup.model import gpu, gpu_layers, gpu_split
 
     options = gpu.options(torch.device("cuda"))
-    layers = llm.engine.model.model.made
-    for M in (1, 2, 4, 8):
-        line = [f"{M} rows:"]
+    stack = llm.engine.model.model
+    ways = {
+        "matvec": lambda x, w: gpu_layers.matvec(x, w, options=options),
+        "split": lambda x, w: gpu_split.split_product(x, w, None, stack.counts, options),
+        "cuBLAS": torch.nn.functional.linear,
+    }
+    for M in (1, 4, 8, 16):
         for name in ("qkv", "o", "gate_up", "down"):
-            weights = [getattr(of, name) for of in layers]  # all of them: more than the cache holds
+            weights = [getattr(of, name) for of in stack.made]  # all: more than the cache holds
             x = torch.randn(M, weights[0].shape[1], device="cuda", dtype=torch.bfloat16)
-            ours = replayed(
-                lambda x=x, w=weights: [gpu_layers.matvec(x, v, options=options) for v in w]
-            )
-            theirs = replayed(lambda x=x, w=weights: [torch.nn.functional.linear(x, v) for v in w])
             best = sum(w.nbytes for w in weights) / speed
-            line.append(f"{name} {best / ours:.0%} (cuBLAS {best / theirs:.0%})")
-        print(" ".join(line))
+            shares = []
+            for way, product in ways.items():
+                if way != "matvec" or M <= 8:
+                    taken = replayed(lambda x=x, w=weights, p=product: [p(x, v) for v in w])
+                    shares.append(f"{way} {best / taken:.0%}")
+            print(f"{M} rows, {name}: {', '.join(shares)}")
 
 
 def replayed(run: Callable[[], Any]) -> float:

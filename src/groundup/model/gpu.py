@@ -20,7 +20,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.decoder import MLP, Attention, Cache, Decoder, Layer, RMSNorm, Stack
 from groundup.model.rope import rotary_table
 
-FEW = 4  # rows up to which the products are ours, bound by reading weights, and not cuBLAS's
+FEW, SOME = 4, 16  # rows up to which products are ours, on vector units or tensor cores
 Options = dict[str, Any]
 
 
@@ -101,6 +101,7 @@ class GpuStack(Stack):
 
     made: list[LayerWeights]
     exact: bool
+    counts: Tensor  # zeros: of programs that share a product
     angles: tuple[Tensor, Tensor]
     local_angles: tuple[Tensor, Tensor]
 
@@ -169,31 +170,34 @@ class GpuStack(Stack):
         """Run all layers with products of many rows."""
         from groundup.model import gpu_layers
 
-        opts, eps, exact = options(x.device), self.norm.eps, self.exact
+        opts, eps, linear = options(x.device), self.norm.eps, self.linear
         norm, delta = gpu_layers.rms_norm, None
         for n, of in enumerate(self.made):
             h = norm(x, delta, of.input_norm, eps, opts)
             if each is not None:
                 each.append(x[None].clone())
-            a = self.attend(n, linear(h, of.qkv, of.qkv_bias, exact), pages, cache)
-            delta = linear(a, of.o, of.o_bias, exact)
+            a = self.attend(n, linear(h, of.qkv, of.qkv_bias), pages, cache)
+            delta = linear(a, of.o, of.o_bias)
             h = norm(x, delta, of.post_norm, eps, opts)
-            wide = linear(h, of.gate_up, of.gate_up_bias, exact)
-            delta = linear(gpu_layers.silu_mul(wide, opts), of.down, of.down_bias, exact)
+            wide = linear(h, of.gate_up, of.gate_up_bias)
+            delta = linear(gpu_layers.silu_mul(wide, opts), of.down, of.down_bias)
         return norm(x, delta, self.norm.weight, eps, opts)
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return a product of more than few rows, whose bits may depend on them unless `exact`."""
+        from groundup.model import gpu_layers, gpu_split
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
-    """Return a product of many rows, whose bits may depend on their number unless `exact`."""
-    from groundup.model import gpu_layers
-
-    if exact:
-        return gpu_layers.matmul(x, weight, bias, options=options(x.device))
-    return F.linear(x, weight, bias)
+        if self.exact:
+            return gpu_layers.matmul(x, weight, bias, options=options(x.device))
+        if len(x) <= SOME and len(weight) <= gpu_split.TILE["BLOCK_N"] * len(self.counts):
+            return gpu_split.split_product(x, weight, bias, self.counts, options(x.device))
+        return F.linear(x, weight, bias)
 
 
 def view_of(model: Decoder, made: Decoder, *, exact: bool) -> Decoder:
     """Exchange the modules of `made`, a copy of the model's tree, for those of a GPU."""
+    from groundup.model import gpu_split
+
     stack = model.model
     found = [layer_weights(layer) for layer in stack.layers]
     if any(of is None for of in found) or type(stack) is not Stack or stack.config.family.gemma:
@@ -202,6 +206,7 @@ def view_of(model: Decoder, made: Decoder, *, exact: bool) -> Decoder:
     new: Any = copy.copy(made.model)
     new.__class__, new.made, new.exact = GpuStack, layers, exact
     weight = stack.embed_tokens.weight
+    new.counts = torch.zeros(gpu_split.MOST_BLOCKS, dtype=torch.int32, device=weight.device)
     new.angles = angles_of(stack.config, weight.device, local=False)
     new.local_angles = new.angles
     if stack.config.rope_local_base_freq is not None:

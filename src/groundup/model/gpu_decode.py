@@ -279,7 +279,7 @@ def attend_singles(
         CAPPED=shape.softcap is not None,
         WINDOWED=shape.window is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        AHEAD=ahead is not None and options["PDL"],
+        AHEAD=ahead is not None and options["PDL"] and D * q.itemsize % 16 == 0,
         LANES=32 * TILE["num_warps"],
         **(TILE | options),
     )

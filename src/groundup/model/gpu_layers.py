@@ -364,7 +364,9 @@ def matvec(
 
 def ahead_of(x: Tensor, ahead: Tensor | None) -> tuple[Tensor, int]:
     """Return what a kernel fetches for a later one, and how many bytes: what the cache may hold."""
-    return (x, 0) if ahead is None else (ahead, min(ahead.nbytes // 16 * 16, MOST_AHEAD))
+    if ahead is None or ahead.data_ptr() % 16:
+        return x, 0
+    return ahead, min(ahead.nbytes // 16 * 16, MOST_AHEAD)
 
 
 def matmul(
