@@ -1,13 +1,15 @@
 """The engine on one GPU: a random Qwen3-0.6B in bf16, beside transformers' continuous batching.
 
-python benchmarks/engine_cuda.py [--sections bandwidth one many exact peer attention rows]
+python benchmarks/engine_cuda.py [--sections one many exact beside peer attention rows]
     [--scale 0.5] [--profile] [--peer-seconds 60]
 
 The model has 28 layers, hidden size 1,024, 16 heads and 8 key/value heads of 128, a gated MLP of
 3,072, 151,936 tokens, tied. `one` decodes 512 tokens behind a prompt of 128. `many` is the load of
 nano-vllm's benchmark: 256 sequences, prompts of 100 to 1,024 tokens, answers of 100 to 1,024, at
-temperature 0.6; `--scale` shrinks all lengths. Shares of the roofline are of what memory gives
-when it is copied: a step reads the weights once, and the keys and values of all its sequences.
+temperature 0.6; `--scale` shrinks all lengths. `peer` is transformers' `generate_batch` on that
+load's prompts with answers of one length, cut off when its time is up, and `beside` ours. Shares of
+the roofline are of what memory gives when it is copied: a step reads the weights once, and the keys
+and values of all its sequences.
 """
 
 import argparse
@@ -167,7 +169,20 @@ def many(llm: LLM, speed: float, scale: float, name: str = "batch 256") -> None:
 
 
 def peer(scale: float, seconds: float, speed: float) -> None:
-    """Measure transformers' continuous batching: one sequence, then as many as time allows."""
+    """Measure transformers' continuous batching in a process of its own, ended when time is up."""
+    import multiprocessing
+
+    process = multiprocessing.get_context("spawn").Process(target=theirs, args=(scale, speed))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        print(f"    cut off after {seconds:.0f} s")
+        process.kill()
+        process.join()
+
+
+def theirs(scale: float, speed: float) -> None:
+    """Measure one sequence, and then ever more of the load of many, all of one answer's length."""
     import transformers
     from transformers import GenerationConfig, Qwen3Config
 
@@ -178,7 +193,7 @@ def peer(scale: float, seconds: float, speed: float) -> None:
     print(f"transformers {transformers.__version__}, attention {model.config._attn_implementation}")
     prompts, counts = load(scale)
     middle = sorted(counts)[SEQUENCES // 2]
-    for rows, answer in ((1, 64), (32, 64), (SEQUENCES, 128), (SEQUENCES, middle)):
+    for rows, answer in ((1, 64), (32, 64), (SEQUENCES, 64), (SEQUENCES, middle)):
         settings = GenerationConfig(
             max_new_tokens=answer, do_sample=True, temperature=HEAT, eos_token_id=-1, pad_token_id=0
         )
@@ -189,17 +204,26 @@ def peer(scale: float, seconds: float, speed: float) -> None:
         tokens = sum(len(output.generated_tokens) for output in found.values())
         floor = roofline_seconds((some, [answer] * rows), speed)
         report(f"generate_batch, {rows} sequences of {answer} tokens", tokens, taken, floor)
-        if taken * 3 > (seconds := seconds - taken):
-            print("    the time for it is up")
-            break
+        sys.stdout.flush()
+
+
+def beside(llm: LLM, scale: float, speed: float) -> None:
+    """Measure ours at what `theirs` measures, prompts and answers together."""
+    prompts, counts = load(scale)
+    middle = sorted(counts)[SEQUENCES // 2]
+    for rows, answer in ((1, 64), (32, 64), (SEQUENCES, 64), (SEQUENCES, middle)):
+        llm.engine.pool.forget()
+        taken = timed(lambda r=rows, a=answer: llm.generate(prompts[:r], params_for([a] * r, HEAT)))
+        floor = roofline_seconds((prompts[:rows], [answer] * rows), speed)
+        report(f"groundup, {rows} sequences of {answer} tokens", rows * answer, taken, floor)
 
 
 def attention(speed: float) -> None:
-    """Measure the attention of 256 single tokens under other tiles, and that of prompts."""
-    from groundup.model import gpu, gpu_attention
+    """Measure the attention of 256 single tokens behind 1,024 under other tiles."""
+    from groundup.model import gpu, gpu_attention, gpu_decode
 
     device = torch.device("cuda")
-    options = gpu.options(device)
+    options, plain = gpu.options(device), dict(gpu_decode.TILE)
     shape, length = gpu_attention.Shape(16, 8, 128, 128**-0.5), 1024
     for size in (16, 64):
         per = length // size
@@ -215,34 +239,39 @@ def attention(speed: float) -> None:
                 position_T=torch.full((SEQUENCES,), length - 1, device=device),
                 singles=SEQUENCES,
                 splits=splits,
+                counts=torch.zeros(SEQUENCES * 8, dtype=torch.int32, device=device),
             )
-            for tile in ((32, 2, 4), (32, 4, 5), (64, 4, 2), (64, 4, 4), (64, 4, 5), (128, 8, 3)):
+            for tile in ((64, 4, 3), (64, 4, 2), (32, 4, 3), (64, 8, 3), (128, 8, 3)):
                 names = ("BLOCK_S", "num_warps", "num_stages")
-                gpu_attention.SINGLE.update(zip(names, tile, strict=True))
+                gpu_decode.TILE.update(zip(names, tile, strict=True))
                 run = partial(gpu_attention.attend, q, keys, values, pages, shape, options)
                 rate = 2 * keys.nbytes / replayed(run)
                 print(f"blocks of {size}, {splits} splits, tile {tile}: {rate / speed:.0%}")
-    gpu_attention.SINGLE.update(BLOCK_S=64, num_warps=4, num_stages=3)
+    gpu_decode.TILE.update(plain)
 
 
 def rows(llm: LLM, speed: float) -> None:
     """Measure the products of a layer for few rows, ours and cuBLAS's, in shares of a read."""
-    from groundup.model import gpu, gpu_layers
+    from groundup.model import gpu, gpu_layers, gpu_split
 
     options = gpu.options(torch.device("cuda"))
-    layers = llm.engine.model.model.made
-    for M in (1, 2, 4, 8):
-        line = [f"{M} rows:"]
+    stack = llm.engine.model.model
+    ways = {
+        "matvec": lambda x, w: gpu_layers.matvec(x, w, options=options),
+        "split": lambda x, w: gpu_split.split_product(x, w, None, stack.counts, options),
+        "cuBLAS": torch.nn.functional.linear,
+    }
+    for M in (1, 4, 8, 16):
         for name in ("qkv", "o", "gate_up", "down"):
-            weights = [getattr(of, name) for of in layers]  # all of them: more than the cache holds
+            weights = [getattr(of, name) for of in stack.made]  # all: more than the cache holds
             x = torch.randn(M, weights[0].shape[1], device="cuda", dtype=torch.bfloat16)
-            ours = replayed(
-                lambda x=x, w=weights: [gpu_layers.matvec(x, v, options=options) for v in w]
-            )
-            theirs = replayed(lambda x=x, w=weights: [torch.nn.functional.linear(x, v) for v in w])
             best = sum(w.nbytes for w in weights) / speed
-            line.append(f"{name} {best / ours:.0%} (cuBLAS {best / theirs:.0%})")
-        print(" ".join(line))
+            shares = []
+            for way, product in ways.items():
+                if way != "matvec" or M <= 8:
+                    taken = replayed(lambda x=x, w=weights, p=product: [p(x, v) for v in w])
+                    shares.append(f"{way} {best / taken:.0%}")
+            print(f"{M} rows, {name}: {', '.join(shares)}")
 
 
 def replayed(run: Callable[[], Any]) -> float:
@@ -326,10 +355,10 @@ def noting(seconds: list[float]) -> Callable[[Any], None]:
 
 def main() -> None:
     """Measure the sections asked for."""
-    known = ("bandwidth", "one", "many", "exact", "peer", "attention", "rows")
+    known = ("one", "many", "exact", "beside", "peer", "attention", "rows")
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument(
-        "--sections", nargs="+", choices=known, default=["one", "many", "exact", "peer"]
+        "--sections", nargs="+", choices=known, default=["one", "many", "exact", "beside", "peer"]
     )
     flags.add_argument("--scale", type=float, default=1.0)
     flags.add_argument("--profile", action="store_true")
@@ -358,11 +387,12 @@ def main() -> None:
         "one": lambda: one(ours(), speed),
         "many": lambda: many(ours(), speed, args.scale),
         "profile": lambda: profile(ours(), args.scale),
+        "rows": lambda: rows(ours(), speed),
+        "beside": lambda: beside(ours(), args.scale, speed),
         "exact": lambda: (
             one(same(), speed, "batch_invariant, batch 1"),
             many(same(), speed, args.scale, "batch_invariant, batch 256"),
         )[0],
-        "rows": lambda: rows(ours(), speed),
         "attention": lambda: attention(speed),
         "peer": lambda: peer(args.scale, args.peer_seconds, speed),
     }

@@ -1,4 +1,8 @@
-"""The engine as it runs on a GPU; without one its kernels are interpreted, and nothing captured."""
+"""The engine as it runs on a GPU; without one its kernels are interpreted, and nothing captured.
+
+Without triton all are skipped, and interpreted they are slow: tests/model/test_gpu.py holds the
+kernels one by one.
+"""
 
 import os
 import warnings
@@ -14,9 +18,17 @@ pytest.importorskip("triton")
 from groundup.core.errors import ConfigError  # noqa: E402
 from groundup.core.types import SamplingParams  # noqa: E402
 from groundup.generate import LLM  # noqa: E402
-from groundup.model import Decoder, ModelConfig, gpu, gpu_attention, gpu_layers  # noqa: E402
+from groundup.model import (  # noqa: E402
+    Decoder,
+    ModelConfig,
+    gpu,
+    gpu_attention,
+    gpu_layers,
+    save_model,
+)
 
 pytestmark = [] if CUDA else pytest.mark.slow
+on_cuda = pytest.mark.skipif(not CUDA, reason="no GPU here")
 PROMPTS = [[5, 9, 31], list(range(40, 51)), [7], list(range(100, 106))]
 COUNT = 5
 GREEDY = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True)
@@ -192,15 +204,68 @@ def test_weights_trained_in_place_are_seen_and_graphs_stay(tok):
     assert llm.engine.decoding is not made
 
 
-@pytest.mark.skipif(not CUDA, reason="no GPU here")
-def test_graphs_equal_steps_launched_one_by_one(tok):
+@on_cuda
+@pytest.mark.parametrize("exact", [False, True])
+def test_graphs_equal_steps_launched_one_by_one(tok, exact):
     model = make(tok, **FAMILIES["qwen3"])
-    llm, eager = LLM(model, tok), LLM(model, tok)
+    llm, eager = (LLM(model, tok, batch_invariant=exact) for _ in range(2))
     eager.engine.decoding.captures = False
-    assert tokens(llm) == tokens(eager)
+    wanted = tokens(eager)
+    assert tokens(llm) == wanted
+    held = [torch.full((n,), -1, device="cuda") for n in range(1, 200)]  # memory that was free
+    assert tokens(llm) == wanted
+    assert all((x == -1).all() for x in held)
 
 
-@pytest.mark.skipif(not CUDA, reason="no GPU here")
+@on_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_greedy_answers_equal_transformers_where_no_tie_decides(tok, tmp_path, family, dtype):
+    transformers = pytest.importorskip("transformers")
+    model, count = make(tok, **FAMILIES[family]).to(dtype), 24
+    save_model(model, tok, tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
+    theirs = theirs.to("cuda").eval()
+    theirs.generation_config.eos_token_id = None
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    compared = 0
+    for prompt, mine in zip(PROMPTS, tokens(LLM(model, tok), params=params), strict=True):
+        ids = torch.tensor([prompt], device="cuda")
+        found = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        gaps = [float(x[0].float().topk(2).values.diff().abs()) for x in found.logits]
+        least = 1e-3 if dtype == torch.float32 else 0.5  # logits reach tens
+        sure = next((n for n, gap in enumerate(gaps) if gap < least), count)
+        assert mine[:sure] == found.sequences[0, len(prompt) :].tolist()[:sure]
+        compared += sure
+    assert compared > 12
+
+
+@on_cuda
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_num_batched_tokens": 8},
+        {"block_size": 4},
+        {"block_size": 64},
+        {"max_num_seqs": 2},
+        {"enable_prefix_caching": False},
+    ],
+)
+def test_answers_do_not_depend_on_chunks_blocks_or_rows(tok, settings):
+    model = make(tok, model_type="qwen3")
+    prompts = [list(range(20, 80)), [3], list(range(5, 50)), list(range(20, 70))]
+    assert tokens(LLM(model, tok, **settings), prompts) == [alone(model, p) for p in prompts]
+
+
+@on_cuda
 def test_int8_is_refused_on_a_gpu(tok):
     with pytest.raises(ConfigError, match="int8 is for fp32 models on the CPU"):
         LLM(make(tok), tok, quantization="int8")

@@ -1,6 +1,7 @@
 """The kernels of a GPU against plain arithmetic; without a GPU in Triton's interpreter."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 pytest.importorskip("triton")
 
-from groundup.model import gpu, gpu_attention, gpu_layers  # noqa: E402
+from groundup.model import gpu, gpu_attention, gpu_layers, gpu_split  # noqa: E402
 from groundup.model.gpu_attention import Pages, Shape  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -54,6 +55,10 @@ def test_layer_kernels_equal_the_modules(dtype, B, K, N):
     options = {"norm": scale, "eps": 1e-6, "options": OPTIONS}
     near(gpu_layers.matvec(x, weight, bias, **options), wide, dtype, K**0.5)
     near(gpu_layers.matmul(wanted, weight, bias, options=OPTIONS), wide, dtype, K**0.5)
+    counts = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    found = gpu_split.split_product(wanted, weight, bias, counts, OPTIONS)
+    near(found, wide, dtype, K**0.5)
+    assert not counts.any()  # ready for the next product
     gate, up = F.linear(wanted, weight).chunk(2, -1)
     gated = F.silu(gate) * up
     near(gpu_layers.silu_mul(torch.cat([gate, up], -1), OPTIONS), gated, dtype, 2.0)
@@ -103,6 +108,7 @@ def paged(lengths, counts, shape, dtype, *, exact=False):
         position_T=positions.to(DEVICE),
         singles=singles,
         splits=gpu_attention.splits_of(max(1, singles), shape.kv_heads),
+        counts=torch.zeros(singles * shape.kv_heads, dtype=torch.int32, device=DEVICE),
         tiles=torch.tensor(tiles, dtype=torch.int32, device=DEVICE) if tiles else None,
         exact=exact,
     )
@@ -158,6 +164,7 @@ def test_exact_attention_does_not_depend_on_what_else_runs():
             position_T=pages.position_T[row : row + 1].clone(),
             singles=0,
             splits=1,
+            counts=pages.counts,
             tiles=torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE),
             exact=True,
         )
@@ -167,16 +174,19 @@ def test_exact_attention_does_not_depend_on_what_else_runs():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [False, True])
-def test_keys_are_normed_turned_and_stored(dtype, norm):
-    shape = Shape(4, 2, 24, 0.2)
-    H, K, D = 4, 2, 24
-    pages, keys, values = paged([5, 40], [1, 3], shape, dtype)
-    pages.position_T[2] = -1  # padding stores nothing
-    qkv = randn(4, (H + 2 * K) * D, dtype=dtype)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_a_layer_are_normed_turned_stored_and_attended_for(shape, norm, dtype):
+    H, K, D = shape.heads, shape.kv_heads, shape.head_dim
+    lengths, counts = [1, 5, 150, 70, 40], [1, 1, 1, 1, 3]  # the last in a tile
+    pages, keys, values = paged(lengths, counts, shape, dtype)
+    pages.position_T[1] = -1  # padding stores nothing
+    qkv = randn(sum(counts), (H + 2 * K) * D, dtype=dtype)
     before, old_keys, old_values = qkv.clone(), keys.clone(), values.clone()
-    cosine, sine = randn(64, D // 2), randn(64, D // 2)
+    angle = torch.randn(256, D // 2)
+    cosine, sine = angle.cos().to(DEVICE), angle.sin().to(DEVICE)
     norms = (randn(D, dtype=dtype), randn(D, dtype=dtype)) if norm else None
-    gpu_attention.store(qkv, keys, values, norms, 1e-6, (cosine, sine), pages, shape, OPTIONS)
+    turn = gpu_attention.Turn(norms, 1e-6, (cosine, sine))
+    found = gpu_attention.attend(qkv, keys, values, pages, shape, OPTIONS, turn)
     q, k, v = before.unflatten(1, (-1, D)).split([H, K, K], 1)
     if norms:
         q, k = normed(q, norms[0]), normed(k, norms[1])
@@ -186,12 +196,30 @@ def test_keys_are_normed_turned_and_stored(dtype, norm):
         (x * cos + torch.cat([-x[..., D // 2 :], x[..., : D // 2]], -1) * sin).to(dtype)
         for x in (q, k)
     )
-    near(qkv[:, : H * D], q.flatten(1), dtype, 4.0)
-    slots = pages.table[pages.seat_T, at // SIZE].long() * SIZE + at % SIZE
+    slots = pages.table[pages.seat_T, at.clamp(min=0) // SIZE].long() * SIZE + at % SIZE
     stay = at >= 0
     old_keys[slots[stay]], old_values[slots[stay]] = k[stay], v[stay]
     near(keys, old_keys, dtype, 4.0)
     assert values.equal(old_values)
+    rows = zip(q, at.tolist(), pages.seat_T.tolist(), strict=True)
+    wanted = [
+        plainly(x, p, keys, values, pages, s, shape) if p >= 0 else torch.zeros_like(x).float()
+        for x, p, s in rows
+    ]
+    near(found, torch.stack(wanted).flatten(1).to(dtype), dtype, 4.0)
+    assert not pages.counts.any()  # ready for the next layer
+
+
+def test_splits_of_a_token_add_up_whatever_their_number():
+    shape, dtype = Shape(4, 2, 32, 0.2), torch.float32
+    pages, keys, values = paged([300, 70], [1, 1], shape, dtype)
+    q = randn(2, shape.heads * shape.head_dim, dtype=dtype)
+    found = [
+        gpu_attention.attend(q, keys, values, replace(pages, splits=n), shape, OPTIONS)
+        for n in (1, 2, 5, 16)
+    ]
+    for other in found[1:]:
+        near(other, found[0], dtype)
 
 
 def test_ids_are_taken_from_the_last_step_and_blocks_written():

@@ -6,10 +6,12 @@ A graph is captured for a number of rows when it is first needed. Blocks of requ
 table on the device, one seat a request, and only new ones are sent.
 """
 
+import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,7 @@ class Buffers:
 
     inputs: Tensor  # [FIELDS, rows] on the device
     hosts: list[Tensor]  # the same on the host, twice: one may still be on its way
+    pages: Any  # kept: a graph reads its tensors where they lie, and does not hold them
     run: Callable[[], None]
     logits_BV: Tensor | None = None
 
@@ -80,6 +83,7 @@ class Decoding:
         self.pool: Any = None
         self.seconds = 0.0  # spent on making graphs
         self.answers = [self.pinned(rows) for _ in range(2)]
+        self.events: list[Any] = [None, None]  # when the last step of each turn has ended
 
     def pinned(self, *shape: int) -> Tensor:
         """Return a buffer of the host that copies need not wait for."""
@@ -95,15 +99,17 @@ class Decoding:
         """
         buffers = self.prepared(size_for(len(requests)))
         self.turn = 1 - self.turn
+        if self.events[self.turn] is not None:  # one that nobody read may still be on its way
+            self.events[self.turn].synchronize()
         self.fill(buffers, requests, set() if last is None else set(last.requests), draws)
         buffers.run()
         assert buffers.logits_BV is not None
         flight = Flight(list(requests), buffers.logits_BV, draws, self.answers[self.turn])
         if draws:
             flight.tokens.copy_(self.tokens, non_blocking=True)
-            if self.device.type == "cuda":
-                flight.event = torch.cuda.Event()
-                flight.event.record()
+        if self.device.type == "cuda":
+            flight.event = self.events[self.turn] = torch.cuda.Event()
+            flight.event.record()
         return flight
 
     def fill(
@@ -166,21 +172,17 @@ class Decoding:
 
     def prepare(self, size: int) -> Buffers:
         """Make the buffers of a number of rows and capture a graph, or say why there is none."""
-        idle = torch.from_numpy(np.repeat(IDLE, size, axis=1))
-        made = Buffers(idle.to(self.device), [self.pinned(FIELDS, size) for _ in range(2)], no_run)
-        step = self.step_of(made, size)
-        made.run = step
+        idle = torch.from_numpy(np.repeat(IDLE, size, axis=1)).to(self.device)
+        hosts = [self.pinned(FIELDS, size) for _ in range(2)]
+        made = Buffers(idle, hosts, self.pages_of(idle), no_run)
+        made.run = partial(self.step, made)
         if not self.captures:
             return made
         tokens = self.tokens.clone()  # a step that is tried out draws over them
         try:
-            step()
+            made.run()
             torch.cuda.synchronize(self.device)
-            graph = torch.cuda.CUDAGraph()
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self.pool):
-                step()
-            made.run = graph.replay
+            made.run = self.captured(made.run)
         except Exception as err:
             self.captures = False
             reason = (str(err) or type(err).__name__).splitlines()[0]
@@ -188,33 +190,50 @@ class Decoding:
         self.tokens.copy_(tokens)
         return made
 
-    def step_of(self, buffers: Buffers, size: int) -> Callable[[], None]:
-        """Return what runs a step over the buffers' inputs."""
-        from groundup.model import gpu_layers
+    def captured(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Return what replays the kernels that a run launches."""
+        graph = torch.cuda.CUDAGraph()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        collects = gc.isenabled()
+        gc.disable()  # whoever frees an older graph's memory would end the capture
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                run()
+        finally:
+            if collects:
+                gc.enable()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def pages_of(self, inputs: Tensor) -> Any:
+        """Return where a step's tokens are, for attention: views of its inputs."""
         from groundup.model.gpu_attention import Pages, splits_of
 
-        inputs, exact, options = buffers.inputs, self.cache.exact, gpu.options(self.device)
-        u_B, heat_B = inputs[U].view(torch.float64), inputs[HEAT].view(torch.float64)
-        tiles_B2 = torch.ones(size, 2, dtype=torch.int32, device=self.device)
-        tiles_B2[:, 0] = torch.arange(size)
-        pages = Pages(
+        size, exact = inputs.shape[1], self.cache.exact
+        first_B = torch.arange(size, dtype=torch.int32, device=self.device)
+        tiles_B2 = torch.stack([first_B, torch.ones_like(first_B)], 1)
+        return Pages(
             table=self.table,
             size=self.cache.size,
             seat_T=inputs[SEAT],
             position_T=inputs[POSITION],
             singles=0 if exact else size,
             splits=splits_of(size, self.cache.kv_heads),
+            counts=inputs.new_zeros(size * self.cache.kv_heads, dtype=torch.int32),
             tiles=tiles_B2 if exact else None,
             exact=exact,
         )
 
-        def step() -> None:
-            ids_B = gpu_layers.take(inputs[SOURCE:], self.tokens, self.table, options)
-            at_1B, view = pages.position_T[None], Paged(self.cache, pages)
-            buffers.logits_BV = self.model(ids_B[None], positions=at_1B, cache=view)[0]
-            gpu_layers.draw(buffers.logits_BV, heat_B, u_B, self.tokens, options)
+    def step(self, buffers: Buffers) -> None:
+        """Run a step over the inputs in some buffers."""
+        from groundup.model import gpu_layers
 
-        return step
+        inputs, pages, options = buffers.inputs, buffers.pages, gpu.options(self.device)
+        u_B, heat_B = inputs[U].view(torch.float64), inputs[HEAT].view(torch.float64)
+        ids_B = gpu_layers.take(inputs[SOURCE:], self.tokens, self.table, options)
+        at_1B, view = pages.position_T[None], Paged(self.cache, pages)
+        buffers.logits_BV = self.model(ids_B[None], positions=at_1B, cache=view)[0]
+        gpu_layers.draw(buffers.logits_BV, heat_B, u_B, self.tokens, options)
 
 
 def size_for(rows: int) -> int:

@@ -78,8 +78,9 @@ class PagedBatch(Paged):
         positions = np.arange(counts.sum()) - np.repeat(starts - computed, counts)
         table = table_of(feeds, computed + counts, cache.size)
         ids = np.fromiter((i for feed in feeds for i in feed.ids), np.int64)
-        sent = send((table, tiles, seats, positions, ids), cache.device)
-        table_RL, tiles_N2, seat_T, position_T, ids_T = sent
+        arrived = np.zeros(singles * cache.kv_heads, np.int64)
+        sent = send((table, tiles, seats, positions, ids, arrived), cache.device)
+        table_RL, tiles_N2, seat_T, position_T, ids_T, counts_N = sent
         self.ids_1T, self.positions_1T = ids_T[None].long(), position_T[None]
         pages = Pages(
             table=table_RL,
@@ -88,6 +89,7 @@ class PagedBatch(Paged):
             position_T=position_T,
             singles=singles,
             splits=splits_of(max(1, singles), cache.kv_heads),
+            counts=counts_N,
             tiles=tiles_N2 if len(tiles) else None,
             exact=cache.exact,
         )
@@ -118,9 +120,13 @@ def table_of(feeds: Sequence[Feed], lengths: NDArray[np.int64], size: int) -> ND
 
 
 def send(arrays: Sequence[NDArray[np.int64]], device: torch.device) -> list[Tensor]:
-    """Return arrays as int32 on a device, sent in one copy."""
-    packed = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]).astype(np.int32))
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    pieces = packed.split([a.size for a in arrays])
-    return [piece.view(a.shape) for piece, a in zip(pieces, arrays, strict=True)]
+    """Return arrays as int32 on a device, sent in one copy; each starts at a multiple of 16 bytes.
+
+    Else kernels would be compiled anew for every other alignment.
+    """
+    sizes = [-(-a.size // 4) * 4 for a in arrays]
+    packed = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    for piece, a in zip(packed.split(sizes), arrays, strict=True):
+        piece[: a.size] = torch.from_numpy(a.ravel())
+    pieces = packed.to(device, non_blocking=True).split(sizes)
+    return [piece[: a.size].view(a.shape) for piece, a in zip(pieces, arrays, strict=True)]

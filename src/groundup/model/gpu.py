@@ -2,7 +2,7 @@
 
 Queries, keys and values come from one product, gate and up from another: their parameters are
 moved into one tensor, of which they stay views, so that nothing is held twice and training goes on
-in place. Up to FEW rows a layer is seven kernels; beyond, cuBLAS computes the products.
+in place. Up to FEW rows a layer is five kernels; beyond, cuBLAS computes the products.
 """
 
 import copy
@@ -20,7 +20,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.decoder import MLP, Attention, Cache, Decoder, Layer, RMSNorm, Stack
 from groundup.model.rope import rotary_table
 
-FEW = 8  # rows up to which the products are bound by reading weights, and not cuBLAS's
+FEW, SOME = 4, 16  # rows up to which products are ours, on vector units or tensor cores
 Options = dict[str, Any]
 
 
@@ -101,6 +101,7 @@ class GpuStack(Stack):
 
     made: list[LayerWeights]
     exact: bool
+    counts: Tensor  # zeros: of programs that share a product
     angles: tuple[Tensor, Tensor]
     local_angles: tuple[Tensor, Tensor]
 
@@ -129,19 +130,23 @@ class GpuStack(Stack):
 
         return max(self.made[0].o.shape[1], *self.made[0].down.shape) <= MOST_K
 
-    def attend(self, layer: int, qkv: Tensor, pages: Any, cache: Any) -> Tensor:
+    def attend(
+        self, layer: int, qkv: Tensor, pages: Any, cache: Any, ahead: Tensor | None = None
+    ) -> Tensor:
         """Store a layer's keys and values; return what its tokens attend to."""
         from groundup.model import gpu_attention
 
         of, opts = self.made[layer], options(qkv.device)
         keys, values = cache.layer(layer)
         angles = self.local_angles if of.local else self.angles
-        eps = self.norm.eps
-        gpu_attention.store(qkv, keys, values, of.norms, eps, angles, pages, of.shape, opts)
-        return gpu_attention.attend(qkv, keys, values, pages, of.shape, opts)
+        turn = gpu_attention.Turn(of.norms, self.norm.eps, angles)
+        return gpu_attention.attend(qkv, keys, values, pages, of.shape, opts, turn, ahead)
 
     def few(self, x: Tensor, pages: Any, cache: Any, each: list[Tensor] | None) -> Tensor:
-        """Run all layers with the products bound by reading weights."""
+        """Run all layers with the products bound by reading weights.
+
+        Each kernel fetches the weights of the next but one: the next reads its own already.
+        """
         from groundup.model import gpu_layers
 
         opts, eps = options(x.device), self.norm.eps
@@ -149,10 +154,15 @@ class GpuStack(Stack):
         for n, of in enumerate(self.made):
             if each is not None:
                 each.append(x[None])
-            qkv = matvec(x, of.qkv, of.qkv_bias, norm=of.input_norm, eps=eps, options=opts)
-            a = self.attend(n, qkv, pages, cache)
-            x = matvec(a, of.o, of.o_bias, residual=x, options=opts)
-            h = matvec(x, of.gate_up, norm=of.post_norm, eps=eps, gated=True, options=opts)
+            qkv = matvec(
+                x, of.qkv, of.qkv_bias, norm=of.input_norm, eps=eps, ahead=of.o, options=opts
+            )
+            a = self.attend(n, qkv, pages, cache, of.gate_up)
+            x = matvec(a, of.o, of.o_bias, residual=x, ahead=of.down, options=opts)
+            then = self.made[n + 1].qkv if n + 1 < len(self.made) else None
+            h = matvec(
+                x, of.gate_up, norm=of.post_norm, eps=eps, gated=True, ahead=then, options=opts
+            )
             x = matvec(h, of.down, of.down_bias, residual=x, options=opts)
         return gpu_layers.rms_norm(x, None, self.norm.weight, eps, opts)
 
@@ -160,31 +170,34 @@ class GpuStack(Stack):
         """Run all layers with products of many rows."""
         from groundup.model import gpu_layers
 
-        opts, eps, exact = options(x.device), self.norm.eps, self.exact
+        opts, eps, linear = options(x.device), self.norm.eps, self.linear
         norm, delta = gpu_layers.rms_norm, None
         for n, of in enumerate(self.made):
             h = norm(x, delta, of.input_norm, eps, opts)
             if each is not None:
                 each.append(x[None].clone())
-            a = self.attend(n, linear(h, of.qkv, of.qkv_bias, exact), pages, cache)
-            delta = linear(a, of.o, of.o_bias, exact)
+            a = self.attend(n, linear(h, of.qkv, of.qkv_bias), pages, cache)
+            delta = linear(a, of.o, of.o_bias)
             h = norm(x, delta, of.post_norm, eps, opts)
-            wide = linear(h, of.gate_up, of.gate_up_bias, exact)
-            delta = linear(gpu_layers.silu_mul(wide, opts), of.down, of.down_bias, exact)
+            wide = linear(h, of.gate_up, of.gate_up_bias)
+            delta = linear(gpu_layers.silu_mul(wide, opts), of.down, of.down_bias)
         return norm(x, delta, self.norm.weight, eps, opts)
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return a product of more than few rows, whose bits may depend on them unless `exact`."""
+        from groundup.model import gpu_layers, gpu_split
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
-    """Return a product of many rows, whose bits may depend on their number unless `exact`."""
-    from groundup.model import gpu_layers
-
-    if exact:
-        return gpu_layers.matmul(x, weight, bias, options=options(x.device))
-    return F.linear(x, weight, bias)
+        if self.exact:
+            return gpu_layers.matmul(x, weight, bias, options=options(x.device))
+        if len(x) <= SOME and len(weight) <= gpu_split.TILE["BLOCK_N"] * len(self.counts):
+            return gpu_split.split_product(x, weight, bias, self.counts, options(x.device))
+        return F.linear(x, weight, bias)
 
 
 def view_of(model: Decoder, made: Decoder, *, exact: bool) -> Decoder:
     """Exchange the modules of `made`, a copy of the model's tree, for those of a GPU."""
+    from groundup.model import gpu_split
+
     stack = model.model
     found = [layer_weights(layer) for layer in stack.layers]
     if any(of is None for of in found) or type(stack) is not Stack or stack.config.family.gemma:
@@ -193,6 +206,7 @@ def view_of(model: Decoder, made: Decoder, *, exact: bool) -> Decoder:
     new: Any = copy.copy(made.model)
     new.__class__, new.made, new.exact = GpuStack, layers, exact
     weight = stack.embed_tokens.weight
+    new.counts = torch.zeros(gpu_split.MOST_BLOCKS, dtype=torch.int32, device=weight.device)
     new.angles = angles_of(stack.config, weight.device, local=False)
     new.local_angles = new.angles
     if stack.config.rope_local_base_freq is not None:

@@ -3,9 +3,9 @@
 A token's keys lie at slot `table[seat, position // size] * size + position % size`. Every program
 attends for a few tokens of one request and one key/value head, over keys in tiles from a fixed
 start, so that what a token gets depends on its own past alone (as in FlashAttention-2, arXiv
-2307.08691). Single tokens may split their keys among several programs (Flash-Decoding).
+2307.08691). Single tokens have a kernel of their own, in `gpu_decode`.
 
-Shape suffixes: T tokens of the step, H query heads, K key/value heads, D head size, J splits.
+Shape suffixes: T tokens of the step, H query heads, K key/value heads, D head size.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from groundup.model.gpu_decode import Turn, attend_singles
 from groundup.model.gpu_layers import first_wait
 
-SINGLE = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}  # one token a program
-CHUNK = {"BLOCK_S": 64, "num_warps": 8, "num_stages": 3}  # several tokens of a chunk
-SINGLE_ROWS, CHUNK_ROWS = 16, 128  # queries of a program: tokens times heads of a group
-PROGRAMS = 528  # single tokens split their keys until there are so many: 4 a multiprocessor
+SMALL = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}  # exact: few tokens a program
+CHUNK = {"BLOCK_S": 64, "num_warps": 8, "num_stages": 3}  # many
+SMALL_ROWS, CHUNK_ROWS = 16, 128  # queries of a program: tokens times heads of a group
+PROGRAMS = 1056  # single tokens split their keys until there are so many: 8 a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,23 @@ class Pages:
     position_T: Tensor
     singles: int
     splits: int
+    counts: Tensor  # zeros, one for each single and key/value head: the splits that have ended
     tiles: Tensor | None = None
     exact: bool = False
 
 
 def tile_tokens(group: int, *, exact: bool) -> int:
     """Return how many tokens of a chunk a program attends for."""
-    return max(1, (SINGLE_ROWS if exact else CHUNK_ROWS) // group)
+    return max(1, (SMALL_ROWS if exact else CHUNK_ROWS) // group)
 
 
 def splits_of(tokens: int, kv_heads: int) -> int:
-    """Return among how many programs the keys of single tokens are split."""
-    return max(1, min(16, PROGRAMS // (tokens * kv_heads)))
+    """Return among how many programs the keys of single tokens are split: a power of two."""
+    most = max(1, min(16, PROGRAMS // (tokens * kv_heads)))
+    return 1 << most.bit_length() - 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "table_stride"])
 def store_kernel(
     qkv,
     keys,
@@ -82,6 +85,7 @@ def store_kernel(
     table,
     seat_T,
     position_T,
+    start,
     table_stride,
     eps,
     H: tl.constexpr,
@@ -94,7 +98,7 @@ def store_kernel(
 ):
     """Normalise and turn one head of one token; keys and values go to the cache."""
     first_wait(PDL)
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, head = start + tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.load(position_T + token).to(tl.int64)
     half = tl.arange(0, HALF)
     inside = half < D // 2
@@ -132,14 +136,12 @@ def store_kernel(
         tl.store(target + D // 2, second, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def attend_kernel(
     q,
     keys,
     values,
     out,
-    parts,
-    stats,
     table,
     seat_T,
     position_T,
@@ -158,8 +160,6 @@ def attend_kernel(
     ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILED: tl.constexpr,
     CAPPED: tl.constexpr,
     WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -167,11 +167,8 @@ def attend_kernel(
 ):
     """Attend for up to TOKENS tokens of one request and the query heads of one group."""
     first_wait(PDL)
-    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if TILED:
-        first, count = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
-    else:
-        first, count = tile, 1
+    tile, head = tl.program_id(0), tl.program_id(1)
+    first, count = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
     start = tl.load(position_T + first).to(tl.int32)
     seat = tl.load(seat_T + first).to(tl.int64)
     row = tl.arange(0, ROWS)
@@ -190,10 +187,6 @@ def attend_kernel(
     begin, end = 0, start + count
     if WINDOWED:
         begin = tl.maximum(0, start - window + 1) // BLOCK_S * BLOCK_S
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - begin, SPLITS), BLOCK_S) * BLOCK_S
-        begin += split * share
-        end = tl.minimum(end, begin + share)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc_RD = tl.zeros([ROWS, WIDE], tl.float32)
@@ -221,79 +214,43 @@ def attend_kernel(
         acc_RD = acc_RD * shrink[:, None]
         acc_RD += tl.dot(p_RS.to(v_SD.dtype), v_SD, input_precision=PRECISION)
         most = higher
-    if SPLITS > 1:
-        part = (place * H + query_head) * SPLITS + split
-        tl.store(parts + part[:, None] * D + d[None, :], acc_RD, mask=wanted)
-        tl.store(stats + part * 2, most, mask=valid)
-        tl.store(stats + part * 2 + 1, total, mask=valid)
-    else:
-        acc_RD = acc_RD / tl.where(total == 0, 1.0, total)[:, None]
-        target = out + (place * H + query_head)[:, None] * D + d[None, :]
-        tl.store(target, acc_RD.to(out.dtype.element_ty), mask=wanted)
-
-
-@triton.jit
-def combine_kernel(
-    parts,
-    stats,
-    out,
-    D: tl.constexpr,
-    WIDE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WIDE_J: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Put the splits of one token and query head together, in their order."""
-    first_wait(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    j, d = tl.arange(0, WIDE_J), tl.arange(0, WIDE)
-    there = j < SPLITS
-    most_J = tl.load(stats + (row * SPLITS + j) * 2, mask=there, other=float("-inf"))
-    total_J = tl.load(stats + (row * SPLITS + j) * 2 + 1, mask=there, other=0.0)
-    highest = tl.max(most_J, 0)
-    weight_J = tl.exp(most_J - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(total_J * weight_J, 0)
-    wanted = there[:, None] & (d < D)[None, :]
-    acc_JD = tl.load(parts + (row * SPLITS + j)[:, None] * D + d[None, :], mask=wanted, other=0.0)
-    acc_D = tl.sum(acc_JD * weight_J[:, None], 0) / tl.where(total == 0, 1.0, total)
-    tl.store(out + row * D + d, acc_D.to(out.dtype.element_ty), mask=d < D)
+    acc_RD = acc_RD / tl.where(total == 0, 1.0, total)[:, None]
+    target = out + (place * H + query_head)[:, None] * D + d[None, :]
+    tl.store(target, acc_RD.to(out.dtype.element_ty), mask=wanted)
 
 
 def store(
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,
-    norms: tuple[Tensor, Tensor] | None,
-    eps: float,
-    angles: tuple[Tensor, Tensor],
+    turn: Turn,
     pages: Pages,
     shape: Shape,
     options: dict[str, Any],
 ) -> None:
-    """Normalise and turn queries in place; turn keys, and store them and values in the cache.
+    """Turn the tokens behind the singles: queries in place; keys, with values, into the cache.
 
-    `qkv` is [T, (H + 2 K) D]; `angles` are the cosines and sines of all positions, [P, D / 2].
+    `qkv` is [T, (H + 2 K) D].
     """
     H, K, D = shape.heads, shape.kv_heads, shape.head_dim
-    q_norm, k_norm = norms or (qkv, qkv)
-    store_kernel[(len(qkv), H + 2 * K)](
+    store_kernel[(len(qkv) - pages.singles, H + 2 * K)](
         qkv,
         keys,
         values,
-        q_norm,
-        k_norm,
-        *angles,
+        *(turn.norms or (qkv, qkv)),
+        *turn.angles,
         pages.table,
         pages.seat_T,
         pages.position_T,
+        pages.singles,
         pages.table.stride(0),
-        eps,
+        turn.eps,
         H=H,
         K=K,
         D=D,
         HALF=triton.next_power_of_2(D // 2),
         SIZE=pages.size,
-        NORM=norms is not None,
+        NORM=turn.norms is not None,
         num_warps=1,
         **options,
     )
@@ -306,21 +263,26 @@ def attend(
     pages: Pages,
     shape: Shape,
     options: dict[str, Any],
+    turn: Turn | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
-    """Return what every token attends to, [T, H D]; the first H D columns of `q` are queries."""
-    T, H, D = len(q), shape.heads, shape.head_dim
-    out = q.new_empty(T, H * D)
-    if pages.singles:
-        alone(q, keys, values, out, pages, shape, options)
+    """Return what every token attends to, [T, H D].
+
+    With `turn` the rows of q are [queries, key, value] as a layer's product gave them, and keys
+    and values are stored; without, their first H D columns are queries that have been turned, and
+    the keys are stored. `ahead` is what a later kernel reads: weights, to be fetched by then.
+    """
+    out = q.new_empty(len(q), shape.heads * shape.head_dim)
     if pages.tiles is not None:
-        tiled = SINGLE if pages.exact else CHUNK
-        tokens = tile_tokens(shape.group, exact=pages.exact)
-        grid = (len(pages.tiles), shape.kv_heads, 1)
-        launch(q, keys, values, out, (q, q), pages, shape, grid, tokens, True, tiled | options)
+        if turn is not None:
+            store(q, keys, values, turn, pages, shape, options)
+        attend_tiles(q, keys, values, out, pages, shape, options)
+    if pages.singles:
+        attend_singles(q, keys, values, out, pages, shape, options, turn, ahead)
     return out
 
 
-def alone(
+def attend_tiles(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -329,51 +291,19 @@ def alone(
     shape: Shape,
     options: dict[str, Any],
 ) -> None:
-    """Attend for the single tokens, their keys split where there are few of them."""
-    n, H, D, J = pages.singles, shape.heads, shape.head_dim, pages.splits
-    both: tuple[Tensor, ...] = (q, q)
-    if J > 1:
-        both = tuple(q.new_empty(n, H, J, C, dtype=torch.float32) for C in (D, 2))
-    grid = (n, shape.kv_heads, J)
-    launch(q, keys, values, out, both, pages, shape, grid, 1, False, SINGLE | options)
-    if J > 1:
-        combine_kernel[(n * H,)](
-            *both,
-            out,
-            D=D,
-            WIDE=triton.next_power_of_2(D),
-            SPLITS=J,
-            WIDE_J=triton.next_power_of_2(J),
-            num_warps=1,
-            **options,
-        )
-
-
-def launch(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    out: Tensor,
-    both: tuple[Tensor, ...],
-    pages: Pages,
-    shape: Shape,
-    grid: tuple[int, int, int],
-    tokens: int,
-    tiled: bool,
-    options: dict[str, Any],
-) -> None:
-    """Run the attention's kernel."""
-    D = shape.head_dim
-    attend_kernel[grid](
+    """Attend for the tokens behind the singles, tile by tile."""
+    D, tiles = shape.head_dim, pages.tiles
+    assert tiles is not None
+    tokens = tile_tokens(shape.group, exact=pages.exact)
+    attend_kernel[(len(tiles), shape.kv_heads)](
         q,
         keys,
         values,
         out,
-        *both,
         pages.table,
         pages.seat_T,
         pages.position_T,
-        pages.tiles if tiled else pages.seat_T,
+        tiles,
         q.stride(0),
         pages.table.stride(0),
         shape.scale,
@@ -387,10 +317,8 @@ def launch(
         TOKENS=tokens,
         ROWS=max(16, triton.next_power_of_2(tokens * shape.group)),
         SIZE=pages.size,
-        SPLITS=grid[2],
-        TILED=tiled,
         CAPPED=shape.softcap is not None,
         WINDOWED=shape.window is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        **options,
+        **((SMALL if pages.exact else CHUNK) | options),
     )

@@ -1,0 +1,285 @@
+"""Attention of single tokens on a GPU, in Triton: one kernel from a layer's product to its output.
+
+A program turns a token's query and key, stores the key and value, and attends for the query heads
+of one key/value head (as FlashAttention-2, arXiv 2307.08691). Few tokens split their keys among
+several programs (Flash-Decoding); the last of them to end adds up what all found, in their order.
+
+Shape suffixes: R rows (query heads of a group, padded), H query heads, K key/value heads, D head
+size, S positions, J splits.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from groundup.model.gpu_layers import ahead_of, fetch, fetch_ahead
+
+if TYPE_CHECKING:
+    from groundup.model.gpu_attention import Pages, Shape
+
+TILE = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What queries and keys of a layer still need: norms by head, and angles of all positions."""
+
+    norms: tuple[Tensor, Tensor] | None
+    eps: float
+    angles: tuple[Tensor, Tensor]  # cosines and sines, [P, D / 2] each
+
+
+@triton.jit
+def turned(
+    source,
+    weight,
+    cosine,
+    sine,
+    at,
+    eps,
+    d,
+    inside,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Normalise and turn heads, [R, D]; `source` points to their starts, [R, 1]."""
+    half: tl.constexpr = D // 2
+    other = tl.where(d < half, d + half, d - half)
+    x_RD = tl.load(source + d, mask=inside, other=0.0)
+    y_RD = tl.load(source + other, mask=inside, other=0.0)
+    dtype = x_RD.dtype
+    wide, far = x_RD.to(tl.float32), y_RD.to(tl.float32)
+    if NORM:
+        rms = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]
+        w_x = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        w_y = tl.load(weight + other, mask=d < D, other=0.0).to(tl.float32)
+        wide = ((wide * rms).to(dtype).to(tl.float32) * w_x).to(dtype).to(tl.float32)
+        far = ((far * rms).to(dtype).to(tl.float32) * w_y).to(dtype).to(tl.float32)
+    angle = tl.maximum(at, 0) * half + tl.where(d < half, d, other)
+    cos = tl.load(cosine + angle, mask=d < D, other=0.0)
+    sin = tl.load(sine + angle, mask=d < D, other=0.0)
+    return (wide * cos + far * tl.where(d < half, -sin, sin)).to(dtype)
+
+
+@triton.jit(do_not_specialize=["table_stride", "window", "ahead_bytes"])
+def decode_kernel(
+    q,
+    keys,
+    values,
+    out,
+    parts,
+    stats,
+    counts,
+    table,
+    seat_T,
+    position_T,
+    q_norm,
+    k_norm,
+    cosine,
+    sine,
+    ahead,
+    ahead_bytes,
+    q_stride,
+    table_stride,
+    scale,
+    cap,
+    window,
+    eps,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FRESH: tl.constexpr,  # the token's key and value lie in `q`, behind its queries
+    NORM: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LANES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Attend for one token and the query heads of one group, over a share of its keys.
+
+    What lies before the wait was written in earlier steps, or before the step's embedding.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    token, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    at = tl.load(position_T + token).to(tl.int32)  # -1 is padding
+    row_of_table = table + tl.load(seat_T + token).to(tl.int64) * table_stride
+    begin = 0
+    end = at if FRESH else at + 1
+    if WINDOWED:
+        begin = tl.maximum(0, at - window + 1) // BLOCK_S * BLOCK_S
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), SPLITS), BLOCK_S) * BLOCK_S
+        begin += split * share
+        end = tl.minimum(end, begin + share)
+    if AHEAD:
+        first = begin + tl.arange(0, BLOCK_S)
+        first_block = tl.load(row_of_table + first // SIZE, mask=first < end, other=0)
+        first_slot = first_block.to(tl.int64) * SIZE + first % SIZE
+        bytes = tl.where(first < end, D * keys.dtype.element_ty.primitive_bitwidth // 8, 0)
+        fetch(keys + (first_slot * K + head) * D, bytes)
+        fetch(values + (first_slot * K + head) * D, bytes)
+        here = (token * K + head) * SPLITS + split
+        count = tl.num_programs(0) * K * SPLITS
+        fetch_ahead(ahead, ahead_bytes, here, count, LANES)
+    if PDL:
+        gdc_wait()
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, WIDE)[None, :]
+    valid = row < GROUP
+    query_head = head * GROUP + row
+    wanted = valid[:, None] & (d < D)
+    source = q + token * q_stride
+    starts = source + (query_head * D)[:, None]
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc_RD = tl.zeros([ROWS, WIDE], tl.float32)
+    if FRESH:
+        q_RD = turned(starts, q_norm, cosine, sine, at, eps, d, wanted, D, NORM)
+        mine = source + (H + head) * D + tl.zeros([1, 1], tl.int32)
+        k_1D = turned(mine, k_norm, cosine, sine, at, eps, d, d < D, D, NORM)
+        v_1D = tl.load(mine + K * D + d, mask=d < D, other=0.0)
+        if (at >= 0) & (split == 0):
+            mine_block = tl.load(row_of_table + at // SIZE).to(tl.int64)
+            place = ((mine_block * SIZE + at % SIZE) * K + head) * D + d
+            tl.store(keys + place, k_1D, mask=d < D)
+            tl.store(values + place, v_1D, mask=d < D)
+            score = tl.sum(q_RD.to(tl.float32) * k_1D.to(tl.float32), 1) * scale
+            if CAPPED:
+                score = cap * (1 - 2 / (tl.exp(2 * score / cap) + 1))
+            most = score
+            total += 1.0
+            acc_RD += v_1D.to(tl.float32)
+    else:
+        q_RD = tl.load(starts + d, mask=wanted, other=0.0)
+    for s in range(begin, end, BLOCK_S):
+        position = s + tl.arange(0, BLOCK_S)
+        inside = position < end
+        block = tl.load(row_of_table + position // SIZE, mask=inside, other=0)
+        slot = block.to(tl.int64) * SIZE + position % SIZE
+        where = (slot * K + head)[:, None] * D + d
+        there = inside[:, None] & (d < D)
+        k_SD = tl.load(keys + where, mask=there, other=0.0)
+        v_SD = tl.load(values + where, mask=there, other=0.0)
+        scores_RS = tl.dot(q_RD, tl.trans(k_SD), input_precision=PRECISION) * scale
+        if CAPPED:
+            scores_RS = cap * (1 - 2 / (tl.exp(2 * scores_RS / cap) + 1))  # tanh
+        seen = inside
+        if WINDOWED:
+            seen = inside & (at - position < window)
+        scores_RS = tl.where(seen[None, :], scores_RS, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores_RS, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = tl.exp(most - base)
+        p_RS = tl.exp(scores_RS - base[:, None])
+        total = total * shrink + tl.sum(p_RS, 1)
+        acc_RD = acc_RD * shrink[:, None]
+        acc_RD += tl.dot(p_RS.to(v_SD.dtype), v_SD, input_precision=PRECISION)
+        most = higher
+    if SPLITS == 1:
+        acc_RD = acc_RD / tl.where(total == 0, 1.0, total)[:, None]
+        target = out + (token * H + query_head)[:, None] * D + d
+        tl.store(target, acc_RD.to(out.dtype.element_ty), mask=wanted)
+    else:
+        part = (token * H + query_head) * SPLITS + split
+        tl.store(parts + part[:, None] * D + d, acc_RD, mask=wanted)
+        tl.store(stats + part * 2, most, mask=valid)
+        tl.store(stats + part * 2 + 1, total, mask=valid)
+        tl.debug_barrier()  # all of the program's parts are there before it says so
+        if tl.atomic_add(counts + token * K + head, 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(counts + token * K + head, 0)
+            for n in tl.static_range(GROUP):
+                combine(parts, stats, out, token * H + head * GROUP + n, D, WIDE, SPLITS)
+
+
+@triton.jit
+def combine(parts, stats, out, row, D: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr):
+    """Put the splits of one token and query head together, in their order."""
+    WIDE_J: tl.constexpr = triton.next_power_of_2(SPLITS)
+    j, d = tl.arange(0, WIDE_J), tl.arange(0, WIDE)
+    there = j < SPLITS
+    at = stats + (row * SPLITS + j) * 2
+    most_J = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
+    total_J = tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg")
+    highest = tl.max(most_J, 0)
+    weight_J = tl.exp(most_J - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(total_J * weight_J, 0)
+    wanted = there[:, None] & (d < D)[None, :]
+    source = parts + (row * SPLITS + j)[:, None] * D + d[None, :]
+    acc_JD = tl.load(source, mask=wanted, other=0.0, cache_modifier=".cg")
+    acc_D = tl.sum(acc_JD * weight_J[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(out + row * D + d, acc_D.to(out.dtype.element_ty), mask=d < D)
+
+
+def attend_singles(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    out: Tensor,
+    pages: "Pages",
+    shape: "Shape",
+    options: dict[str, Any],
+    turn: Turn | None,
+    ahead: Tensor | None,
+) -> None:
+    """Attend for the single tokens, the first rows of q, into the first rows of `out`.
+
+    With `turn` a row holds queries, key and value as a layer's product gave them; else queries
+    that are turned, and the keys are stored. `ahead` is what a later kernel reads.
+    """
+    n, H, K, D = pages.singles, shape.heads, shape.kv_heads, shape.head_dim
+    J = pages.splits
+    parts, stats = q, q
+    if J > 1:
+        parts, stats = (q.new_empty(n, H, J, C, dtype=torch.float32) for C in (D, 2))
+    norms = (turn.norms if turn else None) or (q, q)
+    decode_kernel[(n, K, J)](
+        q,
+        keys,
+        values,
+        out,
+        parts,
+        stats,
+        pages.counts,
+        pages.table,
+        pages.seat_T,
+        pages.position_T,
+        *norms,
+        *(turn.angles if turn else (q, q)),
+        *ahead_of(q, ahead),
+        q.stride(0),
+        pages.table.stride(0),
+        shape.scale,
+        shape.softcap or 0.0,
+        shape.window or 0,
+        turn.eps if turn else 0.0,
+        H=H,
+        K=K,
+        D=D,
+        WIDE=max(16, triton.next_power_of_2(D)),
+        GROUP=shape.group,
+        ROWS=max(16, triton.next_power_of_2(shape.group)),
+        SIZE=pages.size,
+        SPLITS=J,
+        FRESH=turn is not None,
+        NORM=turn is not None and turn.norms is not None,
+        CAPPED=shape.softcap is not None,
+        WINDOWED=shape.window is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        AHEAD=ahead is not None and options["PDL"] and D * q.itemsize % 16 == 0,
+        LANES=32 * TILE["num_warps"],
+        **(TILE | options),
+    )
