@@ -119,7 +119,7 @@ def our_step(
     config = FitConfig(steps=1, optim=optim)
     optimizers = make_optimizers(model, config, BF16)
     source: Any = None  # batches are at hand
-    training = Training(model, optimizers, source, Guard(config, Path()), LossScale())
+    training = Training(model, model, optimizers, source, Guard(config, Path()), LossScale())
     forward: Any = model
     if compile:
         forward = compiled(model, NextToken(), to_device(batches[0], CUDA), CUDA, BF16)
