@@ -241,11 +241,11 @@ def test_greedy_answers_equal_transformers_where_no_tie_decides(tok, tmp_path, f
             return_dict_in_generate=True,
         )
         gaps = [float(x[0].float().topk(2).values.diff().abs()) for x in found.logits]
-        least = 1e-3 if dtype == torch.float32 else 0.5  # logits reach tens
+        least = 1e-3 if dtype == torch.float32 else 0.25
         sure = next((n for n, gap in enumerate(gaps) if gap < least), count)
         assert mine[:sure] == found.sequences[0, len(prompt) :].tolist()[:sure]
         compared += sure
-    assert compared > 12
+    assert compared >= (48 if dtype == torch.float32 else 4)  # not all ends in ties
 
 
 @on_cuda
