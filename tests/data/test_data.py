@@ -24,7 +24,7 @@ from groundup.data import (
     write_preferences,
     write_shards,
 )
-from groundup.data.clean import reason_to_drop, tidy
+from groundup.data.clean import Tidy, clean_up, tidy
 
 
 def test_every_format_is_read(tmp_path):
@@ -96,9 +96,13 @@ def document(text, name="a"):
 
 def test_cleaning_gives_reasons():
     assert tidy(document("\ufeffa\r\nb\0\n\n\n")).text == "a\nb\n"
-    assert reason_to_drop(document("short")) == "too short"
-    assert reason_to_drop(document("good text " * 20)) is None
-    assert reason_to_drop(document("good \x01text " * 20)) == "control characters"
+    counts = Counter()
+    good = document("good text " * 20)
+    assert clean_up(Tidy(), document("short"), counts) == "too short"
+    assert clean_up(Tidy(), document(""), counts) == "too short"
+    assert clean_up(Tidy(min_characters=5), document("short"), counts).text == "short\n"
+    assert clean_up(Tidy(), good, counts).text == good.text + "\n"
+    assert clean_up(Tidy(), document("good \x01text " * 20), counts) == "control characters"
 
 
 def test_one_large_file_is_cut_to_be_split(tmp_path):

@@ -169,11 +169,33 @@ def test_no_token_is_lost_in_the_middle(text, level):
         assert not np.array_equal(before, stream.tokens)  # another epoch, other cuts
 
 
+@pytest.mark.parametrize("spm_rate", [0.0, 1.0])
+def test_one_order_alone_can_be_asked_for(text, spm_rate):
+    stream = MiddleStream(
+        *text,
+        sentinels=SENTINELS,
+        rate=1.0,
+        spm_rate=spm_rate,
+        level="document",
+        eos_token_id=EOS,
+        context=64,
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        seed=3,
+    )
+    [at] = np.nonzero(stream.tokens == SENTINELS.prefix)
+    spm = stream.tokens[at + 1] == SENTINELS.suffix
+    if spm_rate:
+        assert spm.all()
+    else:
+        assert spm.mean() < 0.1  # PSM with an empty prefix looks the same
+
+
 @pytest.mark.parametrize(
     ("objective", "more"),
     [
         ("mlm", ["--model-type", "modernbert"]),
-        ("mlm+nsp", ["--model-type", "bert", "--whole-word"]),
+        ("mlm+nsp", ["--model-type", "bert", "--whole-word", "--hidden-dropout-prob", "0.2"]),
         ("mlm+sop", ["--model-type", "bert"]),
         ("fim", ["--fim-level", "context"]),
         ("causal", ["--model-type", "mixtral", "--num-experts", "4"]),
@@ -193,7 +215,10 @@ def test_every_objective_trains_from_the_command_line(corpus, tmp_path, objectiv
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert rows[-1]["loss"] < rows[0]["loss"]
     folder = tmp_path / "run" / "model"
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    config = json.loads((folder / "config.json").read_text())
+    if "--hidden-dropout-prob" in more:
+        assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0.2
+    [architecture] = config["architectures"]
     assert getattr(transformers, architecture).from_pretrained(folder)
 
 
@@ -205,6 +230,7 @@ def test_objectives_that_do_not_fit_say_what_does(corpus, tok, tmp_path, capsys)
         (["mlm"], "add --model-type modernbert (sooner on little text) or bert"),
         (["mlm+nsp"], "add --model-type bert (now qwen3)"),
         (["mlm", "--model-type", "bert", "--mlm-probability", "1.5"], "between 0 and 1"),
+        (["mlm", "--model-type", "bert", "--hidden-dropout-prob", "1"], "at least 0 and below 1"),
         (["mlm", "--model-type", "bert"], r"need the special token [MASK]"),
         (["fim"], "train the tokenizer with --special-tokens '<|fim_prefix|>'"),
     ):

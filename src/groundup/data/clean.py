@@ -2,12 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from groundup.core.config import field
 from groundup.core.types import Document
 
-MIN_CHARACTERS = 40
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f\ufffd]")
 
 
@@ -18,37 +17,18 @@ def tidy(document: Document) -> Document:
     return replace(document, text=text.strip("\n") + "\n" if text.strip() else "")
 
 
-def too_short(document: Document) -> str | None:
-    """Drop documents of fewer than 40 characters: empty __init__ files and the like."""
-    return "too short" if len(document.text) < MIN_CHARACTERS else None
-
-
-def control_characters(document: Document) -> str | None:
-    """Drop text in which over 1 in 200 characters is a control or replacement character."""
-    share = len(CONTROL.findall(document.text)) / max(1, len(document.text))
-    return "control characters" if share > 0.005 else None
-
-
-RULES: dict[str, Callable[[Document], str | None]] = {
-    "too_short": too_short,
-    "control_characters": control_characters,
-}
-
-
-def reason_to_drop(document: Document) -> str | None:
-    """Return the first rule's reason to drop a document, or None."""
-    for rule in RULES.values():
-        if reason := rule(document):
-            return reason
-    return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Tidy:
     """Line ends, NULs and byte-order marks mended; empty and garbled documents dropped."""
 
+    min_characters: int = field(40, help="shorter documents go: empty __init__ files and the like")
+    max_control: float = field(0.005, help="largest share of control and replacement characters")
+
 
 def clean_up(config: Tidy, document: Document, counts: Counter[str]) -> Document | str:
-    """Tidy a document; return the first of RULES that it breaks."""
+    """Tidy a document; return why it is dropped where it is."""
     document = tidy(document)
-    return reason_to_drop(document) or document
+    if len(document.text) < max(1, config.min_characters):
+        return "too short"
+    control = len(CONTROL.findall(document.text)) / max(1, len(document.text))
+    return "control characters" if control > config.max_control else document

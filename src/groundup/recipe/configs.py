@@ -143,10 +143,14 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     )
     z_loss: float = field(0.0, help="weight of log(Z)^2, which keeps logits small (PaLM: 1e-4)")
     fim_rate: float = field(0.5, help="share of the text that fim rearranges")
+    fim_spm_rate: float = field(0.5, help="share of that in SPM order, the others in PSM")
     fim_level: Literal["document", "context"] = field("document", help="what fim cuts")
     whole_word: bool = field(False, help="mlm masks whole words")
     mlm_probability: float | None = field(
         None, help="share of the tokens that mlm masks; unset: 0.15 (bert), 0.3 (modernbert)"
+    )
+    hidden_dropout_prob: float | None = field(
+        None, help="dropout of an encoder, attention included; unset: 0.1 (bert), 0 (modernbert)"
     )
     batch_size: int = field(8, help="rows in a micro-batch")
     gradient_accumulation_steps: int = field(1, help="micro-batches in an optimizer step")

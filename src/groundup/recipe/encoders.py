@@ -25,7 +25,9 @@ from groundup.train.ranks import here
 from groundup.train.step import to_device
 
 VALIDATION_STEPS = 20
-MASKED = {"bert": 0.15, "modernbert": 0.3}  # of the tokens, as published
+# as published
+MASKED = {"bert": 0.15, "modernbert": 0.3}  # of the tokens
+DROPOUT = {"bert": 0.1, "modernbert": 0.0}
 PAIRS: dict[str, Pairs] = {"mlm": "none", "mlm+nsp": "nsp", "mlm+sop": "sop"}
 
 
@@ -74,6 +76,11 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
 def encoder_config(config: PretrainConfig, tok: Tokenizer, pairs: Pairs) -> EncoderConfig:
     """Return the encoder's shape: BERT's four times wider MLP where none is given."""
     modern = config.model_type == "modernbert"
+    dropout = config.hidden_dropout_prob
+    if dropout is None:
+        dropout = DROPOUT[config.model_type]
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"--hidden-dropout-prob {dropout:g} must be at least 0 and below 1")
     return EncoderConfig(
         model_type=config.model_type,
         task="mlm" if pairs == "none" or modern else "pretraining",
@@ -84,8 +91,8 @@ def encoder_config(config: PretrainConfig, tok: Tokenizer, pairs: Pairs) -> Enco
         num_attention_heads=config.num_attention_heads or max(1, config.hidden_size // 64),
         max_position_embeddings=config.max_position_embeddings,
         layer_norm_eps=1e-5 if modern else 1e-12,
-        hidden_dropout_prob=0.0 if modern else 0.1,
-        attention_probs_dropout_prob=0.0 if modern else 0.1,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
         classifier_pooling="mean" if modern else "cls",  # as the published checkpoints have it
         pad_token_id=tok.pad_token_id,
         cls_token_id=tok.token_id("cls_token", "bos_token"),

@@ -110,6 +110,7 @@ def token_source(
         train.offsets,
         sentinels=MiddleTokens(*ids),
         rate=config.fim_rate,
+        spm_rate=config.fim_spm_rate,
         level=config.fim_level,
         **options,
     )

@@ -44,7 +44,9 @@ def rearranged(
 
 
 class MiddleStream(TokenStream):
-    """A token stream with a share `rate` of its text rearranged, anew every epoch, half of it SPM.
+    """A token stream with a share `rate` of its text rearranged anew every epoch.
+
+    A share `spm_rate` of that takes SPM order.
 
     `level="document"` cuts whole documents, before they are laid into rows. `level="context"`
     cuts the longest document within a row, so that prefix, suffix and middle are always seen
@@ -58,11 +60,13 @@ class MiddleStream(TokenStream):
         *,
         sentinels: MiddleTokens,
         rate: float,
+        spm_rate: float = 0.5,
         level: Literal["document", "context"],
         **options: Any,
     ) -> None:
         self.source, self.bounds = tokens, offsets
-        self.sentinels, self.rate, self.level = sentinels, rate, level
+        self.sentinels, self.level = sentinels, level
+        self.rate, self.spm_rate = rate, spm_rate
         super().__init__(tokens, offsets, **options)
 
     def arrange(self) -> None:
@@ -87,7 +91,7 @@ class MiddleStream(TokenStream):
         if len(text) < 3 or rng.random() >= self.rate:
             return text
         first, second = sorted(rng.integers(0, len(text) + 1, 2).tolist())
-        return rearranged(text, (first, second), self.sentinels, spm=rng.random() < 0.5)
+        return rearranged(text, (first, second), self.sentinels, spm=rng.random() < self.spm_rate)
 
     def next_row(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return inputs and targets of the next row."""
