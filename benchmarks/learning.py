@@ -6,7 +6,7 @@ python benchmarks/learning.py DATA OUT middle       fill-in-the-middle, and left
 
 DATA holds real text in folders (banking77, xquad, gsm8k, ...; what each experiment reads stands
 in its function). OUT keeps every stage: run again, and what is finished is skipped. Two seeds less
-with --seeds 1.
+with --seeds 1; with --at-once a process for each, its lines in OUT/.../seed-N.log.
 """
 
 import argparse
@@ -15,7 +15,10 @@ import difflib
 import json
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from groundup.data.squad import Question, read_squad, split_by_article
 from groundup.evaluate.reading import closest_sentence, normalised, score_reading
 from groundup.generate import LLM
 from groundup.model import Encoder, load_model, load_network, save_model
+from groundup.model.encoder_config import EncoderConfig
 from groundup.tokenizer import Tokenizer
 
 GAUNTLET = "llmfoundry-gauntlet/scripts/eval/local_data/reading_comprehension"
@@ -49,16 +53,31 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from (json.loads(line) for line in file)
 
 
-def corpus_of(texts: Iterable[str], out: Path, *tokenizer: object) -> None:
-    """Build `corpus`, `tok` and `shards` in a folder, once."""
+def corpus_of(texts: Iterable[str], out: Path, *build: object) -> None:
+    """Build `corpus` in a folder, once."""
     if not (out / "texts.jsonl").is_file():
         out.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"text": text}) + "\n" for text in dict.fromkeys(texts)]
         (out / "texts.jsonl").write_text("".join(lines))
-    command("data", "build", out / "texts.jsonl", "--out", out / "corpus")
+    command("data", "build", out / "texts.jsonl", *build, "--out", out / "corpus")
+
+
+def tokens_of(out: Path, *tokenizer: object) -> None:
+    """Train `tok` on a folder's corpus and make its `shards`, once."""
     command("tokenizer", "train", out / "corpus", *tokenizer, "--out", out / "tok")
     words = ["data", "shards", out / "corpus", "--tokenizer", out / "tok"]
     command(*words, "--out", out / "shards")
+
+
+BOLD = ["--learning-rate", 0.02, "--adam-learning-rate", 0.003]  # from random weights
+
+
+def random_weights(config: EncoderConfig, tok: Path, out: Path, seed: int) -> Path:
+    """Save an encoder of random weights, once; return its folder."""
+    if not out.is_dir():
+        torch.manual_seed(seed)
+        save_model(Encoder(config), Tokenizer.load(tok), out)
+    return out
 
 
 def show(name: str, values: list[float], digits: int = 3) -> None:
@@ -70,42 +89,56 @@ def show(name: str, values: list[float], digits: int = 3) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Encoders: masked words on prose and on the task's texts without their labels, then 77 intents
+# Encoders: masked words and next sentences of prose and of the task's texts without labels, then
+# masked words of the task's texts alone, then 77 intents
 # ---------------------------------------------------------------------------------------------
 
-SHAPE = ["--hidden-size", 128, "--num-hidden-layers", 2, "--max-position-embeddings", 64]
-EXAMPLES = 770  # ten texts a class
-# the best of those tried for random weights (docs/decisions/0040)
-RATES = ["--learning-rate", 0.02, "--adam-learning-rate", 0.003]
+BERT = ["--model-type", "bert", "--hidden-size", 128, "--num-hidden-layers", 2]
+BERT += ["--num-attention-heads", 4, "--max-position-embeddings", 32, "--hidden-dropout-prob", 0]
+SIZES = (385, 770)  # five and ten texts a class
+RATES = ((0.02, 0.003), (0.01, 0.002), (0.005, 0.001))  # of Muon and AdamW
+LEAST_STEPS = (300, 600)
+HELD_BACK = 2000  # training texts that rates are chosen on
 
 
 def pretrained(data: Path, out: Path, seeds: list[int], steps: int) -> None:
-    """ModernBERT pretrained on masked words against the same network from random weights."""
-    texts = [*everyday_prose(data), *banking_texts(data)]
-    corpus_of(texts, out, "--kind", "wordpiece", "--vocab-size", 3000)
-    found: dict[str, list[float]] = {}
+    """BERT pretrained on masked words and next sentences against the same from random weights."""
+    tok, queries = out / "tok", out / "queries/shards"
+    train, test = data / "banking77/train.csv", data / "banking77/test.csv"
+    found: dict[tuple[str, int], list[float]] = {}
     for seed in seeds:
-        words = ["pretrain", out / "shards", "--tokenizer", out / "tok", *SHAPE, "--seed", seed]
-        words += ["--objective", "mlm", "--model-type", "modernbert", "--intermediate-size", 256]
-        words += ["--mlm-probability", 0.3, "--batch-size", 32, "--steps", steps, *DTYPE, *KEEP]
-        command(*words, "--out", out / f"encoder-{seed}")
-        trained, blank = out / f"encoder-{seed}/model", out / f"random-{seed}"
-        if not blank.is_dir():
-            torch.manual_seed(seed)
-            save_model(Encoder(load_network(trained).config), Tokenizer.load(out / "tok"), blank)
-        for name, start in (("pretrained", trained), ("random weights", blank)):
-            folder = out / f"classes-{name.split()[0]}-{seed}"
-            words = ["classify", data / "banking77/train.csv", "--methods", "encoder"]
-            words += ["--test", data / "banking77/test.csv", "--max-test-rows", 3080]
-            words += ["--encoder", start, "--sizes", EXAMPLES, "--seed", seed, *RATES, *DTYPE]
-            command(*words, "--out", folder)
-            scores = json.loads((folder / "classify.json").read_text())["scores"]["encoder"]
-            found.setdefault(name, []).append(scores[-1]["accuracy"])
-    for name, values in found.items():
-        show(f"banking77, {EXAMPLES} texts, {name}: accuracy", values)
-    if "random weights" in found:
-        pairs = zip(found["pretrained"], found["random weights"], strict=True)
+        masked = ["--tokenizer", tok, "--mlm-probability", 0.3, "--batch-size", 96, *DTYPE, *KEEP]
+        masked += ["--seed", seed]
+        first, second = out / f"encoder-{seed}", out / f"adapted-{seed}"
+        words = ["pretrain", out / "shards", *masked, *BERT, "--objective", "mlm+nsp"]
+        command(*words, "--steps", steps, "--out", first)
+        words = ["pretrain", queries, *masked, "--init", first / "model", "--objective", "mlm"]
+        words += ["--max-position-embeddings", 32]
+        command(*words, "--steps", steps // 3, "--out", second)
+        config = load_network(second / "model").config
+        blank = random_weights(config, tok, out / f"random-{seed}", seed)
+        for name, start in (("pretrained", second / "model"), ("random weights", blank)):
+            kind = f"{name.split()[0]}-{seed}"
+            rates = best_rates(start, train, seed, out / f"tuned-{kind}")
+            words = [train, "--test", test, "--sizes", *SIZES, "--seed", seed, *rates]
+            scores = accuracies(start, words, out / f"classes-{kind}")
+            for size, accuracy in zip(SIZES, scores, strict=True):
+                found.setdefault((name, size), []).append(accuracy)
+    for size in SIZES:
+        for name in ("pretrained", "random weights"):
+            show(f"banking77, {size} texts, {name}: accuracy", found[name, size])
+        pairs = zip(found["pretrained", size], found["random weights", size], strict=True)
         show("gained by pretraining", [one - other for one, other in pairs])
+
+
+def banking_corpora(data: Path, out: Path) -> None:
+    """Build shards of prose and queries, and of queries alone."""
+    short = ("--settings", "tidy.min_characters=1", "--near-duplicates", "keep")
+    corpus_of(chain(everyday_prose(data), banking_texts(data)), out, *short)
+    tokens_of(out, "--kind", "wordpiece", "--vocab-size", 3000)
+    corpus_of(banking_texts(data), out / "queries", *short)
+    words = ["data", "shards", out / "queries/corpus", "--tokenizer", out / "tok"]
+    command(*words, "--out", out / "queries/shards")
 
 
 def everyday_prose(data: Path) -> Iterator[str]:
@@ -119,6 +152,41 @@ def everyday_prose(data: Path) -> Iterator[str]:
         yield row["text"]
 
 
+def accuracies(start: Path, words: Sequence[object], out: Path) -> list[float]:
+    """Fine-tune a classifier; return its accuracy by number of training texts."""
+    options = ["--methods", "encoder", "--encoder", start, "--max-test-rows", 3080, *DTYPE]
+    command("classify", *words, *options, "--out", out)
+    scores = json.loads((out / "classify.json").read_text())["scores"]["encoder"]
+    return [score["accuracy"] for score in scores]
+
+
+def best_rates(start: Path, train: Path, seed: int, out: Path) -> list[object]:
+    """Return the rates and steps that are best on training texts held back: as many for all."""
+    tuning = hold_back(train, out)
+    tried: list[tuple[float, list[object]]] = []
+    for (matrices, others), steps in product(RATES, LEAST_STEPS):
+        options: list[object] = ["--learning-rate", matrices, "--adam-learning-rate", others]
+        options += ["--least-steps", steps]
+        words = [*tuning, "--sizes", max(SIZES), "--seed", seed, *options]
+        [accuracy] = accuracies(start, words, out / f"{matrices}-{others}-{steps}")
+        print(f"{out.name}, held back: {accuracy:.3f} with", *options, flush=True)
+        tried.append((accuracy, options))
+    return max(tried, key=lambda one: one[0])[1]
+
+
+def hold_back(train: Path, out: Path) -> list[object]:
+    """Split the training file in two; return the words that name them."""
+    with open(train, newline="") as file:
+        header, *lines = csv.reader(file)
+    order = np.random.default_rng(0).permutation(len(lines)).tolist()
+    files = out / "train.csv", out / "held.csv"
+    out.mkdir(parents=True, exist_ok=True)
+    for path, chosen in zip(files, (order[HELD_BACK:], order[:HELD_BACK]), strict=True):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([header, *(lines[n] for n in sorted(chosen))])
+    return [files[0], "--test", files[1]]
+
+
 def banking_texts(data: Path) -> Iterator[str]:
     """Yield the training texts of banking77 without their labels."""
     with open(data / "banking77/train.csv", newline="") as file:
@@ -126,34 +194,46 @@ def banking_texts(data: Path) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Reading: masked words, then questions made of text, then a few hundred real ones
+# Reading: questions made of text, then a few hundred real ones
 # ---------------------------------------------------------------------------------------------
 
-READER = ["--hidden-size", 128, "--num-hidden-layers", 3, "--max-position-embeddings", 384]
+READER: dict[str, Any] = {
+    "task": "span",
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+WINDOWS = ["--max-length", 128, "--doc-stride", 64]
 HELD_OUT = 0.2  # of the articles
+GENTLE = ["--learning-rate", 0.005, "--adam-learning-rate", 0.001]
+
+
+def made_questions(data: Path, out: Path) -> None:
+    """Build a corpus of encyclopedias, and questions about it."""
+    corpus_of(encyclopedic(data), out)
+    tokens_of(out, "--kind", "wordpiece", "--vocab-size", 4000)
+    words = ["data", "cloze", out / "corpus", "--passage-words", 40, "--questions", 100_000]
+    command(*words, "--questions-per-passage", 4, "--out", out / "made")
 
 
 def reading(data: Path, out: Path, seeds: list[int], steps: int) -> None:
-    """ModernBERT on masked words, on cloze questions and on XQuAD; each seed its own split."""
-    corpus_of(encyclopedic(data), out, "--kind", "wordpiece", "--vocab-size", 4000)
-    command("data", "cloze", out / "corpus", "--passage-words", 40, "--out", out / "cloze")
+    """BERT on questions made of text, then on XQuAD; each seed its own split."""
     found: dict[str, list[float]] = {}
     for seed in seeds:
         train, test = split_questions(data / "xquad/xquad.en.json", out, seed)
-        words = ["pretrain", out / "shards", "--tokenizer", out / "tok", *READER, "--seed", seed]
-        words += ["--objective", "mlm", "--model-type", "modernbert", "--intermediate-size", 256]
-        words += ["--mlm-probability", 0.3, "--batch-size", 6, "--steps", steps, *DTYPE, *KEEP]
-        command(*words, "--out", out / f"encoder-{seed}")
-        start, asked = out / f"encoder-{seed}/model", ["--task", "span", "--test", test, *DTYPE]
-        asked += [*RATES, "--seed", seed, *KEEP]
-        made = ["--data", out / "cloze/questions.json", "--steps", steps, "--batch-size", 24]
-        command("finetune", start, *asked, *made, "--out", out / f"cloze-{seed}")
-        real = ["--data", train, "--epochs", 4, "--batch-size", 16]
-        for name, model in (("masked words", start), ("and cloze", out / f"cloze-{seed}/model")):
-            folder = out / f"reader-{name.split()[-1]}-{seed}"
-            command("finetune", model, *asked, *real, "--out", folder)
-            add_scores(found, name, read_json(folder / "stage.json")["summary"])
-        add_scores(found, "cloze alone", read_json(out / f"cloze-{seed}/stage.json")["summary"])
+        words = ["finetune", "--task", "span", "--test", test, "--seed", seed, *WINDOWS]
+        words += [*DTYPE, *KEEP]
+        cloze = ["--data", out / "made/questions.json", "--steps", steps, "--batch-size", 64]
+        start = matching_reader(out / "tok", out / f"start-{seed}", seed)
+        command(*words, start, *cloze, *BOLD, "--out", out / f"cloze-{seed}")
+        real = ["--data", train, "--epochs", 2, "--batch-size", 16, *GENTLE]
+        command(*words, out / f"cloze-{seed}/model", *real, "--out", out / f"reader-{seed}")
+        for name, stage in (("cloze alone", "cloze"), ("cloze, then XQuAD", "reader")):
+            add_scores(found, name, read_json(out / f"{stage}-{seed}/stage.json")["summary"])
         questions, _ = read_squad(test)
         for name, answer in TRIVIAL.items():
             said = [answer(question) for question in questions]
@@ -161,6 +241,34 @@ def reading(data: Path, out: Path, seeds: list[int], steps: int) -> None:
     print("XQuAD English, whole articles held out")
     for name, values in found.items():
         show(name, values)
+
+
+def matching_reader(tok: Path, out: Path, seed: int) -> Path:
+    """Save a BERT whose first step is to look for words that stand twice; return its folder.
+
+    Queries start equal to keys, so that a word attends to itself elsewhere, and the second
+    segment sees what the first one asks (after Trockman and Kolter 2023, arXiv 2305.09828);
+    positions start as sines, smaller than words.
+    """
+    if out.is_dir():
+        return out
+    torch.manual_seed(seed)
+    pieces = Tokenizer.load(tok)
+    ids = {name: pieces.token_id(name) for name in ("cls_token", "sep_token")}
+    shape = READER | {f"{name}_id": n for name, n in ids.items()}
+    config = EncoderConfig(**shape, vocab_size=pieces.vocab_size, pad_token_id=pieces.pad_token_id)
+    model = Encoder(config)
+    E, T = config.hidden_size, config.max_position_embeddings
+    angles = torch.arange(T)[:, None] * 1000 ** -(torch.arange(0, E, 2) / E)
+    with torch.no_grad():
+        for layer in model.bert.encoder["layer"]:
+            turned, _ = torch.linalg.qr(torch.randn(E, E))
+            for name in ("query", "key"):
+                layer.attention["self"][name].weight.copy_(turned)
+        table = model.bert.embeddings["position_embeddings"].weight
+        table.copy_(0.01 * torch.cat((angles.sin(), angles.cos()), dim=-1))
+    save_model(model, pieces, out)
+    return out
 
 
 def add_scores(found: dict[str, list[float]], name: str, scores: dict[str, float]) -> None:
@@ -229,25 +337,29 @@ def encyclopedic(data: Path) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
-LENGTHS = (4, 16)  # tokens of the middles that are asked for
-CONTEXT = 256
+LENGTHS = (4, 16, 32)  # tokens of the middles that are asked for
+CONTEXT = 64  # short rows: middles that are cut out of them are short too
+DECODER = ["--hidden-size", 128, "--num-hidden-layers", 3, "--num-attention-heads", 4]
+
+
+def word_problems(data: Path, out: Path) -> None:
+    """Build shards of problems with their solutions."""
+    problems = rows(data / "gsm8k/train.jsonl")
+    corpus_of((f"{row['question']}\n{row['answer']}" for row in problems), out)
+    tokens_of(out, "--kind", "bpe", "--vocab-size", 1024, "--special-tokens", *SENTINELS)
 
 
 def middle(data: Path, out: Path, seeds: list[int], steps: int) -> None:
     """Two decoders of one size on the same tokens: one rearranged for filling in, one not."""
-    texts = [f"{row['question']}\n{row['answer']}" for row in rows(data / "gsm8k/train.jsonl")]
-    specials = ["--special-tokens", *SENTINELS]
-    corpus_of(texts, out, "--kind", "bpe", "--vocab-size", 1024, *specials)
     tok = Tokenizer.load(out / "tok")
-    gaps = draw_gaps(out / "shards", 250)
+    gaps = draw_gaps(out / "shards")
     found: dict[str, list[float]] = {}
     for seed in seeds:
-        for objective in ("causal", "fim"):
+        for objective, extra in OBJECTIVES.items():
             words = ["pretrain", out / "shards", "--tokenizer", out / "tok", "--seed", seed]
-            words += ["--hidden-size", 128, "--num-hidden-layers", 3, "--steps", steps, *DTYPE]
-            words += ["--max-position-embeddings", CONTEXT, "--objective", objective, *KEEP]
+            words += [*DECODER, "--max-position-embeddings", CONTEXT, "--batch-size", 64, *DTYPE]
+            words += ["--steps", steps, "--objective", objective, *extra, *KEEP]
             words += ["--eval-steps", steps, "--sample-every-s", 10_000]
-            words += ["--fim-rate", 0.9] if objective == "fim" else []
             command(*words, "--out", out / f"{objective}-{seed}")
             score_gaps(out / f"{objective}-{seed}/model", tok, objective, gaps, found)
     print(f"{len(gaps)} gaps in held-out problems; bits a byte of the true middle, and fills")
@@ -255,21 +367,26 @@ def middle(data: Path, out: Path, seeds: list[int], steps: int) -> None:
         show(name, values)
 
 
-Gap = tuple[list[int], list[int], list[int]]  # before, the middle, behind
+OBJECTIVES = {
+    "causal": [],
+    "fim": ["--fim-rate", 0.9, "--fim-spm-rate", 1, "--fim-level", "context"],
+}
+Gap = tuple[int, list[int], list[int], list[int]]  # a token, then before, the middle, behind
 
 
-def draw_gaps(shards: Path, documents: int) -> list[Gap]:
-    """Return middles of held-out documents with what stands around them."""
+def draw_gaps(shards: Path) -> list[Gap]:
+    """Return middles of held-out documents with what stands around them, as much as a row has."""
     rng = np.random.default_rng(0)
     gaps: list[Gap] = []
     for document in open_shard(shards, "validation").documents():
         ids = [int(i) for i in document[:-1]]
-        if max(LENGTHS) + 24 < len(ids) < CONTEXT - 2 * max(LENGTHS) and len(
-            gaps
-        ) < documents * len(LENGTHS):
+        if len(ids) >= CONTEXT:
+            first = 1 + int(rng.integers(len(ids) - CONTEXT + 1))
+            row = ids[first : first + CONTEXT - 4]  # three sentinels and the token before it
             for length in LENGTHS:
-                start = int(rng.integers(8, len(ids) - length - 8))
-                gaps.append((ids[:start], ids[start : start + length], ids[start + length :]))
+                start = int(rng.integers(8, len(row) - length - 8))
+                stop = start + length
+                gaps.append((ids[first - 1], row[:start], row[start:stop], row[stop:]))
     return gaps
 
 
@@ -279,32 +396,25 @@ def score_gaps(
     """Add bits a byte of the true middles, and how near greedy fills come to them."""
     model, llm = load_model(folder).eval(), LLM(folder)
     pre, mid, suf = (tok.specials[name] for name in SENTINELS)
-    eos = tok.eos_token_id
-    forms = {
-        "PSM": lambda before, behind: [eos, pre, *before, suf, *behind, mid],
-        "SPM": lambda before, behind: [eos, pre, suf, *behind, mid, *before],
-    }
     if objective == "causal":
-        forms = {"left to right": lambda before, behind: [eos, *before]}
-    for form, prompt in forms.items():
-        for length in LENGTHS:
-            chosen = [gap for gap in gaps if len(gap[1]) == length]
-            prompts = [prompt(before, behind) for before, _, behind in chosen]
-            nats = sum(nll(model, ids, gap[1]) for ids, gap in zip(prompts, chosen, strict=True))
-            texts = [tok.decode(gap[1]) for gap in chosen]
-            bits = nats / np.log(2) / sum(len(text.encode()) for text in texts)
-            # all are told how long the true middle is: left to right would never stop by itself
-            params = SamplingParams(temperature=0, max_tokens=length)
-            said = [output.outputs[0].text for output in llm.generate(prompts, params)]
-            near = [
-                difflib.SequenceMatcher(None, a, b, autojunk=False).ratio()
-                for a, b in zip(said, texts, strict=True)
-            ]
-            name = f"{length:>2} tokens, {form}"
-            same = [float(a.strip() == b.strip()) for a, b in zip(said, texts, strict=True)]
-            found.setdefault(f"{name}: bits a byte", []).append(float(bits))
-            found.setdefault(f"{name}: exact fills", []).append(statistics.mean(same))
-            found.setdefault(f"{name}: similarity of fills", []).append(statistics.mean(near))
+        prompts = [[token, *before] for token, before, _, _ in gaps]
+    else:  # suffix, prefix, middle
+        prompts = [[token, pre, suf, *behind, mid, *before] for token, before, _, behind in gaps]
+    for length in LENGTHS:
+        asked = [n for n, (_, _, wanted, _) in enumerate(gaps) if len(wanted) == length]
+        nats = sum(nll(model, prompts[n], gaps[n][2]) for n in asked)
+        texts = [tok.decode(gaps[n][2]) for n in asked]
+        bits = nats / np.log(2) / sum(len(text.encode()) for text in texts)
+        # all are told how long the true middle is: left to right would never stop by itself
+        params = SamplingParams(temperature=0, max_tokens=length)
+        outputs = llm.generate([prompts[n] for n in asked], params)
+        pairs = list(zip((output.outputs[0].text for output in outputs), texts, strict=True))
+        name = f"{length:>2} tokens, {'left to right' if objective == 'causal' else 'SPM'}"
+        same = [float(said.strip() == text.strip()) for said, text in pairs]
+        near = [difflib.SequenceMatcher(None, *pair, autojunk=False).ratio() for pair in pairs]
+        found.setdefault(f"{name}: bits a byte", []).append(float(bits))
+        found.setdefault(f"{name}: exact fills", []).append(statistics.mean(same))
+        found.setdefault(f"{name}: similarity of fills", []).append(statistics.mean(near))
 
 
 @torch.inference_mode()
@@ -316,10 +426,11 @@ def nll(model: Any, before: list[int], wanted: list[int]) -> float:
     return -float(model(ids[:, :-1], want="logprobs", targets=targets).sum())
 
 
+# what builds the corpora, what trains and scores, steps of pretraining
 EXPERIMENTS = {
-    "pretrained": (pretrained, 1000),
-    "reading": (reading, 1000),
-    "middle": (middle, 1500),
+    "pretrained": (banking_corpora, pretrained, 1500),
+    "reading": (made_questions, reading, 350),
+    "middle": (word_problems, middle, 700),
 }
 
 
@@ -329,11 +440,26 @@ def main() -> None:
     flags.add_argument("data", type=Path)
     flags.add_argument("out", type=Path)
     flags.add_argument("experiment", choices=EXPERIMENTS)
-    flags.add_argument("--steps", type=int, help="steps of pretraining")
+    flags.add_argument("--steps", type=int, help="steps of pretraining; 0: build the corpora only")
     flags.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    flags.add_argument("--at-once", action="store_true", help="a process for each seed")
     args = flags.parse_args()
-    run, steps = EXPERIMENTS[args.experiment]
-    run(args.data, args.out / args.experiment, args.seeds, args.steps or steps)
+    prepare, run, steps = EXPERIMENTS[args.experiment]
+    out = args.out / args.experiment
+    prepare(args.data, out)
+    steps = steps if args.steps is None else args.steps
+    if not steps:
+        return
+    if args.at_once:
+        words = [args.data, args.out, args.experiment, "--steps", steps, "--seeds"]
+        running = []
+        for seed in args.seeds:
+            with open(out / f"seed-{seed}.log", "w") as log:
+                one = [*map(str, (sys.executable, __file__, *words, seed))]
+                running.append(subprocess.Popen(one, stdout=log, stderr=log))
+        if any([process.wait() for process in running]):
+            raise SystemExit(f"a seed failed: see {out}/seed-*.log")
+    run(args.data, out, args.seeds, steps)
 
 
 if __name__ == "__main__":
