@@ -10,6 +10,7 @@ from groundup.cli.main import main
 from groundup.core.files import read_json
 from groundup.recipe import ladder as ladders
 from groundup.recipe import planning
+from groundup.recipe.curves import read_run
 from groundup.train import plan
 
 TINY = ((64, 1, 1, 64), (64, 2, 1, 64), (128, 1, 2, 64), (128, 2, 2, 64))
@@ -46,6 +47,7 @@ def test_a_budget_is_planned_once(place, tmp_path, capsys):
     summary = read_json(tmp_path / "run" / "stage.json")["summary"]
     assert set(summary["came"]) == {"seconds", "memory_bytes", "bits_per_byte"}
     assert summary["tokens"] == made["tokens"]
+    assert read_run(tmp_path / "run").settings["steps"] == made["steps"]
     assert "The plan and the outcome" in capsys.readouterr().err
 
 

@@ -52,7 +52,7 @@ def start(folder, *what):
 
 def finish(processes):
     """Wait; return exit codes and what was said."""
-    said = [process.communicate(timeout=200)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     return [process.returncode for process in processes], said
 
 

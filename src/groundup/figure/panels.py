@@ -31,8 +31,15 @@ def save_panels(rows: Sequence[Sequence[Panel]], path: Path) -> None:
             style = {"marker": "o", "linestyle": ""} if line.marks else {"linestyle": "--"}
             colour = COLOURS[0] if line.marks else COLOURS[1]
             axes.plot(line.x, line.y, color=colour, label=line.name, markersize=5, **style)
-        axes.set_xscale("log", base=2 if "ranks" in panel.x_label else 10)
+        axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis, values in (
+            (axes.xaxis, [x for line in panel.series for x in line.x]),
+            (axes.yaxis, [y for line in panel.series for y in line.y]),
+        ):
+            axis.set_major_formatter("{x:,g}")
+            # within a decade or so there are too few powers of ten to read a value by
+            axis.set_minor_formatter("{x:,g}" if max(values) < 12 * min(values) else "")
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
         label_axes(axes, panel.x_label, panel.y_label)
     figure.savefig(path, dpi=130)

@@ -60,7 +60,10 @@ def line_plot(
     levels: Sequence[tuple[float, str]] = (),
     log_x: bool = False,
 ) -> str:
-    """Draw lines with a legend, and dashed horizontal levels; `log_x` marks and names every x."""
+    """Draw lines with a legend, and dashed horizontal levels.
+
+    `log_x` names the x of every dot, or of every point where no line has dots.
+    """
     figure, axes = canvas(7.2, 3.6)
     for n, line in enumerate(s for s in series if s.faint):
         axes.plot(line.x, line.y, color=COLOURS[n % len(COLOURS)], alpha=0.25, linewidth=0.8)
@@ -79,8 +82,9 @@ def line_plot(
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     if log_x:
         axes.set_xscale("log")
-        ticks = sorted({x for line in named for x in line.x})
-        axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+        dotted = [line for line in named if line.marks] or named
+        ticks = sorted({x for line in dotted for x in line.x})
+        axes.set_xticks(ticks, [f"{x:,.0f}" if x < 1e6 else f"{x:.1e}" for x in ticks])
         axes.minorticks_off()
     label_axes(axes, x_label, y_label)
     return to_svg(figure)

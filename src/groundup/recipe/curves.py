@@ -75,11 +75,21 @@ def read_run(path: Path) -> Run:
         name=str(path),
         rows=rows,
         evaluations=read_evaluations(folder),
-        settings=identity["config"] | inputs,
+        settings=identity["config"] | planned_settings(folder, identity["config"]) | inputs,
         summary=record.get("summary", {}),
         seconds=record.get("seconds"),
         peak_memory_bytes=record.get("peak_memory_bytes"),
     )
+
+
+def planned_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that a plan of the run's own has filled in."""
+    if not (folder / "plan.json").is_file():
+        return {}
+    made = read_json(folder / "plan.json")
+    return {"max_position_embeddings": made["context"]} | {
+        name: made[name] for name in settings if name in made
+    }
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from groundup.core.errors import CheckpointError, GroundupError
+from groundup.core.errors import CheckpointError, GroundupError, StorageError
 from groundup.core.files import atomic_folder, read_json, storage_errors, write_json
 from groundup.core.progress import say
 from groundup.train.average import Average, copy_into
@@ -164,7 +164,7 @@ def write_whole(snapshot: Snapshot, aside: Path, write_model: WriteModel | None)
 
 
 class Saver:
-    """Writes one snapshot at a time in a thread; what went wrong there is raised here."""
+    """Writes one snapshot at a time in a thread; what went wrong there is raised by `check`."""
 
     def __init__(
         self,
@@ -182,7 +182,8 @@ class Saver:
 
     def save(self, training: Training, step: int, metrics: dict[str, float]) -> None:
         """Copy now; write in the background, once the save before is done."""
-        self.wait()
+        self.join()
+        self.check()
         if (name := self.config.metric_for_best_model) and name not in metrics:
             say(f"  step {step} has no {name!r} to be the best by; it has {', '.join(metrics)}")
         snapshot = take(training, step, metrics, self.ranks)
@@ -202,17 +203,18 @@ class Saver:
             self.error = err
 
     def check(self) -> None:
-        """Raise what went wrong in the background."""
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
+        """Raise what went wrong in the background, on any rank; all must ask."""
+        own, self.error = self.error, None
+        if not self.ranks.any(own is not None):
+            return
+        told = self.ranks.every(str(own) if own is not None else "")
+        raise own or StorageError(next(said for said in told if said))
 
-    def wait(self) -> None:
+    def join(self) -> None:
         """Wait for the save under way."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        self.check()
 
     def prune(self) -> None:
         """Delete all but the newest checkpoints and the best one."""

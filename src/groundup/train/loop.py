@@ -144,11 +144,13 @@ def fit(
                 if state.step % config.checkpoint_every == 0 or last or stop.asked:
                     saver.save(training, state.step, state.metrics)
                 if stop.asked:
-                    saver.wait()
+                    saver.join()
+                    saver.check()
                     say(f"  stopped; step {state.step:,} is saved")
                     raise KeyboardInterrupt
         finally:
-            saver.wait()
+            saver.join()
+        saver.check()
     choose_weights(training, config, saver, read_weights, ranks)
     gather(whole, model, ranks)
     return state.metrics

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -56,6 +56,14 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Return whether the flag is up on any rank."""
         return self.add_up({"flag": float(flag)})["flag"] > 0
+
+    def every(self, value: T) -> list[T]:
+        """Return all ranks' values, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=patient())
+        return found
 
     def told(self, value: T) -> T:
         """Return rank 0's value on every rank."""
