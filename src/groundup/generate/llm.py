@@ -60,22 +60,22 @@ class LLM:
                 decoder = NGramDecoder(NGram.load(folder), tokenizer.bos_token_id)
             else:
                 decoder = self.load_decoder(folder, device)
+                if config.quantization is None:  # int8 views have large pages of their own
+                    lay_out(decoder)
                 ends = read_generation_ends(folder) or None
             tokenizer.need_rows(decoder.config.vocab_size, folder)
         self.tokenizer = tokenizer
         self.engine = Engine(decoder, tokenizer, config, ends=ends, speculative=speculative)
 
     def load_decoder(self, folder: Path, device: str | None) -> Decoder:
-        """Return a folder's network, laid out for inference; a head for labels names them."""
+        """Return a folder's network; a head for labels names them."""
         chosen = devices.pick(device)
         dtype = chosen.dtype if chosen.device.type == "cuda" else torch.float32
         network = load_network(folder, device=chosen.device, dtype=dtype)
         if isinstance(network, HeadedDecoder) and network.task == "sequence":
             self.labels = network.labels or tuple(map(str, range(network.num_labels)))
             network = network.as_decoder()
-        decoder = need_decoder(network, folder)
-        lay_out(decoder)
-        return decoder
+        return need_decoder(network, folder)
 
     @property
     def context(self) -> int:
