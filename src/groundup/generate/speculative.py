@@ -225,8 +225,7 @@ class ModelDrafter:
     """Guess with a smaller model over the same vocabulary, all requests in one batch."""
 
     def __init__(self, model: Decoder, target: Decoder, rows: int, context: int) -> None:
-        weights = [sum(w.numel() for w in m.parameters()) for m in (model, target)]
-        self.cost = weights[0] / weights[1]
+        self.cost = relative_size(model, target)
         self.context = min(context, model.config.max_position_embeddings)
         self.branches = Branches(view_of(model), rows, self.context)
         self.readings: dict[Request, Reading] = {}
@@ -269,6 +268,12 @@ class ModelDrafter:
         """Give the request's place in the draft model's cache back."""
         if request in self.readings:
             self.branches.drop(self.readings.pop(request).branch)
+
+
+def relative_size(model: Decoder, target: Decoder) -> float:
+    """Return a model's parameters as a share of another's: what its forward costs beside it."""
+    sizes = [sum(weight.numel() for weight in m.parameters()) for m in (model, target)]
+    return sizes[0] / sizes[1]
 
 
 def make_speculator(
