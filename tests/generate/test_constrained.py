@@ -90,6 +90,13 @@ def test_the_grammar_follows_any_change_of_what_is_written(tok):
     assert torch.equal(twin([], torch.zeros(V)), compiled(tok, json=PERSON)([], torch.zeros(V)))
 
 
+def test_guesses_behind_an_end_are_forgotten(tok):
+    grammar, fresh = (compiled(tok, regex="a{2}(-a{2})?") for _ in range(2))
+    logits, [letter], end = torch.zeros(tok.vocab_size), tok.encode("a"), tok.stop_token_ids[0]
+    grammar([letter, letter, end, end, end], logits)
+    assert torch.equal(grammar([letter, letter], logits), fresh([letter, letter], logits))
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [

@@ -142,9 +142,12 @@ class Grammar:
             same += 1
         if same < len(self.read):
             self.matcher.rollback(len(self.read) - same)
+            del self.read[same:]
         for token in written[same:]:
+            if self.matcher.is_stopped():  # guesses may go on behind an end
+                break
             self.matcher.consume_token(token)
-        self.read = list(written)
+            self.read.append(token)
         self.check()
 
     def check(self) -> None:
