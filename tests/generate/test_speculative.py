@@ -167,7 +167,7 @@ def test_guesses_grow_with_success():
     for _ in range(30):
         pace.learn(4, 4)
     assert pace.length(8, 0.0) == 8
-    for _ in range(30):
+    for _ in range(60):
         pace.learn(4, 0)
     assert [pace.length(8, 0.0) for _ in range(32)] == ([0] * 15 + [1]) * 2  # plain, but for a try
     assert Pace().length(8, 0.5) < Pace().length(8, 0.0)
