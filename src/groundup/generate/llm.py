@@ -12,7 +12,7 @@ from groundup.core import device as devices
 from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.run import resolve_model
 from groundup.core.types import CompletionOutput, Message, RequestOutput, SamplingParams
-from groundup.generate.beam import Beam, Observer, beam_search, completion
+from groundup.generate.beam import Beam, Observer, beam_search, completion, search_together
 from groundup.generate.branches import Branches
 from groundup.generate.config import BeamSearchParams, EngineConfig, SpeculativeConfig
 from groundup.generate.engine import Engine
@@ -198,26 +198,34 @@ class LLM:
         params = params or SamplingParams()
         if params.n > beams.beam_width:
             raise ConfigError(f"n = {params.n} answers need a beam_width of as many")
-        outputs = []
-        for number, prompt in enumerate(as_list(prompts)):
-            ids, processors, stopping = self.engine.prepare(self.encode(prompt), params)
-            most = min(stopping.room, params.max_tokens or stopping.room)
-            branches = Branches(self.engine.model, beams.beam_width, len(ids) + most)
-            first = Beam(stopping, processors)
-            found = beam_search(branches, first, ids, beams, most=most, observe=observe)
-            outputs.append(
-                RequestOutput(
-                    request_id=str(number),
-                    prompt=prompt if isinstance(prompt, str) else None,
-                    prompt_token_ids=ids,
-                    outputs=[
-                        completion(beam, index, beams.length_penalty)
-                        for index, beam in enumerate(found[: params.n])
-                    ],
-                    finished=True,
-                )
+        many = as_list(prompts)
+        ready = [self.engine.prepare(self.encode(prompt), params) for prompt in many]
+        rooms = [min(stop.room, params.max_tokens or stop.room) for _, _, stop in ready]
+        longest = max(
+            (len(i) + room for (i, _, _), room in zip(ready, rooms, strict=True)), default=0
+        )
+        at_once = max(1, self.engine.config.max_num_seqs // beams.beam_width)
+        rows = min(at_once, len(many)) * beams.beam_width
+        branches = Branches(self.engine.model, rows, longest)
+        searches = [
+            beam_search(branches, Beam(stop, rules), ids, beams, most=room, observe=observe)
+            for (ids, rules, stop), room in zip(ready, rooms, strict=True)
+        ]
+        return [
+            RequestOutput(
+                request_id=str(number),
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=ids,
+                outputs=[
+                    completion(beam, index, beams.length_penalty)
+                    for index, beam in enumerate(found[: params.n])
+                ],
+                finished=True,
             )
-        return outputs
+            for number, (prompt, (ids, _, _), found) in enumerate(
+                zip(many, ready, search_together(branches, searches, at_once), strict=True)
+            )
+        ]
 
     def chat(
         self, conversations: Sequence[Message] | Sequence[Sequence[Message]], params: Params = None
