@@ -15,6 +15,7 @@ from torch import Tensor
 from groundup.core.errors import ConfigError, GroundupError, need
 from groundup.core.types import StructuredOutputsParams
 from groundup.generate.logits import NEVER
+from groundup.generate.schema import plainer
 from groundup.tokenizer import Tokenizer
 
 # JSON: at most one space or one indented line between tokens, so that white space cannot go on
@@ -87,7 +88,7 @@ def json_grammar(schema: Any) -> str:
         raise ConfigError(f"the JSON schema must be an object, not {schema!r}")
     try:
         description = llguidance.LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides=JSON_OPTIONS
+            json.dumps(plainer(schema)), overrides=JSON_OPTIONS
         )
     except (ValueError, TypeError) as err:
         raise ConfigError(f"the JSON schema cannot be used: {first_line(err)}") from err

@@ -198,6 +198,7 @@ class LLM:
         params = params or SamplingParams()
         if params.n > beams.beam_width:
             raise ConfigError(f"n = {params.n} answers need a beam_width of as many")
+        self.engine.notice_new_weights()
         many = as_list(prompts)
         ready = [self.engine.prepare(self.encode(prompt), params) for prompt in many]
         rooms = [min(stop.room, params.max_tokens or stop.room) for _, _, stop in ready]
