@@ -164,5 +164,7 @@ class Grammar:
 
 
 def first_line(message: object) -> str:
-    """Return the first line of a library's message."""
-    return str(message).strip().splitlines()[0] if str(message).strip() else "no reason given"
+    """Return the first line of a library's message, with the error that it announces."""
+    lines = [line.strip() for line in str(message).strip().splitlines()] or ["no reason given"]
+    named = [line for line in lines if line.startswith("error:")] if lines[0][-1:] == ":" else []
+    return " ".join([lines[0], *named[:1]])
