@@ -68,7 +68,7 @@ class Group:
 Observer = Callable[[Candidate], None]
 
 
-Ask = tuple[list[Holding], list[Sequence[int]]]  # branches, and ids to append to each
+Ask = tuple[Sequence[Holding], Sequence[Sequence[int]]]  # branches, and ids to append to each
 Search = Generator[Ask, list[Tensor], list[Beam]]
 
 
