@@ -10,6 +10,7 @@ import transformers
 from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams, StructuredOutputsParams
 from groundup.generate import LLM
+from groundup.generate.branches import Branches
 from groundup.generate.config import BeamSearchParams
 from groundup.model import Decoder, load_model
 
@@ -75,6 +76,32 @@ def test_beams_and_scores_equal_transformers(both, tok):
                 end = output.token_ids + [tok.eos_token_id] * (len(new) - len(output.token_ids))
                 assert end == new, (width, penalty, early)
                 assert output.score == pytest.approx(float(score), abs=1e-4)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_searches_that_share_forwards_find_what_each_finds_alone(
+    both, tok, quantization, monkeypatch
+):
+    prompts = [PROMPT, [8, 8, 3], [7], list(range(40, 61)), [5, 9, 31]]
+    beams, params = BeamSearchParams(beam_width=3), SamplingParams(max_tokens=15, n=3)
+    forwards = []
+
+    def counted(self, branches, ids, **kind):
+        forwards.append(len(branches))
+        return feed(self, branches, ids, **kind)
+
+    feed = Branches.feed
+    monkeypatch.setattr(Branches, "feed", counted)
+    settings = {"quantization": quantization, "max_num_seqs": 6}
+    together = LLM(both[0][0], tok, **settings).beam_search(prompts, beams, params)
+    shared = len(forwards)
+    alone = [LLM(both[0][0], tok, **settings).beam_search(p, beams, params) for p in prompts]
+    assert shared < 0.7 * (len(forwards) - shared)  # two searches at a time
+    assert max(forwards[:shared]) <= 6
+    for output, [same] in zip(together, alone, strict=True):
+        for found, wanted in zip(output.outputs, same.outputs, strict=True):
+            assert found.token_ids == wanted.token_ids
+            assert found.score == pytest.approx(wanted.score, abs=1e-5)
 
 
 def test_processors_act_on_log_probabilities_as_in_transformers(both, tok):

@@ -1,6 +1,8 @@
 """What else runs through the engine: vectors, labels, scores, and requests that await."""
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,11 @@ from groundup.model.heads import HeadedDecoder
 
 PROMPTS = [[5, 9, 31], list(range(40, 61)), [7], list(range(100, 140)), list(range(100, 145))]
 PARAMS = SamplingParams(temperature=1.0, seed=4, max_tokens=12, ignore_eos=True)
+
+
+def test_importing_the_engine_does_not_import_torchs_compiler():
+    code = "import sys, groundup.generate; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_num_batched_tokens": 8, "max_num_seqs": 2}])

@@ -33,9 +33,8 @@ def generate(argv: Sequence[str]) -> None:
     folder = find_model(args.model)
     from groundup.generate import LLM
 
-    llm = LLM(
-        folder, device=args.device, speculative=speculation(args), max_num_seqs=args.max_num_seqs
-    )
+    settings = {name: getattr(args, name) for name in ("max_num_seqs", "quantization")}
+    llm = LLM(folder, device=args.device, speculative=speculation(args), **settings)
     if args.data:
         from groundup.recipe.completions import complete_file
 
@@ -76,6 +75,9 @@ def generate_flags() -> Parser:
     )
     flags.add_argument("--device", help="cpu, cuda or mps; unset: the best there is")
     flags.add_argument("--max-num-seqs", type=int, default=16, help="requests at a time")
+    flags.add_argument(
+        "--quantization", choices=("int8",), help="round weights on loading: faster on a CPU"
+    )
     flags.add_argument(
         "--speculative", metavar="HOW", help="guess ahead: lookup, draft:MODEL or ngram:FOLDER"
     )

@@ -14,7 +14,7 @@ def distributions(panels: Mapping[str, Mapping[str, Sequence[float]]], names: Se
     from matplotlib.figure import Figure
 
     rows = -(-len(panels) // 2)
-    height = 0.26 * len(names) + 0.9
+    height = 0.26 * len(names) + 1.1
     figure = Figure(figsize=(9.6, height * rows), layout="constrained")
     grid = figure.subplots(rows, 2, squeeze=False)
     for axes, (title, values) in zip(grid.flat, panels.items(), strict=False):
@@ -25,6 +25,7 @@ def distributions(panels: Mapping[str, Mapping[str, Sequence[float]]], names: Se
         axes.set_yticks(range(len(names)), names, fontsize=8, color=INK)
         axes.invert_yaxis()
         axes.set_title(title, fontsize=10, color=INK, loc="left")
+        axes.set_xlabel("probability", fontsize=8, color=INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT)
         axes.tick_params(colors=INK, labelsize=8, color=FAINT)
@@ -52,12 +53,15 @@ def tree(nodes: Sequence[Node]) -> str:
 
     steps = max(node.step for node in nodes) + 1
     rows = max(node.row for node in nodes) + 1
-    figure = Figure(figsize=(max(6.0, 1.25 * steps + 1.6), 0.26 * rows + 1.1), layout="constrained")
+    widest = max(len(node.text) for node in nodes)
+    step_inches = max(1.25, 0.09 * widest + 0.45)  # the words of a step, and lines to the next
+    size = (max(6.0, step_inches * (steps + 0.4) + 0.6), 0.26 * rows + 1.1)
+    figure = Figure(figsize=size, layout="constrained")
     axes: Any = figure.add_subplot()
     for node in nodes:
         colour = FATES[node.fate]
         if node.parent is not None:
-            start = node.parent.step + 0.62
+            start = node.parent.step + (0.09 * widest + 0.1) / step_inches
             xs = [start, (start + node.step) / 2, node.step]
             axes.plot(xs, [node.parent.row, node.row, node.row], color=colour, linewidth=1.1)
         weight = "normal" if node.fate == "dropped" else "bold"

@@ -4,11 +4,12 @@ The processors act on log-probabilities. Of (1 + number of ends) * width candida
 twice the width, only the first `width` may end; a finished score is the sum of log-probabilities
 over the generated length, its end included, to the power of the length penalty. Groups (Vijayakumar
 et al. 2016, arXiv 1610.02424, eq. 5, Hamming diversity) choose one after the other; the penalty
-steers what a group chooses, its scores stay sums of log-probabilities. Shape suffix: V vocabulary.
+steers what a group chooses, its scores stay sums of log-probabilities. A search is a generator that
+asks for logits, so that the searches of many prompts share forwards. Shape suffix: V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,6 +68,32 @@ class Group:
 Observer = Callable[[Candidate], None]
 
 
+Ask = tuple[Sequence[Holding], Sequence[Sequence[int]]]  # branches, and ids to append to each
+Search = Generator[Ask, list[Tensor], list[Beam]]
+
+
+def search_together(
+    branches: Branches, searches: Sequence[Search], at_once: int
+) -> list[list[Beam]]:
+    """Run searches, so many at a time, each step of all in one forward; return what each found."""
+    found: list[list[Beam]] = [[] for _ in searches]
+    asks: dict[int, Ask] = {}
+    started = 0
+    while asks or started < len(searches):
+        while started < len(searches) and len(asks) < at_once:
+            asks[started] = next(searches[started])
+            started += 1
+        fed = [pair for ask in asks.values() for pair in zip(*ask, strict=True)]
+        rows = iter(branches.feed([branch for branch, _ in fed], [ids for _, ids in fed]))
+        for number, (waiting, _) in list(asks.items()):
+            try:
+                asks[number] = searches[number].send([next(rows) for _ in waiting])
+            except StopIteration as end:
+                found[number] = end.value
+                del asks[number]
+    return found
+
+
 def beam_search(
     branches: Branches,
     first: Beam,
@@ -75,12 +102,12 @@ def beam_search(
     *,
     most: int,
     observe: Observer | None = None,
-) -> list[Beam]:
+) -> Search:
     """Return finished beams, the best first; `most` is the longest answer in tokens."""
     check_no_sampling(first.processors)
     width = params.beam_width // params.num_beam_groups
-    [logits_V] = branches.feed([branch := Holding()], [prompt])
-    first.branch = branch
+    first.branch = Holding()
+    [logits_V] = yield [first.branch], [prompt]
     groups = [Group(width, [first])]
     for _ in range(params.num_beam_groups - 1):
         groups.append(Group(width, [twin(branches, first)]))
@@ -95,8 +122,10 @@ def beam_search(
         if not live:
             break
         newest = [[beam.stopping.token_ids[-1]] for beam in live]
-        found = iter(branches.feed([holding(beam) for beam in live], newest))
+        found = iter((yield [holding(beam) for beam in live], newest))
         logits = [[] if g.closed else [next(found) for _ in g.running] for g in groups]
+    for beam in (beam for group in groups for beam in group.running):
+        branches.drop(holding(beam))
     answers = [beam for group in groups for beam in group.finished]
     return sorted(answers, key=lambda beam: -beam.score(params.length_penalty))
 

@@ -7,6 +7,7 @@ Shape suffixes: T tokens of the step, R requests that attend together, S positio
 H query heads, K key/value heads, D head size.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from groundup.model.decoder import Attention
 from groundup.model.rope import rotate
 from groundup.model.view import heads_of
 
+LINE_BYTES = 64  # of the processor's cache
 SHORT = 16  # new tokens of one request up to which the kernel attends faster than torch
 
 
@@ -49,11 +51,21 @@ class KVCache:
         slots = self.unused + (size if self.paged else 0)
         shape = (slots, self.kv_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.keys = [zeros(shape, device, dtype) for _ in layers]
+        self.values = [zeros(shape, device, dtype) for _ in layers]
         plain = device.type == "cpu" and dtype == torch.float32
         self.fast = plain and config.attn_logit_softcapping is None and kernels.available()
         self.pointers = kernels.pointers(self.keys), kernels.pointers(self.values)
+
+
+def zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return zeros; on the CPU the system gives the memory when it is first written to."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, device=device, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + LINE_BYTES, np.uint8)
+    start = -raw.ctypes.data % LINE_BYTES
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(*shape)
 
 
 def bytes_a_token(config: ModelConfig, dtype: torch.dtype) -> int:

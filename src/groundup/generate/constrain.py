@@ -15,6 +15,7 @@ from torch import Tensor
 from groundup.core.errors import ConfigError, GroundupError, need
 from groundup.core.types import StructuredOutputsParams
 from groundup.generate.logits import NEVER
+from groundup.generate.schema import plainer
 from groundup.tokenizer import Tokenizer
 
 # JSON: at most one space or one indented line between tokens, so that white space cannot go on
@@ -87,7 +88,7 @@ def json_grammar(schema: Any) -> str:
         raise ConfigError(f"the JSON schema must be an object, not {schema!r}")
     try:
         description = llguidance.LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides=JSON_OPTIONS
+            json.dumps(plainer(schema)), overrides=JSON_OPTIONS
         )
     except (ValueError, TypeError) as err:
         raise ConfigError(f"the JSON schema cannot be used: {first_line(err)}") from err
@@ -142,9 +143,12 @@ class Grammar:
             same += 1
         if same < len(self.read):
             self.matcher.rollback(len(self.read) - same)
+            del self.read[same:]
         for token in written[same:]:
+            if self.matcher.is_stopped():  # guesses may go on behind an end
+                break
             self.matcher.consume_token(token)
-        self.read = list(written)
+            self.read.append(token)
         self.check()
 
     def check(self) -> None:
@@ -160,5 +164,7 @@ class Grammar:
 
 
 def first_line(message: object) -> str:
-    """Return the first line of a library's message."""
-    return str(message).strip().splitlines()[0] if str(message).strip() else "no reason given"
+    """Return the first line of a library's message, with the error that it announces."""
+    lines = [line.strip() for line in str(message).strip().splitlines()] or ["no reason given"]
+    named = [line for line in lines if line.startswith("error:")] if lines[0][-1:] == ":" else []
+    return " ".join([lines[0], *named[:1]])

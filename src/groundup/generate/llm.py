@@ -12,7 +12,7 @@ from groundup.core import device as devices
 from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.run import resolve_model
 from groundup.core.types import CompletionOutput, Message, RequestOutput, SamplingParams
-from groundup.generate.beam import Beam, Observer, beam_search, completion
+from groundup.generate.beam import Beam, Observer, beam_search, completion, search_together
 from groundup.generate.branches import Branches
 from groundup.generate.config import BeamSearchParams, EngineConfig, SpeculativeConfig
 from groundup.generate.engine import Engine
@@ -60,22 +60,22 @@ class LLM:
                 decoder = NGramDecoder(NGram.load(folder), tokenizer.bos_token_id)
             else:
                 decoder = self.load_decoder(folder, device)
+                if config.quantization is None:  # int8 views have large pages of their own
+                    lay_out(decoder)
                 ends = read_generation_ends(folder) or None
             tokenizer.need_rows(decoder.config.vocab_size, folder)
         self.tokenizer = tokenizer
         self.engine = Engine(decoder, tokenizer, config, ends=ends, speculative=speculative)
 
     def load_decoder(self, folder: Path, device: str | None) -> Decoder:
-        """Return a folder's network, laid out for inference; a head for labels names them."""
+        """Return a folder's network; a head for labels names them."""
         chosen = devices.pick(device)
         dtype = chosen.dtype if chosen.device.type == "cuda" else torch.float32
         network = load_network(folder, device=chosen.device, dtype=dtype)
         if isinstance(network, HeadedDecoder) and network.task == "sequence":
             self.labels = network.labels or tuple(map(str, range(network.num_labels)))
             network = network.as_decoder()
-        decoder = need_decoder(network, folder)
-        lay_out(decoder)
-        return decoder
+        return need_decoder(network, folder)
 
     @property
     def context(self) -> int:
@@ -198,26 +198,35 @@ class LLM:
         params = params or SamplingParams()
         if params.n > beams.beam_width:
             raise ConfigError(f"n = {params.n} answers need a beam_width of as many")
-        outputs = []
-        for number, prompt in enumerate(as_list(prompts)):
-            ids, processors, stopping = self.engine.prepare(self.encode(prompt), params)
-            most = min(stopping.room, params.max_tokens or stopping.room)
-            branches = Branches(self.engine.model, beams.beam_width, len(ids) + most)
-            first = Beam(stopping, processors)
-            found = beam_search(branches, first, ids, beams, most=most, observe=observe)
-            outputs.append(
-                RequestOutput(
-                    request_id=str(number),
-                    prompt=prompt if isinstance(prompt, str) else None,
-                    prompt_token_ids=ids,
-                    outputs=[
-                        completion(beam, index, beams.length_penalty)
-                        for index, beam in enumerate(found[: params.n])
-                    ],
-                    finished=True,
-                )
+        self.engine.notice_new_weights()
+        many = as_list(prompts)
+        ready = [self.engine.prepare(self.encode(prompt), params) for prompt in many]
+        rooms = [min(stop.room, params.max_tokens or stop.room) for _, _, stop in ready]
+        longest = max(
+            (len(i) + room for (i, _, _), room in zip(ready, rooms, strict=True)), default=0
+        )
+        at_once = max(1, self.engine.rows // beams.beam_width)
+        rows = min(at_once, len(many)) * beams.beam_width
+        branches = Branches(self.engine.model, rows, longest)
+        searches = [
+            beam_search(branches, Beam(stop, rules), ids, beams, most=room, observe=observe)
+            for (ids, rules, stop), room in zip(ready, rooms, strict=True)
+        ]
+        return [
+            RequestOutput(
+                request_id=str(number),
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=ids,
+                outputs=[
+                    completion(beam, index, beams.length_penalty)
+                    for index, beam in enumerate(found[: params.n])
+                ],
+                finished=True,
             )
-        return outputs
+            for number, (prompt, (ids, _, _), found) in enumerate(
+                zip(many, ready, search_together(branches, searches, at_once), strict=True)
+            )
+        ]
 
     def chat(
         self, conversations: Sequence[Message] | Sequence[Sequence[Message]], params: Params = None

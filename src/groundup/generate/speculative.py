@@ -32,6 +32,7 @@ from groundup.tokenizer import Tokenizer
 CHECK_COST = 0.05  # of one more token in a forward of the model, in forwards of one token
 HISTORY = 256  # the last checks, kept to be shown: request, guesses, how many held
 FORGET = 0.9  # how much of the past counts, a step later
+PROBE_EVERY = 16  # steps without guesses, after which one is tried again
 
 
 class Drafter(Protocol):
@@ -54,6 +55,7 @@ class Pace:
 
     kept: float = 2.1
     checked: float = 3.0
+    idle: int = 0  # steps without guesses
 
     def learn(self, guessed: int, kept: int) -> None:
         """Take in one step: guesses behind the first wrong one were not checked."""
@@ -61,7 +63,7 @@ class Pace:
         self.checked = FORGET * self.checked + min(guessed, kept + 1)
 
     def length(self, most: int, cost: float) -> int:
-        """Return the number of guesses that promises the most tokens for the time.
+        """Return the number of guesses that promises the most tokens for the time; 0 is plain.
 
         (1 - a**(n + 1)) / (1 - a) tokens are expected of n guesses (arXiv 2211.17192, eq. 1).
         """
@@ -70,7 +72,9 @@ class Pace:
         def rate(n: int) -> float:
             return (1 - a ** (n + 1)) / (1 - a) / (1 + n * (cost + CHECK_COST))
 
-        return max(range(1, most + 1), key=rate)
+        best = max(range(most + 1), key=rate)
+        self.idle = 0 if best else self.idle + 1
+        return best if self.idle % PROBE_EVERY else max(best, 1)
 
 
 class Speculator:
@@ -98,8 +102,9 @@ class Speculator:
             most = min(self.config.num_speculative_tokens, request.stopping.left - 1)
             if request.length - request.holding.computed == 1 and most > 0:
                 pace = self.paces.setdefault(request, Pace())
-                ready.append(request)
-                counts.append(pace.length(most, self.drafter.cost))
+                if count := pace.length(most, self.drafter.cost):
+                    ready.append(request)
+                    counts.append(count)
         if ready:
             for request, ids in zip(ready, self.drafter.propose(ready, counts), strict=True):
                 request.draft = ids
@@ -220,8 +225,7 @@ class ModelDrafter:
     """Guess with a smaller model over the same vocabulary, all requests in one batch."""
 
     def __init__(self, model: Decoder, target: Decoder, rows: int, context: int) -> None:
-        weights = [sum(w.numel() for w in m.parameters()) for m in (model, target)]
-        self.cost = weights[0] / weights[1]
+        self.cost = relative_size(model, target)
         self.context = min(context, model.config.max_position_embeddings)
         self.branches = Branches(view_of(model), rows, self.context)
         self.readings: dict[Request, Reading] = {}
@@ -264,6 +268,12 @@ class ModelDrafter:
         """Give the request's place in the draft model's cache back."""
         if request in self.readings:
             self.branches.drop(self.readings.pop(request).branch)
+
+
+def relative_size(model: Decoder, target: Decoder) -> float:
+    """Return a model's parameters as a share of another's: what its forward costs beside it."""
+    sizes = [sum(weight.numel() for weight in m.parameters()) for m in (model, target)]
+    return sizes[0] / sizes[1]
 
 
 def make_speculator(

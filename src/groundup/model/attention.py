@@ -102,12 +102,15 @@ def takes(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def heads_wanted() -> float:
     """Return how many heads there must be to keep all threads busy; infinitely many where the
     kernels cannot be had.
     """
     return torch.get_num_threads() if native.training() is not None else float("inf")
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: over a second.
+heads_wanted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def causal_attention(

@@ -174,7 +174,8 @@ def quantize(weights: Sequence[Tensor], arena: Arena) -> tuple[Tensor, Tensor]:
     """
     count, K = sum(map(len, weights)), weights[0].shape[1]
     panels = arena.empty((-(-count // 16), -(-K // 4), 16, 4), torch.uint8)
-    panels.fill_(lib().int8_offset())
+    if count % 16 or K % 4:  # what no weight fills
+        panels.fill_(lib().int8_offset())
     scale_N, first = torch.empty(count), 0
     for weight_NK in weights:
         weight_NK = weight_NK.detach().contiguous()

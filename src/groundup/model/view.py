@@ -30,7 +30,7 @@ from groundup.model.decoder import (
 from groundup.model.quant import FallbackLinear, Int8Linear, int8_class
 from groundup.model.rope import rotary_table
 
-FEW = 8  # rows up to which the fp32 kernel beats torch's
+FEW = 16  # rows up to which the fp32 kernel beats torch's
 
 
 class FastNorm(RMSNorm):

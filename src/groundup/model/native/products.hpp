@@ -25,12 +25,13 @@ struct Matrix {
 // sums run side by side, so that no addition waits for the one before.
 template <int M>
 void dot_rows(const float* weight, const float* x, long K, float* out) {
-    v16 acc[M][4] = {};
+    numbers acc[M][4] = {};
     long k = 0;
-    for (; k + 64 <= K; k += 64)
+    for (; k + 4 * LANES <= K; k += 4 * LANES)
         for (int i = 0; i < 4; i++) {
-            v16 w = *(const v16*)(weight + k + i * 16);
-            for (int m = 0; m < M; m++) acc[m][i] += w * *(const v16*)(x + m * K + k + i * 16);
+            long at = k + i * LANES;
+            numbers w = *(const numbers*)(weight + at);
+            for (int m = 0; m < M; m++) acc[m][i] += w * *(const numbers*)(x + m * K + at);
         }
     for (int m = 0; m < M; m++) {
         float total = sum((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
@@ -39,34 +40,20 @@ void dot_rows(const float* weight, const float* x, long K, float* out) {
     }
 }
 
+// Each output of few rows is made after the other, so that weights come as one stream; of MANY, those
+// of several outputs stay in the nearest cache, beside a few rows.
+constexpr long MANY = 16, NEAR_BYTES = 3 << 13;
 #if defined(__AVX512F__)
-constexpr int ROWS = 4, COLUMNS = 6;  // of a tile: its sums and one row of weights fill the registers
+constexpr int ROWS = 5;  // whose sums the registers hold
 #else
-constexpr int ROWS = 2, COLUMNS = 2;
+constexpr int ROWS = 3;
 #endif
 
-// A tile of outputs: what was loaded is used several times. The four sums of an output are made one
-// after the other, each like that of dot_rows.
-inline void dot_tile(const float* weight, const float* x, long K, float (*out)[COLUMNS]) {
-    v16 sums[4][ROWS][COLUMNS];
-    for (int i = 0; i < 4; i++) {
-        v16 acc[ROWS][COLUMNS] = {};
-        for (long k = i * 16; k - i * 16 + 64 <= K; k += 64) {
-            v16 w[COLUMNS];
-            for (int n = 0; n < COLUMNS; n++) w[n] = *(const v16*)(weight + n * K + k);
-            for (int m = 0; m < ROWS; m++) {
-                v16 value = *(const v16*)(x + m * K + k);
-                for (int n = 0; n < COLUMNS; n++) acc[m][n] += w[n] * value;
-            }
-        }
-        std::memcpy(sums[i], acc, sizeof acc);
-    }
-    for (int m = 0; m < ROWS; m++)
-        for (int n = 0; n < COLUMNS; n++) {
-            float total = sum((sums[0][m][n] + sums[1][m][n]) + (sums[2][m][n] + sums[3][m][n]));
-            for (long j = K / 64 * 64; j < K; j++) total += weight[n * K + j] * x[m * K + j];
-            out[m][n] = total;
-        }
+// One output for `rows` rows, at most M.
+template <int M>
+void dot_few(const float* weight, const float* x, long K, long rows, float* out) {
+    if (rows == M) dot_rows<M>(weight, x, K, out);
+    else if constexpr (M > 1) dot_few<M - 1>(weight, x, K, rows, out);
 }
 
 // Outputs n .. n + count of one matrix for all rows; `place(m)` says where a row's begin.
@@ -78,35 +65,27 @@ void columns_f32(const Matrix& matrix, long n, long count, const float* x, const
         long at = place(m) + c;
         out[at] = value + (matrix.bias ? matrix.bias[n + c] : 0.0f) + (add ? add[at] : 0.0f);
     };
-    long m = 0;
-    for (; count == COLUMNS && M - m >= ROWS; m += ROWS) {
-        float found[ROWS][COLUMNS];
-        dot_tile(weight, x + m * K, K, found);
-        for (int i = 0; i < ROWS; i++)
-            for (int c = 0; c < COLUMNS; c++) put(m + i, c, found[i][c]);
-    }
-    for (long c = 0; c < count; c++)
-        for (long i = m; i < M; i += 3) {
-            long rows = std::min(M - i, 3L);
-            float found[3];
-            if (rows == 3) dot_rows<3>(weight + c * K, x + i * K, K, found);
-            else if (rows == 2) dot_rows<2>(weight + c * K, x + i * K, K, found);
-            else dot_rows<1>(weight + c * K, x + i * K, K, found);
-            for (long j = 0; j < rows; j++) put(i + j, c, found[j]);
+    for (long m = 0, rows; m < M; m += rows) {
+        rows = M - m <= ROWS ? M - m : std::min((M - m + 1) / 2, long(ROWS));
+        for (long c = 0; c < count; c++) {
+            float found[ROWS];
+            dot_few<ROWS>(weight + c * K, x + m * K, K, rows, found);
+            for (long i = 0; i < rows; i++) put(m + i, c, found[i]);
         }
+    }
 }
 
 // Several products of the same x, their outputs side by side, plus `add`.
 inline void product_f32(Crew& crew, const Matrix* matrices, int count, const float* x,
                         const float* add, float* out, long M, long K) {
-    long width = 0;
+    long width = 0, most = M > MANY ? std::max(1L, NEAR_BYTES / (K * long(sizeof(float)))) : 1;
     for (int i = 0; i < count; i++) width += matrices[i].N;
     crew.spans(width, [&](long first, long last) {
         for (long column = first, step; column < last; column += step) {
             const Matrix* matrix = matrices;
             long n = column;
             while (n >= matrix->N) n -= (matrix++)->N;
-            step = std::min({long(COLUMNS), last - column, matrix->N - n});
+            step = std::min({most, last - column, matrix->N - n});
             auto place = [=](long m) { return m * width + column; };
             columns_f32(*matrix, n, step, x, add, out, M, K, place);
         }

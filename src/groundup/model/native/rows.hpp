@@ -5,13 +5,30 @@
 #include <cstdint>
 #include <cstring>
 
-typedef float v16 __attribute__((vector_size(64), aligned(4)));  // any CPU: the compiler splits it
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+typedef float v8 __attribute__((vector_size(32), aligned(4)));
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
 
-inline float sum(v16 v) {
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
+// Numbers that fill a register. Wider vectors run anywhere too, and several times slower.
+#if defined(__AVX512F__)
+typedef v16 numbers;
+#elif defined(__AVX__)
+typedef v8 numbers;
+#else
+typedef v4 numbers;
+#endif
+constexpr long LANES = sizeof(numbers) / sizeof(float);
+
+template <class Half, class Whole>
+Half folded(const Whole& v) {
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof halves);
+    return halves[0] + halves[1];
 }
+
+inline float sum(const v4& v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float sum(const v8& v) { return sum(folded<v4>(v)); }
+inline float sum(const v16& v) { return sum(folded<v8>(v)); }
 
 // e^x to two units in the last place: x = n ln 2 + r, a polynomial in r, and n added to the exponent.
 inline float exponential(float x) {
@@ -41,9 +58,9 @@ inline void rotate(const float* x, const float* cosine, const float* sine, long 
 }
 
 inline float dot(const float* a, const float* b, long D) {
-    v16 acc = {};
+    numbers acc = {};
     long d = 0;
-    for (; d + 16 <= D; d += 16) acc += *(const v16*)(a + d) * *(const v16*)(b + d);
+    for (; d + LANES <= D; d += LANES) acc += *(const numbers*)(a + d) * *(const numbers*)(b + d);
     float total = sum(acc);
     for (; d < D; d++) total += a[d] * b[d];
     return total;
