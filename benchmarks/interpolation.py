@@ -75,7 +75,9 @@ def main() -> None:
         out = args.out / f"{path.parent.name}-{path.stem}"
         learn(path, out, args.seeds, args.steps)
         scored = [
-            evaluate_mixture(out / f"network-{seed}", out / "ngram", [str(out / "held_out.jsonl")])
+            evaluate_mixture(
+                resolve_model(out / f"network-{seed}"), out / "ngram", [str(out / "held_out.jsonl")]
+            )
             for seed in range(1, args.seeds + 1)
         ]
         found[out.name] = scored

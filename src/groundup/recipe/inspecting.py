@@ -18,9 +18,10 @@ from rich.tree import Tree
 from groundup.core.errors import ConfigError
 from groundup.core.files import write_text
 from groundup.core.progress import say, track
+from groundup.core.run import peak_memory_bytes
 from groundup.figure import page as pages
 from groundup.figure.maps import heat_grid, word_grid
-from groundup.generate.config import EngineConfig
+from groundup.generate.config import STEP_TOKENS
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
 from groundup.model.footprint import serving_peak, training_step, twin_of
@@ -50,6 +51,7 @@ def facts(
     """Return all that config.json alone tells, as JSON values; no weight is read."""
     where = str(folder / "config.json")
     values = read_config(folder)
+    process = peak_memory_bytes()
     model = empty_network(values, where)
     most = model.config.max_position_embeddings
     lengths = list(lengths or sorted({max(1, most // 4), most}))
@@ -67,6 +69,7 @@ def facts(
         "per_token": [per_token(model, length) for length in lengths],
         "kv_cache_bytes_per_token": cached,
         "serve": serving(model, lengths, batches),
+        "process_bytes": process,
         "lora_r": lora_r,
         "train": training(model, lengths, batches, lora_r),
     }
@@ -91,19 +94,18 @@ def per_token(model: Network, length: int) -> dict[str, float]:
 
 
 def serving(model: Network, lengths: Sequence[int], batches: Sequence[int]) -> list[dict[str, Any]]:
-    """Return the memory of serving, for every length, batch and dtype; a decoder by the engine.
+    """Return the memory of serving on a CPU, for every length, batch and dtype.
 
-    The engine reads all requests' tokens in one row, at most `max_num_batched_tokens` at a time.
+    The engine reads all requests' tokens in one row, STEP_TOKENS at a time.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    most = EngineConfig().max_num_batched_tokens
     rows = []
     with FakeTensorMode():
         twin = twin_of(model)
         for length, batch, name in itertools.product(lengths, batches, BYTES):
             in_a_row = isinstance(model, Decoder)
-            shape = (1, min(most, batch * length)) if in_a_row else (batch, length)
+            shape = (1, min(STEP_TOKENS["cpu"], batch * length)) if in_a_row else (batch, length)
             peak = serving_peak(twin, *shape, DTYPES[name])
             told = serve_memory(model, length, batch, BYTES[name], peak)
             rows.append({"length": length, "batch": batch, "dtype": name} | told)
@@ -169,6 +171,11 @@ def show(told: dict[str, Any]) -> None:
     columns += ("malloc", "total")
     what = f", LoRA of rank {told['lora_r']}" if told["lora_r"] else ""
     print_table(out, f"Memory to train{what}", columns, memory_rows(told["train"], columns))
+    out.print(
+        f"  On a CPU, beside what any process here has (Python and torch: "
+        f"{size_text(told['process_bytes'])}).\n  On a GPU the step differs, and its allocator "
+        "is not in these numbers."
+    )
 
 
 def branch(node: dict[str, Any], into: Tree) -> Tree:
@@ -198,7 +205,12 @@ def print_table(
 ) -> None:
     """Print a table on stdout, all but the first column right-aligned."""
     made = Table(
-        title=title or None, title_justify="left", show_header=any(headers), box=box.SIMPLE
+        title=title or None,
+        title_justify="left",
+        show_header=any(headers),
+        box=box.SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
     )
     for n, name in enumerate(headers):
         made.add_column(name.replace("_", " "), justify="left" if n == 0 else "right")
