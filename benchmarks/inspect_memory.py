@@ -144,6 +144,7 @@ def serve(case: tuple[Any, ...]) -> dict[str, int]:
     before = from_here()
     model = make(kind)
     assert isinstance(model, Decoder)
+    from_here()  # without what was freed while making it
     llm = LLM(model.eval(), tok, max_num_seqs=batch)
     prompts = [[5 + n] * (length - 16) for n in range(batch)]
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
