@@ -235,12 +235,14 @@ def test_numbers_that_are_none_or_lack_their_scales_are_named(folder, capsys):
 
 
 def test_files_of_no_model_are_one_line(folder, tmp_path, capsys):
-    (folder / "config.json").write_text("[1]")
     stopped = tmp_path / "run" / "checkpoints" / "step-5"
     shutil.copytree(folder, stopped)
+    (folder / "config.json").write_text("[1]")
+    save_model(encoder(), None, tmp_path / "bert")
     for argv, message in (
-        (["generate", str(folder), "--prompt", "x"], "holds a list, not an object"),
-        (["evaluate", str(folder), "--data", str(folder)], "no tokenizer"),
+        (["inspect", str(folder)], "holds a list, not an object"),
+        (["generate", str(folder), "--prompt", "x"], "holds no tokenizer.json"),
+        (["export", str(tmp_path / "bert"), "--out", "x.gguf"], "is no decoder with a language"),
         (["inspect", str(tmp_path / "run")], f"run its command again, or give {stopped}"),
     ):
         assert main(argv) == 2
