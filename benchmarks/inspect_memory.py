@@ -8,6 +8,8 @@ same of the engine, while it writes as many tokens as were asked for. Linux only
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import re
 import subprocess
@@ -21,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM
 from groundup.model import Decoder, Encoder, EncoderConfig, ModelConfig
-from groundup.model.footprint import training_peak, twin_of
+from groundup.model.footprint import serving_peak, training_step, twin_of
 from groundup.model.hf import Network
 from groundup.model.inspection import serve_memory, train_memory
 from groundup.model.lora import LoraConfig, apply_lora
@@ -75,6 +77,14 @@ def resident(name: str) -> int:
     return 1024 * int(found[1])
 
 
+def from_here() -> int:
+    """Return what is resident when all that can be given back is, and start a new peak."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
 def train(case: tuple[Any, ...], steps: int) -> dict[str, int]:
     """Return a training step's peak and the estimate of it."""
     kind, length, batch, optim, dtype, rank = case
@@ -82,8 +92,7 @@ def train(case: tuple[Any, ...], steps: int) -> dict[str, int]:
     small = Decoder(ModelConfig(hidden_size=64, num_hidden_layers=1))  # kernels are loaded
     learn(small, NextToken(), [{k: v % 4096 for k, v in rows[0].items()}], "adamw", "fp32", 1)
     del small
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    before = from_here()
     model = make(kind)
     if rank:
         apply_lora(model, LoraConfig(r=rank))
@@ -95,8 +104,8 @@ def train(case: tuple[Any, ...], steps: int) -> dict[str, int]:
         twin = twin_of(make(kind))
         if rank:
             apply_lora(twin, LoraConfig(r=rank))
-        peak = training_peak(twin, length, batch, DTYPES[dtype])
-    told = train_memory(model, optim=optim, peak=peak)
+        step = training_step(twin, length, batch, DTYPES[dtype])
+    told = train_memory(model, optim=optim, step=step)
     return told | {"estimate": told["total"], "measured": measured}
 
 
@@ -131,17 +140,19 @@ def serve(case: tuple[Any, ...]) -> dict[str, int]:
     tok = Tokenizer.train(texts, vocab_size=300)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     small = ModelConfig(hidden_size=64, num_hidden_layers=1)
-    LLM(Decoder(small), tok).generate([[1, 2, 3]], params)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    LLM(Decoder(small), tok).generate([[1, 2, 3], [1] * 300], params)
+    before = from_here()
     model = make(kind)
     assert isinstance(model, Decoder)
+    from_here()  # without what was freed while making it
     llm = LLM(model.eval(), tok, max_num_seqs=batch)
     prompts = [[5 + n] * (length - 16) for n in range(batch)]
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     llm.generate(prompts, params)
     measured = resident("VmHWM") - before
-    told = serve_memory(model, length, batch, 4)
+    with FakeTensorMode():
+        peak = serving_peak(twin_of(model), 1, min(512, batch * length), torch.float32)
+    told = serve_memory(model, length, batch, 4, peak)
     return told | {"estimate": told["total"], "measured": measured}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from groundup.cli.main import main
 from groundup.core.errors import CheckpointError, DataError
 from groundup.model import Decoder, Encoder, EncoderConfig, ModelConfig, load_network, save_model
 from groundup.model import hf as folders
@@ -164,7 +166,8 @@ def settings(folder, **changes):
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map asks for code .* never run"),
         ({"trust_remote_code": True}, "trust_remote_code asks for code"),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "wide"}, "config.json makes no model"),
+        ({"hidden_size": "wide"}, "hidden_size = 'wide' is no whole number"),
+        ({"head_dim": "wide"}, "config.json makes no model"),
         ({"hidden_size": 40}, r"has shape \[97, 32\], but config.json asks for \[97, 40\]"),
         ({"vocab_size": 90}, r"embed_tokens.weight has shape \[97, 32\].*\[90, 32\]"),
         ({"num_hidden_layers": 3}, "layers.2.input_layernorm.weight is missing, and 8 more"),
@@ -214,6 +217,38 @@ def test_damaged_weights_are_named(folder, shards):
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, second)
     with pytest.raises(CheckpointError, match=f"the tensor {lost} is missing"):
         load_network(shards)
+
+
+def test_numbers_that_are_none_or_lack_their_scales_are_named(folder, capsys):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for bad in (float("nan"), float("inf")):
+        tensors["model.norm.weight"][3] = bad
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"model.norm.weight holds numbers that are not"):
+            load_network(folder)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        save_file(tensors | {"model.norm.weight": torch.ones(32).to(dtype)}, file)
+        with pytest.raises(CheckpointError, match=r"model.norm.weight is stored as .* quantised"):
+            load_network(folder)
+    assert main(["generate", str(folder), "--prompt", "x"]) == 2
+
+
+def test_files_of_no_model_are_one_line(folder, tmp_path, capsys):
+    stopped = tmp_path / "run" / "checkpoints" / "step-5"
+    shutil.copytree(folder, stopped)
+    (folder / "config.json").write_text("[1]")
+    save_model(encoder(), None, tmp_path / "bert")
+    for argv, message in (
+        (["inspect", str(folder)], "holds a list, not an object"),
+        (["generate", str(folder), "--prompt", "x"], "holds no tokenizer.json"),
+        (["export", str(tmp_path / "bert"), "--out", "x.gguf"], "is no decoder with a language"),
+        (["inspect", str(tmp_path / "run")], f"run its command again, or give {stopped}"),
+    ):
+        assert main(argv) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
 
 
 def test_an_index_may_name_files_of_its_folder_only(shards):

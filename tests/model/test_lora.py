@@ -26,6 +26,8 @@ SIZES = {
 }
 DECODER = SIZES | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 GEMMA = {"hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 8}
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
 MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -52,6 +54,10 @@ MODELS = {
     ),
     "gemma3": (lambda: decoder(model_type="gemma3_text", **GEMMA), "CausalLM"),
     "mixtral": (lambda: decoder(model_type="mixtral", norm_topk_prob=True, **MOE), "CausalLM"),
+    "qwen3_moe": (
+        lambda: decoder(model_type="qwen3_moe", moe_intermediate_size=24, **MOE),
+        "CausalLM",
+    ),
     "bert": (lambda: encoder(task="pretraining"), "PreTraining"),
     "bert, bare": (lambda: encoder(task="embedding"), "Model"),
     "modernbert": (lambda: encoder(model_type="modernbert", task="mlm"), "MaskedLM"),
@@ -192,6 +198,9 @@ def test_merged_equals_adapted_and_removing_restores(case, config, tmp_path):
         ("reward", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
         ("untied", {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
         ("untied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("mixtral", {"target_modules": ["q_proj"], "target_parameters": [DOWN, GATE_UP]}),
+        ("qwen3_moe", {"target_modules": [], "target_parameters": [GATE_UP]}),
+        ("qwen3_moe", {"target_modules": ["o_proj"], "target_parameters": [DOWN]}),
     ],
 )
 def test_what_peft_writes_is_read(case, options, tmp_path):
@@ -206,6 +215,28 @@ def test_what_peft_writes_is_read(case, options, tmp_path):
     assert relative(output(ours, IDS), output(theirs, IDS)) < 1e-5
     first = next(iter(adapter.layers.values()))
     assert first.scaling == (3.0 if options.get("use_rslora") else 1.5)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_adapters_on_experts_go_to_peft_and_come_back(case, tmp_path):
+    ours = make(case)
+    save_model(ours, None, tmp_path / "base")
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=("q_proj", *EXPERTS))
+    names = apply_lora(ours, config)
+    assert len(names) == 2 * (1 + 4 * 3)
+    stir(ours)
+    save_adapter(ours, config, "base", tmp_path / "ours")
+    theirs = in_peft(tmp_path / "base", tmp_path / "ours", "CausalLM")
+    wanted = output(theirs.eval(), IDS)
+    assert relative(ours(IDS), wanted) < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs")  # experts fused, ranks of gate and up added
+    for folder in ("ours", "theirs"):
+        again = make(case)
+        assert relative(again(IDS), wanted) > 1e-2
+        apply_adapter(again, load_adapter(tmp_path / folder, again))
+        assert relative(again(IDS), wanted) < 1e-5
+        merge_lora(again)
+        assert relative(again(IDS), wanted) < 1e-5
 
 
 def test_dropout_acts_on_the_adapter_alone():
@@ -226,7 +257,7 @@ def test_dropout_acts_on_the_adapter_alone():
         assert torch.equal(layer.eval()(x), still)
 
 
-def test_only_the_adapter_is_trained_and_experts_are_left_out():
+def test_only_the_adapter_is_trained_and_all_linear_leaves_experts_out():
     model = make("mixtral")
     names = apply_lora(model, LoraConfig(r=2))
     assert names == [f"model.layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qkvo"]
@@ -255,8 +286,10 @@ def test_settings_that_make_no_sense_are_refused(options, message):
         apply_lora(make("bert"), LoraConfig(target_modules=("word_embeddings",)))
     with pytest.raises(ConfigError, match="DoRA is for linear layers"):
         apply_lora(make("untied"), LoraConfig(target_modules=("embed_tokens",), use_dora=True))
-    with pytest.raises(ConfigError, match="experts and routers are not adapted"):
-        apply_lora(make("mixtral"), LoraConfig(target_modules=("gate_proj",)))
+    with pytest.raises(ConfigError, match="routers are not adapted"):
+        apply_lora(make("mixtral"), LoraConfig(target_modules=("gate",)))
+    with pytest.raises(ConfigError, match="gate_proj and up_proj of an expert in one tensor"):
+        apply_lora(make("mixtral"), LoraConfig(target_modules=("gate_proj", "down_proj")))
     model = make("llama")
     apply_lora(model, LoraConfig())
     with pytest.raises(ConfigError, match="has an adapter already"):
@@ -290,6 +323,8 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(folder):
     [
         ({"peft_type": "IA3"}, "peft_type = 'IA3' is not supported"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"rank_pattern": {"down_proj": 8}, "alpha_pattern": {"down_proj": 8}}, "one alpha / r"),
+        ({"target_parameters": ["mlp.router.weight"]}, "gate_up_proj and down_proj alone"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
         ({"r": 0}, "rank r = 0"),
         ({"use_dora": True}, "lora_magnitude_vector is missing"),

@@ -326,4 +326,11 @@ def resolve_model(path: str | Path) -> Path:
         raise CheckpointError(
             f"{place} holds no finished model yet: run `groundup run {place / RUN_FILE}`"
         )
+    kept = sorted(
+        (place / "checkpoints").glob("step-*/config.json"), key=lambda f: f.stat().st_mtime
+    )
+    if kept:
+        raise CheckpointError(
+            f"{place} holds no finished model yet: run its command again, or give {kept[-1].parent}"
+        )
     raise CheckpointError(f"{place} is no model: it holds no config.json and no model/ folder")

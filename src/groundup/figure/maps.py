@@ -31,9 +31,11 @@ def heat_grid(
             axes.spines[:].set_color("#cccccc")
             axes.set_xticks([])
             axes.set_yticks([])
-            if x == 0 and len(words) <= 16:
+            if x == 0:
                 axes.set_yticks(range(len(words)), [shown(word) for word in words])
-                axes.tick_params(axis="y", labelsize=5, labelcolor=INK, length=0)
+                axes.tick_params(
+                    axis="y", labelsize=min(5, 90 / len(words)), labelcolor=INK, length=0
+                )
     return to_svg(figure)
 
 

@@ -176,8 +176,8 @@ def reliability_plot(curves: Mapping[str, Sequence[tuple[float, float, int]]]) -
             label=name,
             alpha=0.75,
         )
-    axes.set_xlim(0, 1.02)
-    axes.set_ylim(0, 1.02)
+    axes.set_xlim(-0.03, 1.04)  # room for the dots of what is surely right, or wrong
+    axes.set_ylim(-0.03, 1.05)
     legend = axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
     for handle in legend.legend_handles:
         handle.set_sizes([30])

@@ -7,6 +7,8 @@ from typing import Literal
 from groundup.core.config import field
 from groundup.core.errors import ConfigError
 
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}  # of one step, where the config does not say
+
 
 @dataclass(frozen=True)
 class EngineConfig:

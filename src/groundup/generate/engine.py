@@ -17,7 +17,7 @@ from groundup.core.errors import ConfigError, closest
 from groundup.core.types import SamplingParams
 from groundup.generate.blocks import BlockPool
 from groundup.generate.cache import Feed, KVCache, bytes_a_token
-from groundup.generate.config import EngineConfig, SpeculativeConfig
+from groundup.generate.config import STEP_TOKENS, EngineConfig, SpeculativeConfig
 from groundup.generate.decoding import Decoding, Flight
 from groundup.generate.logits import top
 from groundup.generate.paged import make_batch
@@ -59,7 +59,7 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         many = on_gpu and speculative is None  # those who guess have caches of their own
         self.rows = config.max_num_seqs or (256 if many else 16)
-        self.budget = config.max_num_batched_tokens or (8192 if on_gpu else 512)
+        self.budget = config.max_num_batched_tokens or STEP_TOKENS["cuda" if on_gpu else "cpu"]
         blocks = block_count(model, config, self.rows)
         self.context = min(model.config.max_position_embeddings, blocks * config.block_size)
         self.cache = KVCache(

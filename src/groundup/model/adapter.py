@@ -15,8 +15,16 @@ from torch import Tensor
 
 from groundup.core.errors import CheckpointError, ConfigError
 from groundup.core.files import atomic_folder, read_json, write_json
+from groundup.model.config import ModelConfig
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
+from groundup.model.fused_experts import (
+    PARAMETERS,
+    padded,
+    split_experts,
+    target_parameters,
+    widest,
+)
 from groundup.model.hf import Network, config_json, renamed
 from groundup.model.lora import (
     LINEAR,
@@ -41,9 +49,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "target_parameters": (None, []),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -80,10 +85,12 @@ def write_adapter(model: Network, config: LoraConfig, base: str, folder: Path) -
     base: the model folder or hub id below the adapter, for those who open it.
     """
     layers = [name for name, _ in adapted(model)]
-    ends = sorted({name.rpartition(".")[2] for name in layers})
-    short = matching(adaptable(model), ends) == layers  # vLLM wants short names
+    own_ends = {name.rpartition(".")[2] for name in layers}
+    short = matching(adaptable(model), sorted(own_ends)) == layers  # vLLM wants short names
     values = config_json(model)
-    whole = list(renamed(dict.fromkeys(layers), values, back=True))
+    whole = list(renamed({f"{name}.": None for name in layers}, values, back=True))
+    whole = [name.removesuffix(".") for name in whole]
+    ends = sorted({name.rpartition(".")[2] for name in whole})
     task = model.config.task if isinstance(model, Encoder) else getattr(model, "task", "")
     settings = dataclasses.asdict(config) | {
         "peft_type": "LORA",
@@ -159,11 +166,20 @@ def read_adapter_config(folder: Path) -> tuple[LoraConfig, str]:
     for key, allowed in REFUSED.items():
         if key in values and values[key] not in allowed:
             raise CheckpointError(f"{folder / CONFIG}: {key} = {values[key]!r} is not supported")
+    fits, parameters = widest(values), target_parameters(values)
+    if fits is None or not set(parameters) <= PARAMETERS.keys():
+        raise CheckpointError(
+            f"{folder / CONFIG}: target_parameters, rank_pattern and alpha_pattern are known of "
+            f"experts' {' and '.join(PARAMETERS)} alone, with one alpha / r for all"
+        )
+    values["r"], values["lora_alpha"] = fits
     names = {f.name for f in dataclasses.fields(LoraConfig)}
     known = {k: v for k, v in values.items() if k in names and v is not None}
     for name in ("target_modules", "modules_to_save"):
         if name in known:
             known[name] = (known[name],) if isinstance(known[name], str) else tuple(known[name])
+    if parameters:
+        known["target_modules"] = (*(known.get("target_modules") or ()), *parameters)
     try:
         config = LoraConfig(**known)
     except (ConfigError, TypeError) as err:
@@ -178,10 +194,17 @@ def adapter_weights(model: Network, folder: Path) -> dict[str, Tensor]:
             f"{folder} holds only adapter_model.bin, a pickle, which may run code when loaded: "
             "save it again with peft where you trust it"
         )
+    values = read_json(folder / CONFIG)
     tensors = {
-        name.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
-        for name, tensor in read_tensors(folder / WEIGHTS).items()
+        n.removeprefix(PREFIX): tensor for n, tensor in read_tensors(folder / WEIGHTS).items()
     }
+    if parameters := target_parameters(values):
+        assert isinstance(model.config, ModelConfig)
+        tensors = split_experts(tensors, parameters, model.config.num_experts)
+        fits = widest(values)
+        assert fits is not None
+        tensors = padded(tensors, fits[0])
+    tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
     return renamed(tensors, config_json(model))
 
 

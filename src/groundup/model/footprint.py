@@ -2,10 +2,13 @@
 
 Under FakeTensorMode torch runs a forward or a training step on shapes alone; counting what is
 alive after every operator gives the peak. Kernels' own scratch memory is not seen there and is
-small; that of the loss is added.
+small; that of the loss is added. What malloc holds beyond what is alive is found by doing the same
+allocations again, on addresses (`heap.py`).
 """
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,22 +17,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from groundup.model.decoder import Decoder, Experts
+from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
 from groundup.model.heads import HeadedDecoder
+from groundup.model.heap import Event, Heap
 from groundup.model.hf import Network
 from groundup.model.loss import PIECE_LOGITS
+from groundup.model.mlp import Experts
 
 MASKED = 0.15  # of an encoder's positions that have a target
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes alive of all that is made under it: `now`, and `peak`, the most of them."""
+    """Counts the bytes alive of all that is made under it: `now`, and `peak`, the most of them.
+
+    `events` tell what was made and freed, in order.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.seen: dict[int, weakref.ref[Any]] = {}
+        self.events: list[Event] = []
+        self.made = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -46,16 +56,30 @@ class Alive(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 key = storage._cdata
                 if key not in before and key not in self.seen:
-                    self.now += storage.nbytes()
-                    gone = partial(self.forget, key, storage.nbytes())
+                    gone = partial(self.forget, key, self.note(storage.nbytes()), storage.nbytes())
                     self.seen[key] = weakref.ref(storage, gone)
         self.peak = max(self.peak, self.now)
         return out
 
-    def forget(self, key: int, size: int, _: Any) -> None:
+    def note(self, size: int) -> int:
+        """Count a storage that was made; return its number among the events."""
+        self.now += size
+        self.made += 1
+        self.events.append((self.made, size))
+        return self.made
+
+    def forget(self, key: int, number: int, size: int, _: Any) -> None:
         """Take a storage that died out of the count."""
         del self.seen[key]
         self.now -= size
+        self.events.append((number, None))
+
+    def briefly(self, sizes: Sequence[int]) -> None:
+        """Count what an operator that is not looked into makes and frees."""
+        numbers = [self.note(size) for size in sizes]
+        self.peak = max(self.peak, self.now)
+        self.now -= sum(sizes)
+        self.events += [(number, None) for number in numbers]
 
 
 class EvenExperts(Experts):
@@ -84,8 +108,16 @@ def twin_of(model: Network) -> Network:
     return twin
 
 
-def training_peak(model: Network, length: int, batch: int, dtype: torch.dtype) -> int:
-    """Return the bytes alive at the peak of a forward and backward pass, gradients included.
+@dataclass(frozen=True)
+class Step:
+    """A forward and backward pass: the most bytes alive, and what was made and freed."""
+
+    alive: int
+    events: Sequence[Event]
+
+
+def training_step(model: Network, length: int, batch: int, dtype: torch.dtype) -> Step:
+    """Return what a forward and backward pass takes, gradients included.
 
     `dtype` is that of matrix products. Weights are not counted, but their bf16 copies are.
     """
@@ -94,12 +126,43 @@ def training_peak(model: Network, length: int, batch: int, dtype: torch.dtype) -
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = summed_loss(model, length, batch)
         piece = min(PIECE_LOGITS["cpu"], batch * length * model.config.vocab_size)
-        held = alive.now + 2 * 4 * piece  # the loss's own: logits, and their gradient's
+        own = [4 * piece] * 2  # the loss's own: logits, and their gradient's
         if dtype != torch.float32:  # and the head in it
-            held += model.config.vocab_size * model.config.hidden_size * dtype.itemsize
+            own.append(model.config.vocab_size * model.config.hidden_size * dtype.itemsize)
+        alive.briefly(own)
         loss.backward()  # type: ignore[no-untyped-call]
+        del loss
+    events = tuple(alive.events)
     model.zero_grad(set_to_none=True)
-    return max(alive.peak, held)
+    return Step(alive.peak, events)
+
+
+def held_by_malloc(step: Step, states: Sequence[int]) -> int:
+    """Return what glibc's heap holds at the peak of training beyond what is alive.
+
+    The first step leaves the optimizer's `states` (bytes, one a tensor) among what it freed, and
+    the second has to do with that.
+    """
+    heap = Heap()
+    heap.run(step.events)
+    heap.run([(-1 - n, size) for n, size in enumerate(states)])
+    heap.run([(key, None) for key in heap.used if key > 0])  # gradients
+    heap.run(step.events)
+    return max(0, heap.peak - step.alive - sum(states))
+
+
+def serving_peak(model: Network, rows: int, length: int, dtype: torch.dtype) -> int:
+    """Return the bytes alive at the peak of a forward without gradients, weights not counted."""
+    ids_BT = torch.zeros(rows, length, dtype=torch.long)
+    model.eval()
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    with Alive() as alive, torch.no_grad():
+        if isinstance(model, Decoder):
+            model(ids_BT, positions=ids_BT, want="hidden")
+        else:
+            model(ids_BT)
+    return alive.peak
 
 
 def summed_loss(model: Network, length: int, batch: int) -> Tensor:

@@ -58,7 +58,8 @@ def need_decoder(model: Network, path: str | Path) -> Decoder:
     """Return a causal language model; any other is a CheckpointError."""
     if not isinstance(model, Decoder):
         raise CheckpointError(
-            f"{path} holds a {type(model).__name__}, which writes no text: "
+            f"{path} holds a {model.config.model_type} with the head of a "
+            f"{config_json(model)['architectures'][0]}, which writes no text: "
             "give a causal language model"
         )
     return model
@@ -81,7 +82,9 @@ def load_network(
     folder = Path(path)
     values = read_config(folder)
     model = empty_network(values, str(folder / "config.json"))
-    tensors = renamed(read_weights(folder), values)
+    stored = read_weights(folder)
+    check_numbers(stored, folder)
+    tensors = renamed(stored, values)
     if isinstance(model, Encoder):
         tensors = {name: t for name, t in tensors.items() if not name.endswith(TWICE)}
     elif model.config.tie_word_embeddings:
@@ -116,6 +119,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if known not in FAMILIES and known not in ENCODERS:
         hint = closest(str(known), {*FAMILIES, *ENCODERS})
         raise CheckpointError(f"{where}: model_type {known!r} is not supported{hint}")
+    for size in SIZES:
+        if not isinstance(values.get(size, 1), int):
+            raise CheckpointError(f"{where}: {size} = {values[size]!r} is no whole number")
     return values
 
 
@@ -140,7 +146,9 @@ def empty_network(values: dict[str, Any], where: str) -> Network:
                 return HeadedDecoder.from_json(values, where=where)
             return Decoder(ModelConfig.from_json(values, where=where))
     except (TypeError, ValueError, KeyError) as err:  # "hidden_size": "wide"
-        raise CheckpointError(f"{where} makes no model ({err!r}): copy it again") from err
+        raise CheckpointError(
+            f"{where} makes no model: a value is missing or of the wrong kind ({err})"
+        ) from err
 
 
 def with_new_head(
@@ -161,6 +169,23 @@ def with_new_head(
         raise CheckpointError(f"{folder}: the tensor {missing[0]} is missing or has another shape")
     changed.load_state_dict(shared, strict=False)
     return changed
+
+
+def check_numbers(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Refuse quantised weights, whose scales would be lost, and numbers that are not finite."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES and not name.endswith(TWICE):
+            raise CheckpointError(
+                f"{folder}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: "
+                "quantised checkpoints are not read, take the one in bf16, f16 or f32"
+            )
+    sums = [tensor.sum(dtype=torch.float32) for tensor in tensors.values()]
+    if sums and not torch.stack(sums).isfinite().all():
+        name = next(n for n, total in zip(tensors, sums, strict=True) if not total.isfinite())
+        raise CheckpointError(
+            f"{folder}: {name} holds numbers that are not finite: the training that wrote it "
+            "failed, go back to an earlier checkpoint"
+        )
 
 
 def check_tensors(model: Network, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -200,6 +225,15 @@ NAMES = {
 }
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What encoders' checkpoints hold beside their parameters.
 TWICE = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))

@@ -12,11 +12,9 @@ from groundup.model.config import ModelConfig
 from groundup.model.counts import cache_bytes_per_token
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
+from groundup.model.footprint import Step, held_by_malloc
 from groundup.model.hf import Network
 
-# memory that malloc holds over memory in use at a step's peak, measured by
-# benchmarks/inspect_memory.py: adapters mix small and large blocks
-FRAGMENTED, FRAGMENTED_ADAPTED = 1.2, 1.65
 STATES = {"muon": 1, "normuon": 1, "adamw": 2}  # numbers kept for each of a matrix's
 
 
@@ -130,43 +128,48 @@ def cache_bytes(model: Network, bytes_per_number: int) -> int:
     return cache_bytes_per_token(model.config, bytes_per_number)
 
 
-def serve_memory(model: Network, length: int, batch: int, bytes_per_number: int) -> dict[str, int]:
-    """Return the bytes that serving `batch` sequences of `length` tokens takes, by what for."""
+def serve_memory(
+    model: Network, length: int, batch: int, bytes_per_number: int, peak: int
+) -> dict[str, int]:
+    """Return the bytes that serving `batch` sequences of `length` tokens takes, by what for.
+
+    `peak` is what the largest forward keeps at a time (`serving_peak`).
+    """
     weights = sizes(model)["total"] * bytes_per_number
     cache = batch * length * cache_bytes(model, bytes_per_number)
     logits = batch * model.config.vocab_size * 4 if isinstance(model, Decoder) else 0
-    return {
-        "weights": weights,
-        "kv_cache": cache,
-        "logits": logits,
-        "total": weights + cache + logits,
-    }
+    parts = {"weights": weights, "kv_cache": cache, "step": peak, "logits": logits}
+    return parts | {"total": sum(parts.values())}
 
 
-def train_memory(model: Network, *, optim: str, peak: int) -> dict[str, int]:
-    """Return the bytes that a training step takes at its peak, by what for.
+def train_memory(model: Network, *, optim: str, step: Step) -> dict[str, int]:
+    """Return the bytes that training takes at its peak on a CPU, by what for.
 
     Weights, gradients and optimizer states are fp32, as the loop has them. Of an adapted
-    network the adapter alone is trained. `peak` is what `training_peak` found: activations, and
-    the gradients that are there by then; the allocator's part in it was measured
-    (benchmarks/inspect_memory.py). The optimizer's own step needs all gradients; activations are
-    gone by then.
+    network the adapter alone is trained. "step" is what is alive at its peak: activations, and
+    the gradients that are there by then; the optimizer's own step needs all gradients, but no
+    activations. "malloc" is what glibc's allocator holds beyond that.
     """
-    named = [(name, w) for name, w in model.named_parameters() if w.requires_grad]
-    trained = sum(weight.numel() for _, weight in named)
-    matrices = sum(
-        w.numel()
-        for name, w in named
-        if w.dim() == 2 and ".lora_" not in name and (".layers." in name or ".layer." in name)
-    )
-    every = sum(weight.numel() for weight in model.parameters())
-    held = FRAGMENTED if trained == every else FRAGMENTED_ADAPTED
+    states = states_of(model, optim)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     parts = {
-        "weights": 4 * every,
-        "optimizer": 4 * (STATES[optim] * matrices + 2 * (trained - matrices)),
-        "step": max(round(held * peak), 4 * trained),
+        "weights": 4 * sum(weight.numel() for weight in model.parameters()),
+        "optimizer": sum(states),
+        "step": max(step.alive, 4 * trained),
+        "malloc": held_by_malloc(step, states),
     }
     return parts | {"total": sum(parts.values())}
+
+
+def states_of(model: Network, optim: str) -> list[int]:
+    """Return the bytes of every tensor that an optimizer keeps: Muon one a matrix, AdamW two."""
+    states: list[int] = []
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            inner = ".layers." in name or ".layer." in name
+            matrix = weight.dim() == 2 and ".lora_" not in name and inner
+            states += [4 * weight.numel()] * (STATES[optim] if matrix else 2)
+    return states
 
 
 def check_length(model: Network, length: int) -> None:

@@ -11,7 +11,7 @@ from groundup.core.files import read_json
 from groundup.model.hf import load_model
 from groundup.model.lm import NeuralLM
 from groundup.model.mixture import CONFIG, MODEL_TYPE, Mixture
-from groundup.model.ngram import NGram, is_ngram
+from groundup.model.ngram import NGram, is_ngram, kind_of
 
 AnyLM = NGram | NeuralLM | Mixture
 
@@ -40,6 +40,4 @@ def load_lm(folder: Path, eos_token_id: int, *, device: str | torch.device = "cp
 
 def mixture_settings(folder: Path) -> dict[str, Any] | None:
     """Return the content of a mixture's config.json; None where a folder holds something else."""
-    file = folder / CONFIG
-    settings: dict[str, Any] = read_json(file) if file.is_file() else {}
-    return settings if settings.get("model_type") == MODEL_TYPE else None
+    return read_json(folder / CONFIG) if kind_of(folder) == MODEL_TYPE else None

@@ -28,7 +28,8 @@ class LoraConfig:
     """What is adapted and how, under PEFT's names.
 
     `target_modules` are names of linear layers and embeddings, whole or their ends ("q_proj");
-    "all-linear" is every linear one below the head. `modules_to_save` are trained whole (a new
+    "all-linear" is every linear one below the head, experts excepted: name their projections to
+    adapt them too. `modules_to_save` are trained whole (a new
     head, an embedding with new rows).
     """
 
@@ -189,15 +190,12 @@ def shares_weight(model: nn.Module, name: str) -> bool:
 def adaptable(model: nn.Module) -> dict[str, Adaptable]:
     """Return the linear layers and embeddings that an adapter can be put on, by name.
 
-    Experts and their routers are left out: transformers keeps all experts of a layer in one
-    tensor, so PEFT has no such layers and could not open the adapter.
+    Routers are left out: PEFT has no layer of theirs, and could not open the adapter.
     """
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Adaptable)
-        and ".experts." not in name
-        and not name.endswith((".mlp.gate", ".lora_A", ".lora_B"))
+        if isinstance(module, Adaptable) and not name.endswith((".mlp.gate", ".lora_A", ".lora_B"))
     }
 
 
@@ -205,16 +203,25 @@ def matching(layers: dict[str, Adaptable], targets: Sequence[str]) -> list[str]:
     """Return the names of the layers that the targets mean, in the model's order."""
     if ALL_LINEAR in targets:
         linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-        return [name for name in linear if name.startswith(("model.", "bert."))]
+        below = [name for name in linear if name.startswith(("model.", "bert."))]
+        return [name for name in below if ".experts." not in name]
     for target in targets:
         if not any(ends_in(name, (target,)) for name in layers):
             known = {name.rpartition(".")[2] for name in layers}
             hint = closest(target, {ALL_LINEAR, *known})
             raise ConfigError(
-                f"target_modules: the model has no linear layer {target!r}{hint}; experts and "
-                "routers are not adapted"
+                f"target_modules: the model has no linear layer {target!r}{hint}; routers "
+                "are not adapted"
             )
-    return [name for name in layers if ends_in(name, targets)]
+    found = [name for name in layers if ends_in(name, targets)]
+    for name in found:
+        other = name.replace(".gate_proj", ".up_proj"), name.replace(".up_proj", ".gate_proj")
+        if ".experts." in name and not set(other) <= set(found):
+            raise ConfigError(
+                "target_modules: transformers keeps gate_proj and up_proj of an expert in one "
+                "tensor: adapt both or neither"
+            )
+    return found
 
 
 def ends_in(name: str, targets: Sequence[str]) -> bool:

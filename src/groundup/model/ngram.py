@@ -241,8 +241,14 @@ class NGram:
 
 def is_ngram(folder: Path) -> bool:
     """Return whether a folder's config.json says that it holds an n-gram model."""
+    return kind_of(folder) == MODEL_TYPE
+
+
+def kind_of(folder: Path) -> str | None:
+    """Return the model_type of a folder's config.json, None where there is none."""
     file = folder / CONFIG
-    return file.is_file() and read_json(file).get("model_type") == MODEL_TYPE
+    settings = read_json(file) if file.is_file() else None
+    return settings.get("model_type") if isinstance(settings, dict) else None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

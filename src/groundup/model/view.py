@@ -16,17 +16,8 @@ from torch import Tensor, nn
 from groundup.core.errors import ConfigError
 from groundup.model import gpu, kernels
 from groundup.model.config import ModelConfig
-from groundup.model.decoder import (
-    MLP,
-    Attention,
-    Cache,
-    Context,
-    Decoder,
-    Experts,
-    Layer,
-    RMSNorm,
-    Stack,
-)
+from groundup.model.decoder import Attention, Cache, Context, Decoder, Layer, RMSNorm, Stack
+from groundup.model.mlp import MLP, Experts
 from groundup.model.quant import FallbackLinear, Int8Linear, int8_class
 from groundup.model.rope import rotary_table
 

@@ -18,7 +18,7 @@ from groundup.core.files import atomic_file
 from groundup.core.progress import say, track
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Decoder
-from groundup.model.hf import load_model
+from groundup.model.hf import load_network
 from groundup.model.rope import llama3
 from groundup.recipe.gguf_vocabulary import add_vocabulary
 from groundup.tokenizer import Tokenizer
@@ -87,7 +87,12 @@ def export_gguf(model_folder: Path, out: Path, *, dtype: str = "f16") -> dict[st
     gguf = need("gguf", extra="export", purpose="writing GGUF")
     if dtype not in TYPES:
         raise ConfigError(f"dtype {dtype!r}{closest(dtype, TYPES)}")
-    model = load_model(model_folder)
+    model = load_network(model_folder)
+    if not isinstance(model, Decoder):
+        raise CheckpointError(
+            f"{model_folder} is no decoder with a language head: GGUF files are written of those "
+            "alone, others go to a folder (--format hf)"
+        )
     config = model.config
     tok = Tokenizer.load(model_folder).need_rows(config.vocab_size, model_folder)
     architecture = architecture_of(config)

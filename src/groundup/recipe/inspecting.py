@@ -18,11 +18,13 @@ from rich.tree import Tree
 from groundup.core.errors import ConfigError
 from groundup.core.files import write_text
 from groundup.core.progress import say, track
+from groundup.core.run import peak_memory_bytes
 from groundup.figure import page as pages
 from groundup.figure.maps import heat_grid, word_grid
+from groundup.generate.config import STEP_TOKENS
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
-from groundup.model.footprint import training_peak, twin_of
+from groundup.model.footprint import serving_peak, training_step, twin_of
 from groundup.model.hf import Network, config_json, empty_network, load_network, read_config
 from groundup.model.inspection import (
     cache_bytes,
@@ -49,6 +51,7 @@ def facts(
     """Return all that config.json alone tells, as JSON values; no weight is read."""
     where = str(folder / "config.json")
     values = read_config(folder)
+    process = peak_memory_bytes()
     model = empty_network(values, where)
     most = model.config.max_position_embeddings
     lengths = list(lengths or sorted({max(1, most // 4), most}))
@@ -57,12 +60,6 @@ def facts(
     for length in lengths:
         check_length(model, length)
     cached = {name: cache_bytes(model, n) for name, n in BYTES.items()}
-    serve = [
-        {"length": length, "batch": batch, "dtype": name} | serve_memory(model, length, batch, size)
-        for length in lengths
-        for batch in batches
-        for name, size in BYTES.items()
-    ]
     return {
         "model": str(folder),
         "model_type": model.config.model_type,
@@ -71,7 +68,8 @@ def facts(
         "parameters": sizes(model),
         "per_token": [per_token(model, length) for length in lengths],
         "kv_cache_bytes_per_token": cached,
-        "serve": serve,
+        "serve": serving(model, lengths, batches),
+        "process_bytes": process,
         "lora_r": lora_r,
         "train": training(model, lengths, batches, lora_r),
     }
@@ -95,6 +93,25 @@ def per_token(model: Network, length: int) -> dict[str, float]:
     }
 
 
+def serving(model: Network, lengths: Sequence[int], batches: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the memory of serving on a CPU, for every length, batch and dtype.
+
+    The engine reads all requests' tokens in one row, STEP_TOKENS at a time.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    rows = []
+    with FakeTensorMode():
+        twin = twin_of(model)
+        for length, batch, name in itertools.product(lengths, batches, BYTES):
+            in_a_row = isinstance(model, Decoder)
+            shape = (1, min(STEP_TOKENS["cpu"], batch * length)) if in_a_row else (batch, length)
+            peak = serving_peak(twin, *shape, DTYPES[name])
+            told = serve_memory(model, length, batch, BYTES[name], peak)
+            rows.append({"length": length, "batch": batch, "dtype": name} | told)
+    return rows
+
+
 def training(
     model: Network, lengths: Sequence[int], batches: Sequence[int], lora_r: int
 ) -> list[dict[str, Any]]:
@@ -110,14 +127,14 @@ def training(
         if lora_r:
             apply_lora(twin, LoraConfig(r=lora_r, target_modules=tuple(adapted)))
         shapes = list(itertools.product(lengths, batches, BYTES))
-        peaks = {
-            shape: training_peak(twin, shape[0], shape[1], DTYPES[shape[2]])
+        steps = {
+            shape: training_step(twin, shape[0], shape[1], DTYPES[shape[2]])
             for shape in track(shapes, "counting activations")
         }
-    for (length, batch, name), peak in peaks.items():
+    for (length, batch, name), step in steps.items():
         for optim in OPTIMS:
             told = {"length": length, "batch": batch, "dtype": name, "optim": optim}
-            rows.append(told | train_memory(model, optim=optim, peak=peak))
+            rows.append(told | train_memory(model, optim=optim, step=step))
     return rows
 
 
@@ -147,12 +164,18 @@ def show(told: dict[str, Any]) -> None:
     ]
     head = ("tokens", "MFLOPs", "MFLOPs to train", "weights fp32", "cache fp32")
     print_table(out, "One token", (*head, "weights bf16", "cache bf16"), rows)
-    columns: tuple[str, ...] = ("length", "batch", "dtype", "weights", "kv_cache", "logits")
-    columns += ("total",)
+    columns: tuple[str, ...] = ("length", "batch", "dtype", "weights", "kv_cache", "step")
+    columns += ("logits", "total")
     print_table(out, "Memory to serve", columns, memory_rows(told["serve"], columns))
-    columns = ("length", "batch", "dtype", "optim", "weights", "optimizer", "step", "total")
+    columns = ("length", "batch", "dtype", "optim", "weights", "optimizer", "step")
+    columns += ("malloc", "total")
     what = f", LoRA of rank {told['lora_r']}" if told["lora_r"] else ""
     print_table(out, f"Memory to train{what}", columns, memory_rows(told["train"], columns))
+    out.print(
+        f"  On a CPU, beside what any process here has (Python and torch: "
+        f"{size_text(told['process_bytes'])}).\n  On a GPU the step differs, and its allocator "
+        "is not in these numbers."
+    )
 
 
 def branch(node: dict[str, Any], into: Tree) -> Tree:
@@ -182,7 +205,12 @@ def print_table(
 ) -> None:
     """Print a table on stdout, all but the first column right-aligned."""
     made = Table(
-        title=title or None, title_justify="left", show_header=any(headers), box=box.SIMPLE
+        title=title or None,
+        title_justify="left",
+        show_header=any(headers),
+        box=box.SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
     )
     for n, name in enumerate(headers):
         made.add_column(name.replace("_", " "), justify="left" if n == 0 else "right")

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from groundup.model.decoder import expert_counts, expert_probabilities
 from groundup.model.loss import IGNORE
+from groundup.model.mlp import expert_counts, expert_probabilities
 
 MicroBatch = dict[str, Any]
 Sums = dict[str, Tensor]
