@@ -28,6 +28,8 @@ from groundup.generate.processors import (
 )
 from groundup.generate.stop import Stopping
 
+MOST_BEAMS = 16  # of several prompts, at a time: each has room in the cache for its whole length
+
 
 @dataclass(eq=False)
 class Beam:

@@ -12,7 +12,14 @@ from groundup.core import device as devices
 from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.run import resolve_model
 from groundup.core.types import CompletionOutput, Message, RequestOutput, SamplingParams
-from groundup.generate.beam import Beam, Observer, beam_search, completion, search_together
+from groundup.generate.beam import (
+    MOST_BEAMS,
+    Beam,
+    Observer,
+    beam_search,
+    completion,
+    search_together,
+)
 from groundup.generate.branches import Branches
 from groundup.generate.config import BeamSearchParams, EngineConfig, SpeculativeConfig
 from groundup.generate.engine import Engine
@@ -205,7 +212,7 @@ class LLM:
         longest = max(
             (len(i) + room for (i, _, _), room in zip(ready, rooms, strict=True)), default=0
         )
-        at_once = max(1, self.engine.rows // beams.beam_width)
+        at_once = max(1, min(self.engine.rows, MOST_BEAMS) // beams.beam_width)
         rows = min(at_once, len(many)) * beams.beam_width
         branches = Branches(self.engine.model, rows, longest)
         searches = [
