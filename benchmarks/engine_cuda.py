@@ -7,9 +7,9 @@ The model has 28 layers, hidden size 1,024, 16 heads and 8 key/value heads of 12
 3,072, 151,936 tokens, tied. `one` decodes 512 tokens behind a prompt of 128. `many` is the load of
 nano-vllm's benchmark: 256 sequences, prompts of 100 to 1,024 tokens, answers of 100 to 1,024, at
 temperature 0.6; `--scale` shrinks all lengths. `peer` is transformers' `generate_batch` on that
-load's prompts with answers of one length, cut off when its time is up, and `beside` ours. Shares of
-the roofline are of what memory gives when it is copied: a step reads the weights once, and the keys
-and values of all its sequences.
+load's prompts with answers of one length, cut off when its time is up; with `beside`, ours at the
+same, the ratio is printed. Shares of the roofline are of what memory gives when it is copied: a
+step reads the weights once, and the keys and values of all its sequences.
 """
 
 import argparse
@@ -168,11 +168,33 @@ def many(llm: LLM, speed: float, scale: float, name: str = "batch 256") -> None:
     print(f"    {len(decoding.buffers)} graphs took {decoding.seconds:.1f} s, {decoding.captures=}")
 
 
-def peer(scale: float, seconds: float, speed: float) -> None:
+def loads(scale: float) -> list[tuple[list[list[int]], int]]:
+    """Return what we and the peer are measured at: prompts, and the length of all answers."""
+    prompts, counts = load(scale)
+    middle = sorted(counts)[SEQUENCES // 2]
+    return [(prompts[:rows], n) for rows, n in ((1, 64), (SEQUENCES, 64), (SEQUENCES, middle))]
+
+
+def beside(llm: LLM, scale: float, speed: float) -> list[float]:
+    """Return our rates at the peer's loads, prompts and answers together, the second of two."""
+    rates = []
+    for some, answer in loads(scale):
+        params = params_for([answer] * len(some), HEAT)
+        for _ in range(2):
+            llm.engine.pool.forget()
+            taken = timed(lambda s=some, p=params: llm.generate(s, p))
+        floor, tokens = roofline_seconds((some, [answer] * len(some)), speed), len(some) * answer
+        report(f"groundup, {len(some)} sequences of {answer} tokens", tokens, taken, floor)
+        rates.append(tokens / taken)
+    return rates
+
+
+def peer(scale: float, seconds: float, speed: float, ours: Sequence[float]) -> None:
     """Measure transformers' continuous batching in a process of its own, ended when time is up."""
     import multiprocessing
 
-    process = multiprocessing.get_context("spawn").Process(target=theirs, args=(scale, speed))
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=theirs, args=(scale, speed, ours))
     process.start()
     process.join(seconds)
     if process.is_alive():
@@ -181,8 +203,8 @@ def peer(scale: float, seconds: float, speed: float) -> None:
         process.join()
 
 
-def theirs(scale: float, speed: float) -> None:
-    """Measure one sequence, and then ever more of the load of many, all of one answer's length."""
+def theirs(scale: float, speed: float, ours: Sequence[float]) -> None:
+    """Measure transformers at each load twice; print how many times its rate our rate is."""
     import transformers
     from transformers import GenerationConfig, Qwen3Config
 
@@ -191,31 +213,21 @@ def theirs(scale: float, speed: float) -> None:
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     print(f"transformers {transformers.__version__}, attention {model.config._attn_implementation}")
-    prompts, counts = load(scale)
-    middle = sorted(counts)[SEQUENCES // 2]
-    for rows, answer in ((1, 64), (32, 64), (SEQUENCES, 64), (SEQUENCES, middle)):
+    for number, (some, answer) in enumerate(loads(scale)):
         settings = GenerationConfig(
             max_new_tokens=answer, do_sample=True, temperature=HEAT, eos_token_id=-1, pad_token_id=0
         )
-        some = prompts[:rows]
-        start = time.perf_counter()
-        found = model.generate_batch(some, generation_config=settings, progress_bar=False)
-        taken = time.perf_counter() - start
-        tokens = sum(len(output.generated_tokens) for output in found.values())
-        floor = roofline_seconds((some, [answer] * rows), speed)
-        report(f"generate_batch, {rows} sequences of {answer} tokens", tokens, taken, floor)
-        sys.stdout.flush()
-
-
-def beside(llm: LLM, scale: float, speed: float) -> None:
-    """Measure ours at what `theirs` measures, prompts and answers together."""
-    prompts, counts = load(scale)
-    middle = sorted(counts)[SEQUENCES // 2]
-    for rows, answer in ((1, 64), (32, 64), (SEQUENCES, 64), (SEQUENCES, middle)):
-        llm.engine.pool.forget()
-        taken = timed(lambda r=rows, a=answer: llm.generate(prompts[:r], params_for([a] * r, HEAT)))
-        floor = roofline_seconds((prompts[:rows], [answer] * rows), speed)
-        report(f"groundup, {rows} sequences of {answer} tokens", rows * answer, taken, floor)
+        floor = roofline_seconds((some, [answer] * len(some)), speed)
+        for turn in ("first", "second"):
+            start = time.perf_counter()
+            found = model.generate_batch(some, generation_config=settings, progress_bar=False)
+            taken = time.perf_counter() - start
+            tokens = sum(len(output.generated_tokens) for output in found.values())
+            name = f"generate_batch, {turn} run, {len(some)} sequences of {answer} tokens"
+            report(name, tokens, taken, floor)
+            if number < len(ours):
+                print(f"    groundup is {ours[number] / (tokens / taken):.1f} times as fast")
+            sys.stdout.flush()
 
 
 def attention(speed: float) -> None:
@@ -252,13 +264,12 @@ def attention(speed: float) -> None:
 
 def rows(llm: LLM, speed: float) -> None:
     """Measure the products of a layer for few rows, ours and cuBLAS's, in shares of a read."""
-    from groundup.model import gpu, gpu_layers, gpu_split
+    from groundup.model import gpu, gpu_layers
 
     options = gpu.options(torch.device("cuda"))
     stack = llm.engine.model.model
     ways = {
         "matvec": lambda x, w: gpu_layers.matvec(x, w, options=options),
-        "split": lambda x, w: gpu_split.split_product(x, w, None, stack.counts, options),
         "cuBLAS": torch.nn.functional.linear,
     }
     for M in (1, 4, 8, 16):
@@ -372,6 +383,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     model, tokenizer = make_model(), make_tokenizer()
     made: dict[bool, LLM] = {}
+    rates: list[float] = []  # ours at the loads of the peer
 
     def engine(exact: bool) -> LLM:
         if exact not in made:
@@ -388,13 +400,13 @@ def main() -> None:
         "many": lambda: many(ours(), speed, args.scale),
         "profile": lambda: profile(ours(), args.scale),
         "rows": lambda: rows(ours(), speed),
-        "beside": lambda: beside(ours(), args.scale, speed),
+        "beside": lambda: rates.extend(beside(ours(), args.scale, speed)),
         "exact": lambda: (
             one(same(), speed, "batch_invariant, batch 1"),
             many(same(), speed, args.scale, "batch_invariant, batch 256"),
         )[0],
         "attention": lambda: attention(speed),
-        "peer": lambda: peer(args.scale, args.peer_seconds, speed),
+        "peer": lambda: peer(args.scale, args.peer_seconds, speed, rates),
     }
     for name, section in sections.items():
         if name in args.sections or (name == "profile" and args.profile):

@@ -17,13 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from groundup.core.errors import ConfigError
+from groundup.generate.config import EngineConfig
 from groundup.model import gpu, kernels
 from groundup.model.config import ModelConfig
-from groundup.model.decoder import Attention
+from groundup.model.decoder import Attention, Decoder
 from groundup.model.rope import rotate
 from groundup.model.view import heads_of
 
 LINE_BYTES = 64  # of the processor's cache
+CACHE_BYTES = 2 * 10**9  # the cache's memory at most, where the config does not say
 SHORT = 16  # new tokens of one request up to which the kernel attends faster than torch
 
 
@@ -269,3 +272,22 @@ def slots_of(feed: Feed, size: int) -> NDArray[np.int64]:
     length = feed.computed + len(feed.ids)
     blocks = np.array(feed.blocks[: -(-length // size)], np.int64)
     return (blocks[:, None] * size + np.arange(size)).ravel()[:length]
+
+
+def block_count(model: Decoder, config: EngineConfig, rows: int) -> int:
+    """Return how many blocks the cache has: what the config allows, or what is ever needed."""
+    weight = next(model.parameters())
+    a_block = bytes_a_token(model.config, weight.dtype) * config.block_size
+    longest = -(-model.config.max_position_embeddings // config.block_size)
+    allowed, name = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    if allowed is None and weight.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(weight.device)
+        allowed = int(free - (1 - config.gpu_memory_utilization) * total)
+        name = "what gpu_memory_utilization leaves"
+    if allowed is None:
+        return max(longest, min(longest * rows, CACHE_BYTES // a_block))
+    if allowed < a_block:
+        raise ConfigError(
+            f"{name} = {allowed:,} is less than one block of the cache takes: {a_block:,}"
+        )
+    return min(longest * rows, allowed // a_block)

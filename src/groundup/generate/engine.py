@@ -16,10 +16,9 @@ from torch import Tensor
 from groundup.core.errors import ConfigError, closest
 from groundup.core.types import SamplingParams
 from groundup.generate.blocks import BlockPool
-from groundup.generate.cache import Feed, KVCache, bytes_a_token
+from groundup.generate.cache import Feed, KVCache, block_count
 from groundup.generate.config import STEP_TOKENS, EngineConfig, SpeculativeConfig
 from groundup.generate.decoding import Decoding, Flight
-from groundup.generate.logits import top
 from groundup.generate.paged import make_batch
 from groundup.generate.params import check, check_room, tidy
 from groundup.generate.processors import LogitsProcessors, make_processors
@@ -32,11 +31,10 @@ from groundup.model.adapter import load_adapter as read_adapter
 from groundup.model.decoder import Decoder
 from groundup.model.gpu import GpuStack
 from groundup.model.mixing import Mix, check_mixable, with_adapters
-from groundup.model.view import view_of
+from groundup.model.view import stamp, view_of
 from groundup.tokenizer import Tokenizer
 
 Watch = Callable[[Request, Tensor], None]
-CACHE_BYTES = 2 * 10**9  # the cache's memory at most, where the config does not say
 
 
 class Engine:
@@ -202,7 +200,7 @@ class Engine:
             request.ahead == count == 1
             and request.adapter is None
             and request.pooling is None
-            and not self.scores(request)
+            and not request.scores
             for request, count in plan
         )
 
@@ -286,7 +284,7 @@ class Engine:
             left = budget - sum(plan.values())
             if not left or len(self.running) == self.rows:
                 break
-            if self.pool.sharing and not self.reads_all(request):
+            if self.pool.sharing and not request.reads_all:
                 self.pool.find(request.holding, request.tokens(0, request.length))
                 if self.shares_soon(request):
                     self.pool.give_back(request.holding)
@@ -356,7 +354,7 @@ class Engine:
             ids = [*request.tokens(computed, count), *request.draft]
             feeds.append(Feed(request.holding.blocks, computed, ids))
             first = start
-            if not self.scores(request) and not request.draft and request.pooling != "mean":
+            if not request.scores and not request.draft and request.pooling != "mean":
                 first = start + count - (computed + count == request.length)
             spans.append((len(at), len(at) + start + count - first))
             at += range(first, start + count)
@@ -381,8 +379,8 @@ class Engine:
                 )
                 done.append(request)
                 continue
-            if self.scores(request):
-                self.score_prompt(request, logits_NV[first:last])
+            if request.scores:
+                request.score_prompt(logits_NV[first:last])
             self.advance(request, count)
             if request.pooling is not None:
                 rows_N = logits_NV if request.pooling == "logits" else hidden_NE
@@ -431,25 +429,6 @@ class Engine:
             if not request.finished:  # its processors may have failed
                 request.accept(token)
 
-    def reads_all(self, request: Request) -> bool:
-        """Return whether a request needs every position of its prompt computed for itself."""
-        return request.params.prompt_logprobs is not None or request.pooling == "mean"
-
-    def scores(self, request: Request) -> bool:
-        """Return whether log-probabilities of the prompt are wanted and not all there."""
-        found = request.prompt_logprobs
-        wanted = request.params.prompt_logprobs is not None
-        return wanted and (found is None or len(found) < len(request.prompt))
-
-    def score_prompt(self, request: Request, logits_TV: Tensor) -> None:
-        """Add log-probabilities of the prompt's tokens behind those just read."""
-        if request.prompt_logprobs is None:
-            request.prompt_logprobs = [None]
-        found, first = request.prompt_logprobs, request.holding.computed + 1
-        for n, logps_V in enumerate(logits_TV.float().log_softmax(-1), start=first):
-            if n == len(found) < len(request.prompt):  # after preemption some are there already
-                found.append(top(logps_V, request.prompt[n], request.params.prompt_logprobs or 0))
-
     def release(self) -> None:
         """Give back the blocks of finished requests."""
         for request in [r for r in self.running if r.finished]:
@@ -461,33 +440,3 @@ class Engine:
 def order(request: Request) -> tuple[int, int]:
     """Return what sorts requests: the lower priority first, then the earlier arrival."""
     return request.priority, request.arrival
-
-
-def stamp(model: Decoder) -> list[float]:
-    """Return numbers that change when weights are trained or loaded.
-
-    Torch counts changes in place, but fused optimizers escape it; so each weight is sampled too.
-    """
-    weights = [weight.detach() for weight in model.parameters()]
-    samples = [w.flatten()[:: max(1, w.numel() // 64)].double().sum() for w in weights]
-    places = [number for w in weights for number in (w.data_ptr(), w._version)]
-    return [*places, *torch.stack(samples).tolist()]
-
-
-def block_count(model: Decoder, config: EngineConfig, rows: int) -> int:
-    """Return how many blocks the cache has: what the config allows, or what is ever needed."""
-    weight = next(model.parameters())
-    a_block = bytes_a_token(model.config, weight.dtype) * config.block_size
-    longest = -(-model.config.max_position_embeddings // config.block_size)
-    allowed, name = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
-    if allowed is None and weight.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(weight.device)
-        allowed = int(free - (1 - config.gpu_memory_utilization) * total)
-        name = "what gpu_memory_utilization leaves"
-    if allowed is None:
-        return max(longest, min(longest * rows, CACHE_BYTES // a_block))
-    if allowed < a_block:
-        raise ConfigError(
-            f"{name} = {allowed:,} is less than one block of the cache takes: {a_block:,}"
-        )
-    return min(longest * rows, allowed // a_block)

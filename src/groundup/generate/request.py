@@ -75,6 +75,18 @@ class Request:
         """Return the newest token."""
         return (self.output.token_ids or self.prompt)[-1]
 
+    @property
+    def reads_all(self) -> bool:
+        """Return whether it needs every position of its prompt computed for itself."""
+        return self.params.prompt_logprobs is not None or self.pooling == "mean"
+
+    @property
+    def scores(self) -> bool:
+        """Return whether log-probabilities of the prompt are wanted and not all there."""
+        found = self.prompt_logprobs
+        wanted = self.params.prompt_logprobs is not None
+        return wanted and (found is None or len(found) < len(self.prompt))
+
     def uniform(self) -> float:
         """Return the generator's next number in [0, 1); many are drawn at once."""
         if not self.drawn:
@@ -113,6 +125,15 @@ class Request:
     def processed(self, logits_V: Tensor) -> Tensor:
         """Return logits after everything that the request asks for."""
         return self.processors(logits_V, self.output.token_ids)
+
+    def score_prompt(self, logits_TV: Tensor) -> None:
+        """Add log-probabilities of the prompt's tokens behind those just read."""
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = [None]
+        found, first = self.prompt_logprobs, self.holding.computed + 1
+        for n, logps_V in enumerate(logits_TV.float().log_softmax(-1), start=first):
+            if n == len(found) < len(self.prompt):  # after preemption some are there already
+                found.append(top(logps_V, self.prompt[n], self.params.prompt_logprobs or 0))
 
     def note_logprobs(self, token: int, logps_V: Tensor) -> None:
         """Keep the log-probability of a token, and of others where they are wanted."""

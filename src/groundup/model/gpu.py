@@ -20,7 +20,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.decoder import MLP, Attention, Cache, Decoder, Layer, RMSNorm, Stack
 from groundup.model.rope import rotary_table
 
-FEW, SOME = 4, 16  # rows up to which products are ours, on vector units or tensor cores
+FEW = 4  # rows up to which products are ours
 Options = dict[str, Any]
 
 
@@ -101,7 +101,6 @@ class GpuStack(Stack):
 
     made: list[LayerWeights]
     exact: bool
-    counts: Tensor  # zeros: of programs that share a product
     angles: tuple[Tensor, Tensor]
     local_angles: tuple[Tensor, Tensor]
 
@@ -130,9 +129,7 @@ class GpuStack(Stack):
 
         return max(self.made[0].o.shape[1], *self.made[0].down.shape) <= MOST_K
 
-    def attend(
-        self, layer: int, qkv: Tensor, pages: Any, cache: Any, ahead: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, pages: Any, cache: Any) -> Tensor:
         """Store a layer's keys and values; return what its tokens attend to."""
         from groundup.model import gpu_attention
 
@@ -140,13 +137,10 @@ class GpuStack(Stack):
         keys, values = cache.layer(layer)
         angles = self.local_angles if of.local else self.angles
         turn = gpu_attention.Turn(of.norms, self.norm.eps, angles)
-        return gpu_attention.attend(qkv, keys, values, pages, of.shape, opts, turn, ahead)
+        return gpu_attention.attend(qkv, keys, values, pages, of.shape, opts, turn)
 
     def few(self, x: Tensor, pages: Any, cache: Any, each: list[Tensor] | None) -> Tensor:
-        """Run all layers with the products bound by reading weights.
-
-        Each kernel fetches the weights of the next but one: the next reads its own already.
-        """
+        """Run all layers with the products bound by reading weights."""
         from groundup.model import gpu_layers
 
         opts, eps = options(x.device), self.norm.eps
@@ -154,15 +148,10 @@ class GpuStack(Stack):
         for n, of in enumerate(self.made):
             if each is not None:
                 each.append(x[None])
-            qkv = matvec(
-                x, of.qkv, of.qkv_bias, norm=of.input_norm, eps=eps, ahead=of.o, options=opts
-            )
-            a = self.attend(n, qkv, pages, cache, of.gate_up)
-            x = matvec(a, of.o, of.o_bias, residual=x, ahead=of.down, options=opts)
-            then = self.made[n + 1].qkv if n + 1 < len(self.made) else None
-            h = matvec(
-                x, of.gate_up, norm=of.post_norm, eps=eps, gated=True, ahead=then, options=opts
-            )
+            qkv = matvec(x, of.qkv, of.qkv_bias, norm=of.input_norm, eps=eps, options=opts)
+            a = self.attend(n, qkv, pages, cache)
+            x = matvec(a, of.o, of.o_bias, residual=x, options=opts)
+            h = matvec(x, of.gate_up, norm=of.post_norm, eps=eps, gated=True, options=opts)
             x = matvec(h, of.down, of.down_bias, residual=x, options=opts)
         return gpu_layers.rms_norm(x, None, self.norm.weight, eps, opts)
 
@@ -185,19 +174,15 @@ class GpuStack(Stack):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return a product of more than few rows, whose bits may depend on them unless `exact`."""
-        from groundup.model import gpu_layers, gpu_split
+        from groundup.model import gpu_layers
 
         if self.exact:
             return gpu_layers.matmul(x, weight, bias, options=options(x.device))
-        if len(x) <= SOME and len(weight) <= gpu_split.TILE["BLOCK_N"] * len(self.counts):
-            return gpu_split.split_product(x, weight, bias, self.counts, options(x.device))
         return F.linear(x, weight, bias)
 
 
 def view_of(model: Decoder, made: Decoder, *, exact: bool) -> Decoder:
     """Exchange the modules of `made`, a copy of the model's tree, for those of a GPU."""
-    from groundup.model import gpu_split
-
     stack = model.model
     found = [layer_weights(layer) for layer in stack.layers]
     if any(of is None for of in found) or type(stack) is not Stack or stack.config.family.gemma:
@@ -206,7 +191,6 @@ def view_of(model: Decoder, made: Decoder, *, exact: bool) -> Decoder:
     new: Any = copy.copy(made.model)
     new.__class__, new.made, new.exact = GpuStack, layers, exact
     weight = stack.embed_tokens.weight
-    new.counts = torch.zeros(gpu_split.MOST_BLOCKS, dtype=torch.int32, device=weight.device)
     new.angles = angles_of(stack.config, weight.device, local=False)
     new.local_angles = new.angles
     if stack.config.rope_local_base_freq is not None:

@@ -23,6 +23,7 @@ SMALL = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}  # exact: few tokens a 
 CHUNK = {"BLOCK_S": 64, "num_warps": 8, "num_stages": 3}  # many
 SMALL_ROWS, CHUNK_ROWS = 16, 128  # queries of a program: tokens times heads of a group
 PROGRAMS = 1056  # single tokens split their keys until there are so many: 8 a multiprocessor
+SPLITS = 16  # at most: whoever adds them up reads them all
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def tile_tokens(group: int, *, exact: bool) -> int:
 
 def splits_of(tokens: int, kv_heads: int) -> int:
     """Return among how many programs the keys of single tokens are split: a power of two."""
-    most = max(1, min(16, PROGRAMS // (tokens * kv_heads)))
+    most = max(1, min(SPLITS, PROGRAMS // (tokens * kv_heads)))
     return 1 << most.bit_length() - 1
 
 
@@ -264,13 +265,12 @@ def attend(
     shape: Shape,
     options: dict[str, Any],
     turn: Turn | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """Return what every token attends to, [T, H D].
 
     With `turn` the rows of q are [queries, key, value] as a layer's product gave them, and keys
     and values are stored; without, their first H D columns are queries that have been turned, and
-    the keys are stored. `ahead` is what a later kernel reads: weights, to be fetched by then.
+    the keys are stored.
     """
     out = q.new_empty(len(q), shape.heads * shape.head_dim)
     if pages.tiles is not None:
@@ -278,7 +278,7 @@ def attend(
             store(q, keys, values, turn, pages, shape, options)
         attend_tiles(q, keys, values, out, pages, shape, options)
     if pages.singles:
-        attend_singles(q, keys, values, out, pages, shape, options, turn, ahead)
+        attend_singles(q, keys, values, out, pages, shape, options, turn)
     return out
 
 

@@ -17,12 +17,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from groundup.model.gpu_layers import ahead_of, fetch, fetch_ahead
-
 if TYPE_CHECKING:
     from groundup.model.gpu_attention import Pages, Shape
 
 TILE = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}
+SPLIT_TILE = {"BLOCK_S": 32, "num_warps": 4, "num_stages": 3}  # where keys are split
 
 
 @dataclass(frozen=True)
@@ -35,38 +34,81 @@ class Turn:
 
 
 @triton.jit
-def turned(
-    source,
-    weight,
-    cosine,
-    sine,
-    at,
-    eps,
-    d,
-    inside,
-    D: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    """Normalise and turn heads, [R, D]; `source` points to their starts, [R, 1]."""
-    half: tl.constexpr = D // 2
-    other = tl.where(d < half, d + half, d - half)
-    x_RD = tl.load(source + d, mask=inside, other=0.0)
-    y_RD = tl.load(source + other, mask=inside, other=0.0)
+def turned(x_RD, y_RD, w_x, w_y, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Normalise and turn heads; y is what each dimension turns with, and `sin` has its sign."""
     dtype = x_RD.dtype
     wide, far = x_RD.to(tl.float32), y_RD.to(tl.float32)
     if NORM:
         rms = tl.rsqrt(tl.sum(wide * wide, 1) / D + eps)[:, None]
-        w_x = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-        w_y = tl.load(weight + other, mask=d < D, other=0.0).to(tl.float32)
-        wide = ((wide * rms).to(dtype).to(tl.float32) * w_x).to(dtype).to(tl.float32)
-        far = ((far * rms).to(dtype).to(tl.float32) * w_y).to(dtype).to(tl.float32)
-    angle = tl.maximum(at, 0) * half + tl.where(d < half, d, other)
-    cos = tl.load(cosine + angle, mask=d < D, other=0.0)
-    sin = tl.load(sine + angle, mask=d < D, other=0.0)
-    return (wide * cos + far * tl.where(d < half, -sin, sin)).to(dtype)
+        wide = ((wide * rms).to(dtype).to(tl.float32) * w_x.to(tl.float32)).to(dtype)
+        far = ((far * rms).to(dtype).to(tl.float32) * w_y.to(tl.float32)).to(dtype)
+    return (wide.to(tl.float32) * cos + far.to(tl.float32) * sin).to(dtype)
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "ahead_bytes"])
+@triton.jit
+def tile_at(
+    keys,
+    values,
+    row_of_table,
+    first,
+    end,
+    head,
+    d,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Load the keys and values at BLOCK_S positions from `first`, before `end`."""
+    position = first + tl.arange(0, BLOCK_S)
+    inside = position < end
+    block = tl.load(row_of_table + position // SIZE, mask=inside, other=0)
+    slot = block.to(tl.int64) * SIZE + position % SIZE
+    where = (slot * K + head)[:, None] * D + d
+    there = inside[:, None] & (d < D)
+    k_SD = tl.load(keys + where, mask=there, other=0.0)
+    v_SD = tl.load(values + where, mask=there, other=0.0)
+    return k_SD, v_SD
+
+
+@triton.jit
+def take_in(
+    q_RD,
+    k_SD,
+    v_SD,
+    most,
+    total,
+    acc_RD,
+    first,
+    end,
+    at,
+    scale,
+    cap,
+    window,
+    BLOCK_S: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return maximum, mass and sum of the rows with a tile's keys and values taken in."""
+    position = first + tl.arange(0, BLOCK_S)
+    seen = position < end
+    if WINDOWED:
+        seen = seen & (at - position < window)
+    scores_RS = tl.dot(q_RD, tl.trans(k_SD), input_precision=PRECISION) * scale
+    if CAPPED:
+        scores_RS = cap * (1 - 2 / (tl.exp(2 * scores_RS / cap) + 1))  # tanh
+    scores_RS = tl.where(seen[None, :], scores_RS, float("-inf"))
+    higher = tl.maximum(most, tl.max(scores_RS, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink = tl.exp(most - base)
+    p_RS = tl.exp(scores_RS - base[:, None])
+    acc_RD = acc_RD * shrink[:, None]
+    acc_RD += tl.dot(p_RS.to(v_SD.dtype), v_SD, input_precision=PRECISION)
+    return higher, total * shrink + tl.sum(p_RS, 1), acc_RD
+
+
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def decode_kernel(
     q,
     keys,
@@ -82,8 +124,6 @@ def decode_kernel(
     k_norm,
     cosine,
     sine,
-    ahead,
-    ahead_bytes,
     q_stride,
     table_stride,
     scale,
@@ -104,13 +144,12 @@ def decode_kernel(
     CAPPED: tl.constexpr,
     WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr,
-    AHEAD: tl.constexpr,
-    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Attend for one token and the query heads of one group, over a share of its keys.
 
-    What lies before the wait was written in earlier steps, or before the step's embedding.
+    What is read before the wait was written in earlier steps, or before the step's embedding:
+    angles, blocks, and a share's first keys and values. All loads that follow go out together.
     """
     if PDL:
         gdc_launch_dependents()
@@ -125,20 +164,29 @@ def decode_kernel(
         share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), SPLITS), BLOCK_S) * BLOCK_S
         begin += split * share
         end = tl.minimum(end, begin + share)
-    if AHEAD:
-        first = begin + tl.arange(0, BLOCK_S)
-        first_block = tl.load(row_of_table + first // SIZE, mask=first < end, other=0)
-        first_slot = first_block.to(tl.int64) * SIZE + first % SIZE
-        bytes = tl.where(first < end, D * keys.dtype.element_ty.primitive_bitwidth // 8, 0)
-        fetch(keys + (first_slot * K + head) * D, bytes)
-        fetch(values + (first_slot * K + head) * D, bytes)
-        here = (token * K + head) * SPLITS + split
-        count = tl.num_programs(0) * K * SPLITS
-        fetch_ahead(ahead, ahead_bytes, here, count, LANES)
+    d = tl.arange(0, WIDE)[None, :]
+    EARLY: tl.constexpr = FRESH and SPLITS > 1
+    if EARLY:
+        first_k_SD, first_v_SD = tile_at(
+            keys, values, row_of_table, begin, end, head, d, K, D, BLOCK_S, SIZE
+        )
+    if FRESH:
+        half: tl.constexpr = D // 2
+        other = tl.where(d < half, d + half, d - half)
+        angle = tl.maximum(at, 0) * half + tl.where(d < half, d, other)
+        cos = tl.load(cosine + angle, mask=d < D, other=0.0)
+        sin = tl.load(sine + angle, mask=d < D, other=0.0)
+        sin = tl.where(d < half, -sin, sin)
+        q_x, q_y, k_x, k_y = cos, cos, cos, cos
+        if NORM:
+            q_x = tl.load(q_norm + d, mask=d < D, other=0.0)
+            q_y = tl.load(q_norm + other, mask=d < D, other=0.0)
+            k_x = tl.load(k_norm + d, mask=d < D, other=0.0)
+            k_y = tl.load(k_norm + other, mask=d < D, other=0.0)
+        mine_block = tl.load(row_of_table + tl.maximum(at, 0) // SIZE).to(tl.int64)
     if PDL:
         gdc_wait()
     row = tl.arange(0, ROWS)
-    d = tl.arange(0, WIDE)[None, :]
     valid = row < GROUP
     query_head = head * GROUP + row
     wanted = valid[:, None] & (d < D)
@@ -148,12 +196,15 @@ def decode_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc_RD = tl.zeros([ROWS, WIDE], tl.float32)
     if FRESH:
-        q_RD = turned(starts, q_norm, cosine, sine, at, eps, d, wanted, D, NORM)
-        mine = source + (H + head) * D + tl.zeros([1, 1], tl.int32)
-        k_1D = turned(mine, k_norm, cosine, sine, at, eps, d, d < D, D, NORM)
+        mine = source + (H + head) * D
+        x_RD = tl.load(starts + d, mask=wanted, other=0.0)
+        y_RD = tl.load(starts + other, mask=wanted, other=0.0)
+        x_1D = tl.load(mine + d, mask=d < D, other=0.0)
+        y_1D = tl.load(mine + other, mask=d < D, other=0.0)
         v_1D = tl.load(mine + K * D + d, mask=d < D, other=0.0)
+        q_RD = turned(x_RD, y_RD, q_x, q_y, cos, sin, eps, D, NORM)
         if (at >= 0) & (split == 0):
-            mine_block = tl.load(row_of_table + at // SIZE).to(tl.int64)
+            k_1D = turned(x_1D, y_1D, k_x, k_y, cos, sin, eps, D, NORM)
             place = ((mine_block * SIZE + at % SIZE) * K + head) * D + d
             tl.store(keys + place, k_1D, mask=d < D)
             tl.store(values + place, v_1D, mask=d < D)
@@ -165,30 +216,18 @@ def decode_kernel(
             acc_RD += v_1D.to(tl.float32)
     else:
         q_RD = tl.load(starts + d, mask=wanted, other=0.0)
-    for s in range(begin, end, BLOCK_S):
-        position = s + tl.arange(0, BLOCK_S)
-        inside = position < end
-        block = tl.load(row_of_table + position // SIZE, mask=inside, other=0)
-        slot = block.to(tl.int64) * SIZE + position % SIZE
-        where = (slot * K + head)[:, None] * D + d
-        there = inside[:, None] & (d < D)
-        k_SD = tl.load(keys + where, mask=there, other=0.0)
-        v_SD = tl.load(values + where, mask=there, other=0.0)
-        scores_RS = tl.dot(q_RD, tl.trans(k_SD), input_precision=PRECISION) * scale
-        if CAPPED:
-            scores_RS = cap * (1 - 2 / (tl.exp(2 * scores_RS / cap) + 1))  # tanh
-        seen = inside
-        if WINDOWED:
-            seen = inside & (at - position < window)
-        scores_RS = tl.where(seen[None, :], scores_RS, float("-inf"))
-        higher = tl.maximum(most, tl.max(scores_RS, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp(most - base)
-        p_RS = tl.exp(scores_RS - base[:, None])
-        total = total * shrink + tl.sum(p_RS, 1)
-        acc_RD = acc_RD * shrink[:, None]
-        acc_RD += tl.dot(p_RS.to(v_SD.dtype), v_SD, input_precision=PRECISION)
-        most = higher
+    if EARLY:
+        most, total, acc_RD = take_in(
+            *(q_RD, first_k_SD, first_v_SD, most, total, acc_RD, begin, end, at),
+            *(scale, cap, window, BLOCK_S, CAPPED, WINDOWED, PRECISION),
+        )
+        begin += BLOCK_S
+    for first in range(begin, end, BLOCK_S):
+        k_SD, v_SD = tile_at(keys, values, row_of_table, first, end, head, d, K, D, BLOCK_S, SIZE)
+        most, total, acc_RD = take_in(
+            *(q_RD, k_SD, v_SD, most, total, acc_RD, first, end, at),
+            *(scale, cap, window, BLOCK_S, CAPPED, WINDOWED, PRECISION),
+        )
     if SPLITS == 1:
         acc_RD = acc_RD / tl.where(total == 0, 1.0, total)[:, None]
         target = out + (token * H + query_head)[:, None] * D + d
@@ -233,12 +272,11 @@ def attend_singles(
     shape: "Shape",
     options: dict[str, Any],
     turn: Turn | None,
-    ahead: Tensor | None,
 ) -> None:
     """Attend for the single tokens, the first rows of q, into the first rows of `out`.
 
     With `turn` a row holds queries, key and value as a layer's product gave them; else queries
-    that are turned, and the keys are stored. `ahead` is what a later kernel reads.
+    that are turned, and the keys are stored.
     """
     n, H, K, D = pages.singles, shape.heads, shape.kv_heads, shape.head_dim
     J = pages.splits
@@ -259,7 +297,6 @@ def attend_singles(
         pages.position_T,
         *norms,
         *(turn.angles if turn else (q, q)),
-        *ahead_of(q, ahead),
         q.stride(0),
         pages.table.stride(0),
         shape.scale,
@@ -279,7 +316,5 @@ def attend_singles(
         CAPPED=shape.softcap is not None,
         WINDOWED=shape.window is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        AHEAD=ahead is not None and options["PDL"] and D * q.itemsize % 16 == 0,
-        LANES=32 * TILE["num_warps"],
-        **(TILE | options),
+        **((TILE if J == 1 else SPLIT_TILE) | options),
     )

@@ -20,7 +20,6 @@ PIECE = 4096  # logits of one program
 TILE = {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}  # of exact products
 SPREAD = 256  # programs that a product of few rows has at least: 2 a multiprocessor
 WEIGHTS = 8192  # that one reads: 64 a thread, all on their way at once
-MOST_AHEAD = 16 * 2**20  # bytes fetched ahead: a third of the L2 cache of an H100
 MOST_K = 32768  # inputs of a product of few rows at most
 
 
@@ -30,28 +29,6 @@ def first_wait(PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-
-
-@triton.jit
-def fetch(pointers, bytes):
-    """Ask for memory to lie in the cache when it is read; a multiple of 16 bytes each, or 0."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0;"
-        " @p cp.async.bulk.prefetch.L2.global [$1], $2; }",
-        "=r,l,r",
-        [pointers.to(tl.int64), bytes.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def fetch_ahead(ahead, size, here, count, LANES: tl.constexpr):
-    """Fetch this program's share of what a later kernel reads, `size` bytes in all."""
-    each = tl.cdiv(size, count * LANES * 16) * 16
-    start = (here * LANES + tl.arange(0, LANES)).to(tl.int64) * each
-    fetch(ahead.to(tl.int64) + start, tl.maximum(tl.minimum(size - start, each), 0))
 
 
 @triton.jit
@@ -96,7 +73,7 @@ def silu_mul_kernel(gate_up, out, W, BLOCK: tl.constexpr, PDL: tl.constexpr):
     tl.store(out + row * W + w, (gated * up.to(tl.float32)).to(gate.dtype), mask=w < W)
 
 
-@triton.jit(do_not_specialize=["B", "ahead_bytes"])
+@triton.jit(do_not_specialize=["B"])
 def matvec_kernel(
     x,
     weight,
@@ -104,8 +81,6 @@ def matvec_kernel(
     norm,
     residual,
     out,
-    ahead,
-    ahead_bytes,
     B,
     N,
     up_from,
@@ -118,8 +93,6 @@ def matvec_kernel(
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
-    AHEAD: tl.constexpr,
-    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Compute BLOCK_N outputs of every row; each weight is read once, before the wait."""
@@ -135,8 +108,6 @@ def matvec_kernel(
         up_NK = tl.load(weight + up_from + where, mask=both, other=0.0)
     if NORM:
         scale_K = tl.load(norm + k, mask=inside, other=0.0)
-    if AHEAD:
-        fetch_ahead(ahead, ahead_bytes, tl.program_id(0), tl.num_programs(0), LANES)
     if PDL:
         gdc_wait()
     for m in tl.static_range(M):
@@ -317,13 +288,11 @@ def matvec(
     eps: float = 0.0,
     gated: bool = False,
     residual: Tensor | None = None,
-    ahead: Tensor | None = None,
     options: dict[str, Any],
 ) -> Tensor:
     """Return the product of few rows x [B, K] with a weight [N, K], or [2 N, K] where gated.
 
     `norm` is applied to x before; `gated` returns silu(gate) * up; `residual` is added behind.
-    `ahead` is what a later kernel reads: it is fetched into the cache meanwhile.
     """
     B, K = x.shape
     N = len(weight) // 2 if gated else len(weight)
@@ -333,7 +302,7 @@ def matvec(
     while block > 1 and triton.cdiv(N, block) < SPREAD:
         block //= 2
     block = max(1, block)
-    out, warps = x.new_empty(B, N), 4 if WIDE <= 8192 else 8
+    out = x.new_empty(B, N)
     matvec_kernel[(triton.cdiv(N, block),)](
         x,
         weight,
@@ -341,7 +310,6 @@ def matvec(
         x if norm is None else norm,
         x if residual is None else residual,
         out,
-        *ahead_of(x, ahead),
         B,
         N,
         N * K,
@@ -354,19 +322,10 @@ def matvec(
         GATED=gated,
         BIAS=bias is not None,
         ADD=residual is not None,
-        AHEAD=ahead is not None and options["PDL"],
-        LANES=32 * warps,
-        num_warps=warps,
+        num_warps=4 if WIDE <= 8192 else 8,
         **options,
     )
     return out
-
-
-def ahead_of(x: Tensor, ahead: Tensor | None) -> tuple[Tensor, int]:
-    """Return what a kernel fetches for a later one, and how many bytes: what the cache may hold."""
-    if ahead is None or ahead.data_ptr() % 16:
-        return x, 0
-    return ahead, min(ahead.nbytes // 16 * 16, MOST_AHEAD)
 
 
 def matmul(

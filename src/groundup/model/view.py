@@ -264,3 +264,14 @@ def is_swiglu(mlp: MLP) -> bool:
 def joinable(*parts: nn.Module) -> bool:
     """Return whether all parts are plain linear layers."""
     return all(type(part) is nn.Linear for part in parts)
+
+
+def stamp(model: Decoder) -> list[float]:
+    """Return numbers that change when weights are trained or loaded.
+
+    Torch counts changes in place, but fused optimizers escape it; so each weight is sampled too.
+    """
+    weights = [weight.detach() for weight in model.parameters()]
+    samples = [w.flatten()[:: max(1, w.numel() // 64)].double().sum() for w in weights]
+    places = [number for w in weights for number in (w.data_ptr(), w._version)]
+    return [*places, *torch.stack(samples).tolist()]
