@@ -227,7 +227,7 @@ def test_greedy_tokens_are_the_likeliest_of_transformers(tok, tmp_path, family, 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype)
     theirs = theirs.to("cuda").eval()
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    least = 1e-3 if dtype == torch.float32 else 0.1  # of the spread of logits: rounding
+    least = 1e-3 if dtype == torch.float32 else 0.2  # of the spread of logits: rounding
     for prompt, mine in zip(PROMPTS, tokens(LLM(model, tok), params=params), strict=True):
         ids = torch.tensor([[*prompt, *mine]], device="cuda")
         with torch.inference_mode():
