@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from groundup.core.errors import ConfigError
 from groundup.model import Decoder
 from groundup.model.counts import num_parameters
-from groundup.model.footprint import training_peak, twin_of
+from groundup.model.footprint import training_step, twin_of
 from groundup.model.inspection import train_memory
 from groundup.train import FitConfig
 from groundup.train.memory import activation_bytes, check_memory, kept_bytes
@@ -24,13 +24,13 @@ def test_the_estimate_is_a_lower_bound_near_what_a_step_on_shapes_says(optim, dt
     with FakeTensorMode():
         twin = twin_of(Decoder(CONFIG))
         width = torch.float32 if dtype == "fp32" else torch.bfloat16
-        peak = training_peak(twin, 512, 8, width)
-        parts = train_memory(twin, optim=optim, peak=peak)
+        step = training_step(twin, 512, 8, width)
+        parts = train_memory(twin, optim=optim, step=step)
     weights = 4 * num_parameters(CONFIG)
     kept = kept_bytes(CONFIG, optim, 1)
     assert kept == pytest.approx(parts["weights"] + parts["optimizer"] + weights, rel=0.01)
     activations = activation_bytes(CONFIG, 8 * 512, dtype, False)
-    assert 0.35 * peak < activations < peak
+    assert 0.35 * step.alive < activations < step.alive
     assert activation_bytes(CONFIG, 8 * 512, dtype, True) < 0.2 * activations
 
 
