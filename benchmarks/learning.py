@@ -116,6 +116,7 @@ def pretrained(data: Path, out: Path, seeds: list[int], steps: int) -> None:
         words += ["--max-position-embeddings", 32]
         command(*words, "--steps", steps // 3, "--out", second)
         config = load_network(second / "model").config
+        assert isinstance(config, EncoderConfig)
         blank = random_weights(config, tok, out / f"random-{seed}", seed)
         for name, start in (("pretrained", second / "model"), ("random weights", blank)):
             kind = f"{name.split()[0]}-{seed}"
@@ -429,7 +430,7 @@ def nll(model: Any, before: list[int], wanted: list[int]) -> float:
 # what builds the corpora, what trains and scores, steps of pretraining
 EXPERIMENTS = {
     "pretrained": (banking_corpora, pretrained, 1500),
-    "reading": (made_questions, reading, 350),
+    "reading": (made_questions, reading, 350),  # too few (docs/BENCH.md)
     "middle": (word_problems, middle, 700),
 }
 
