@@ -66,7 +66,7 @@ def test_resumed_is_bit_for_bit_uninterrupted(
     config = configs.load(cls, values, where="the test")
     summary = run(config, tmp_path / "whole")
     assert summary["trained_parameters"] < 0.2 * summary["parameters"]
-    real, calls = loop.accumulate, iter(range(100))
+    real, calls = loop.passes, iter(range(100))
 
     def power_cut(*args, **options):
         if next(calls) == 5:
@@ -74,7 +74,7 @@ def test_resumed_is_bit_for_bit_uninterrupted(
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "accumulate", power_cut)
+        patch.setattr(loop, "passes", power_cut)
         with pytest.raises(RuntimeError, match="power cut"):
             run(config, tmp_path / "cut")
     run(config, tmp_path / "cut")

@@ -115,7 +115,7 @@ def test_steps_on_the_gram_matrix_are_those_on_the_matrix(shape, kind):
     stack = (u * torch.logspace(0, -6, 24, dtype=torch.float64)) @ v
     wanted = orthogonalise(stack, torch.float64, kind)
     found = orthogonalise(stack.float(), torch.float32, kind)
-    assert (found - wanted).norm() < 2e-3 * wanted.norm()
+    assert (found - wanted).norm() < 5e-3 * wanted.norm()
 
 
 def test_muon_equals_torchs_own():

@@ -67,7 +67,7 @@ def product_of_steps(
 
     A step is X <- P X with P a polynomial of G = X X^T, so that G <- P G P: 34 products of S^3 and
     two of S^2 L, against 5 S^3 and ten. Errors of G grow from step to step: in fp32 to 1e-4 of
-    the result, 1e-3 at the worst; so fp32 alone goes this way (bf16's own error is 3e-2).
+    the result, 2e-3 at the worst; so fp32 alone goes this way (bf16's own error is 3e-2).
     """
     gram_NSS = (x_NSL @ x_NSL.mT) / norms_N11.square()
     product_NSS: Tensor | None = None
