@@ -364,6 +364,13 @@ def optimizer_tensors(training: Training) -> dict[str, Tensor]:
     }
 
 
+def seed_generators(seed: int) -> None:
+    """Start the random number generators of torch, NumPy and Python alike on every run."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def read_generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the states of torch's, NumPy's and Python's random number generators."""
     kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)

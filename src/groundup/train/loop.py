@@ -33,6 +33,7 @@ from groundup.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     read_trained,
+    seed_generators,
     trained,
 )
 from groundup.train.config import FitConfig
@@ -92,7 +93,7 @@ def fit(
     with an error or is skipped; Ctrl-C saves first.
     """
     dtype, ranks = DTYPES[config.dtype], here(device)
-    torch.manual_seed(config.seed + ranks.rank)
+    seed_generators(config.seed + ranks.rank)
     whole, model = model, spread(model, ranks, device, dtype, config.shard_ranks)
     model.train()
     training = Training(
