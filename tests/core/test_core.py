@@ -174,6 +174,51 @@ def test_a_model_is_found_in_models_stages_and_runs(tmp_path):
         run.resolve_model(tmp_path)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """Settings within settings."""
+
+    width: int = field(8, help="a number")
+    depth: int = field(2, help="a setting of a later version")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """What a stage is told."""
+
+    steps: int = field(3, help="a number")
+    exact: bool = field(False, help="a setting of a later version")
+    inner: Inner = field(Inner(), help="more of them")
+
+
+def write_nothing(config, out):
+    (out / "empty").write_text("")
+    return {}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_setting_newer_than_the_folder_had_its_default_there(tmp_path, finished):
+    stage = run.Stage("toy", "", f"{__file__}:write_nothing", help="")
+    out = tmp_path / "out"
+    run.run_stage(stage, Outer(), out)
+    file = out / run.FINISHED
+    record = json.loads(file.read_text())
+    for settings in (record["identity"]["config"], record["identity"]["config"]["inner"]):
+        settings.pop("exact", None)
+        settings.pop("depth", None)
+    assert record["identity"]["config"] == {"steps": 3, "inner": {"width": 8}}
+    if not finished:
+        file.unlink()
+        file = run.partial_marker(out)
+    file.write_text(json.dumps(record))
+    status, _ = run.stage_status(stage, Outer(), out)
+    assert status == ("finished" if finished else "resume")
+    for changed in (Outer(exact=True), Outer(inner=Inner(depth=3)), Outer(inner=Inner(width=9))):
+        assert run.stage_status(stage, changed, out)[0] == "changed"
+    with pytest.raises(ConfigError, match="exact, which it did not have, is now True"):
+        run.run_stage(stage, Outer(exact=True), out)
+
+
 def test_every_error_is_in_the_tree():
     from groundup.core import errors
 

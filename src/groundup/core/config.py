@@ -85,6 +85,24 @@ def semantic_fields(config: Any) -> dict[str, Any]:
     return found
 
 
+def completed(recorded: Any, config: Any) -> Any:
+    """Return recorded settings, with those that they lack and that are at their default.
+
+    A setting that a later version brought was not there to be recorded; its default is what was
+    done before.
+    """
+    if not dataclasses.is_dataclass(config) or not isinstance(recorded, Mapping):
+        return recorded
+    found = dict(recorded)
+    for name, value in semantic_fields(config).items():
+        own = getattr(config, name)
+        if name in recorded:
+            found[name] = completed(recorded[name], own)
+        elif own == type(config).__dataclass_fields__[name].default:
+            found[name] = value
+    return found
+
+
 def input_paths(config: Any) -> dict[str, list[str]]:
     """Return the paths that the stage reads, by field; unset ones are left out."""
     found: dict[str, list[str]] = {}

@@ -122,14 +122,23 @@ def stage_status(stage: Stage, config: Any, out: Path) -> tuple[str, str]:
     """Return ("finished" | "resume" | "new" | "changed" | "foreign", why)."""
     identity = stage_identity(stage, config)
     if (out / FINISHED).is_file():
-        why = difference(read_json(out / FINISHED)["identity"], identity)
+        why = difference(recorded_identity(out / FINISHED, config), identity)
         return ("changed", why) if why else ("finished", "config and inputs are unchanged")
     if partial_marker(out).is_file():
-        why = difference(read_json(partial_marker(out))["identity"], identity)
+        why = difference(recorded_identity(partial_marker(out), config), identity)
         return ("changed", why) if why else ("resume", "it was interrupted")
     if out.is_dir() and any(out.iterdir()):
         return "foreign", "the folder holds other files"
     return "new", "not run yet"
+
+
+def recorded_identity(file: Path, config: Any) -> dict[str, Any]:
+    """Return the identity in a file; settings newer than the file are at their defaults there.
+
+    So a new setting's default must mean what was done before, or the stage's version is bumped.
+    """
+    identity: dict[str, Any] = read_json(file)["identity"]
+    return identity | {"config": configs.completed(identity["config"], config)}
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -144,6 +153,8 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
             if before != after:
                 if kind == "inputs":
                     return f"the input {name} has other content"
+                if name not in old[kind]:
+                    return f"{name}, which it did not have, is now {after!r}"
                 return f"{name} was {before!r} and is now {after!r}"
     return ""
 
