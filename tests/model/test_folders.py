@@ -166,8 +166,8 @@ def settings(folder, **changes):
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map asks for code .* never run"),
         ({"trust_remote_code": True}, "trust_remote_code asks for code"),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "wide"}, "hidden_size = 'wide' is no whole number"),
-        ({"head_dim": "wide"}, "config.json makes no model"),
+        ({"hidden_size": "wide"}, "hidden_size = .wide. is not a whole number"),
+        ({"head_dim": "wide"}, "head_dim = .wide. is not a whole number"),
         ({"hidden_size": 40}, r"has shape \[97, 32\], but config.json asks for \[97, 40\]"),
         ({"vocab_size": 90}, r"embed_tokens.weight has shape \[97, 32\].*\[90, 32\]"),
         ({"num_hidden_layers": 3}, "layers.2.input_layernorm.weight is missing, and 8 more"),
@@ -183,6 +183,53 @@ def test_a_config_that_cannot_be_is_one_line(folder, changes, message):
         load_network(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+ODD = ("wide", [], {}, [1.5], None, True, 1.5, -1, 0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "sliding_window": 5},
+        {"model_type": "gemma3_text", "hidden_act": "gelu", "rope_local_base_freq": 1e3},
+        {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 24},
+        {"model_type": "bert", "task": "sequence"},
+        {"model_type": "modernbert", "task": "sequence"},
+    ],
+    ids=lambda more: more.get("model_type", "llama"),
+)
+def test_no_value_of_any_field_ends_in_a_traceback(more, tmp_path):
+    """Each field of each config with values of every kind: a model that runs, or one line."""
+    model = encoder(**more) if "task" in more else decoder(**more)
+    save_model(model, None, tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    before = json.loads(file.read_text())
+    refused = 0
+    for field in before:
+        for value in ODD:
+            file.write_text(json.dumps(before | {field: value}))
+            try:
+                load_network(tmp_path / "m").eval()(IDS)
+            except CheckpointError as err:
+                refused += 1
+                assert str(tmp_path / "m") in str(err)
+                assert "wrong kind" not in str(err), (field, value)
+            except DataError:
+                assert field == "max_position_embeddings"
+    assert refused > 3 * len(before)
+
+
+def test_a_scaling_without_its_numbers_is_one_line(folder):
+    for scaling, message in (
+        ({"rope_type": "linear"}, "rope type 'linear' needs a number factor, not null"),
+        ({"rope_type": "llama3", "factor": 8}, "needs a number low_freq_factor, not null"),
+        ({"rope_type": "yarn", "factor": "4"}, 'needs a number factor, not "4"'),
+        ("yarn", 'rope_scaling = "yarn" is not an object or null'),
+    ):
+        settings(folder, rope_scaling=scaling)
+        with pytest.raises(CheckpointError, match=message):
+            load_network(folder)
 
 
 def test_a_hook_in_an_encoders_config_is_refused_too(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from groundup.core.errors import CheckpointError, ConfigError, closest
+from groundup.model.config_fields import check_kinds, check_positive, check_scaling
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class ModelConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
-    query_pre_attn_scalar: int | None = None
+    query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     num_experts: int = 0
@@ -121,9 +122,7 @@ class ModelConfig:
             raise ConfigError(
                 f"model_type {self.model_type!r} is not known{closest(self.model_type, FAMILIES)}"
             )
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
+        check_positive(self, POSITIVE)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads = {self.num_attention_heads} is no multiple of "
@@ -139,6 +138,7 @@ class ModelConfig:
             )
         if self.rope_type not in ROPE_TYPES:
             raise ConfigError(f"rope type {self.rope_type!r}{closest(self.rope_type, ROPE_TYPES)}")
+        check_scaling(self.rope_type, self.rope_scaling or {})
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
             raise ConfigError(
                 f"layer_types has {len(self.layer_types)} entries for "
@@ -213,6 +213,7 @@ class ModelConfig:
                 f"{where}: model_type {known!r} is not supported{closest(str(known), FAMILIES)}"
             )
         family = FAMILIES[known]
+        check_kinds(cls, values, where)
         required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
         if missing := required - values.keys():
             raise CheckpointError(f"{where}: {', '.join(sorted(missing))} is missing")
@@ -230,10 +231,10 @@ class ModelConfig:
         values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
         values["head_dim"] = values.get("head_dim") or values.get("hidden_size", 0) // max(1, heads)
         if isinstance(values.get("eos_token_id"), list):
-            values["eos_token_id"] = values["eos_token_id"][0]
-        for name in ("layer_types", "mlp_only_layers"):
-            if values.get(name) is not None:
-                values[name] = tuple(values[name])
+            values["eos_token_id"] = next(iter(values["eos_token_id"]), None)
+        values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+        if values.get("layer_types") is not None:
+            values["layer_types"] = tuple(values["layer_types"])
         names = {field.name for field in dataclasses.fields(cls)}
         try:
             return cls(**{key: value for key, value in values.items() if key in names})
@@ -241,6 +242,25 @@ class ModelConfig:
             raise CheckpointError(f"{where}: {err}") from err
 
 
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_local_base_freq",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "decoder_sparse_step",
+)
 EXPERT_FIELDS = (
     "num_experts",
     "num_experts_per_tok",

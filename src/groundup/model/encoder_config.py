@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from groundup.core.errors import CheckpointError, ConfigError, closest
+from groundup.model.config_fields import check_kinds, check_positive
 
 # The architecture that each task's folder names, after "Bert" or "ModernBert".
 TASKS = {
@@ -59,6 +60,14 @@ class EncoderConfig:
             raise ConfigError(f"task {self.task!r} is not known{closest(self.task, TASKS)}")
         if self.model_type == "modernbert" and self.task == "pretraining":
             raise ConfigError("modernbert has no next-sentence head: take the task mlm")
+        check_positive(self, POSITIVE)
+        if self.hidden_act != "gelu":
+            raise ConfigError(f"hidden_act {self.hidden_act!r}: encoders are computed with gelu")
+        if self.classifier_pooling not in ("cls", "mean"):
+            raise ConfigError(f"classifier_pooling {self.classifier_pooling!r} is not cls or mean")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 0 and below 1")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size = {self.hidden_size} is no multiple of "
@@ -100,6 +109,7 @@ class EncoderConfig:
     @classmethod
     def from_json(cls, values: dict[str, Any], *, where: str) -> "EncoderConfig":
         """Read a config.json; a setting that we would compute wrongly is a CheckpointError."""
+        check_kinds(cls, values, where)
         values = dict(values)
         [architecture] = values.get("architectures") or ["?"]
         prefix = CLASSES.get(values.get("model_type", ""), "?")
@@ -128,7 +138,7 @@ class EncoderConfig:
             kinds = values.get("layer_types") or []
             if "global_attn_every_n_layers" not in values and kinds.count("full_attention") > 1:
                 values["global_attn_every_n_layers"] = kinds.index("full_attention", 1)
-        if "id2label" in values:
+        if values.get("id2label"):
             values["labels"] = read_labels(values["id2label"])
             values["num_labels"] = len(values["labels"])
         names = {field.name for field in dataclasses.fields(cls)}
@@ -149,6 +159,19 @@ def read_labels(id2label: dict[str, str]) -> tuple[str, ...]:
     return tuple(str(id2label[key]) for key in sorted(id2label, key=int))
 
 
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "local_attention",
+    "global_attn_every_n_layers",
+    "global_rope_theta",
+    "local_rope_theta",
+)
 MODERN_FIELDS = (
     "local_attention",
     "global_attn_every_n_layers",
