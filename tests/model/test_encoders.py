@@ -123,10 +123,18 @@ def test_logits_and_gradients_equal_transformers(kind, task, padded, tmp_path):
         types[:, 12:] = 1
         inputs["token_type_ids"] = types
     own_mask = mask if padded else None
-    found = ours(ids, own_mask, types) if types is not None else ours(ids, own_mask)
-    wanted = logits_of(theirs(ids, **inputs), task)
+
+    def outputs():
+        found = ours(ids, own_mask, types) if types is not None else ours(ids, own_mask)
+        return found, logits_of(theirs(ids, **inputs), task)
+
+    found, wanted = outputs()
     keep = mask.bool() if found.dim() == 3 else torch.ones(2, dtype=torch.bool)
     assert relative(found[keep], wanted[keep]) < 1e-5
+    exact = not padded and "num_experts" not in MORE.get(kind, {})  # theirs have fp32 alone
+    if exact:  # in float64 every tensor can be held to its own size
+        ours.double(), theirs.double()
+        found, wanted = outputs()
     weight = torch.randn(found[keep].shape, generator=generator)
     (found[keep] * weight).sum().backward()
     (wanted[keep] * weight).sum().backward()
@@ -141,7 +149,10 @@ def test_logits_and_gradients_equal_transformers(kind, task, padded, tmp_path):
     assert own.keys() == gradients.keys()
     scale = max(float(g.abs().max()) for g in gradients.values())
     for name, gradient in gradients.items():
-        assert float((own[name] - gradient).abs().max()) < 1e-5 * scale, name
+        # a key's bias moves all scores of a query alike: its gradient is rounding around zero
+        own_scale = exact and not name.endswith("key.bias")
+        largest = float(gradient.abs().max()) if own_scale else scale
+        assert float((own[name] - gradient).abs().max()) <= 1e-5 * largest, name
 
 
 @pytest.mark.parametrize(("kind", "task"), CASES + DECODERS)
@@ -236,7 +247,9 @@ def test_a_new_head_on_a_trained_body(tmp_path):
 
 def test_bad_folders_are_one_line(tmp_path):
     save_model(make("bert", "mlm"), None, tmp_path / "m")
-    with pytest.raises(CheckpointError, match="holds a Encoder, which writes no text"):
+    with pytest.raises(
+        CheckpointError, match="holds a bert with the head of a BertForMaskedLM, which writes"
+    ):
         load_model(tmp_path / "m")
     config = (tmp_path / "m" / "config.json").read_text()
     (tmp_path / "m" / "config.json").write_text(config.replace("BertForMaskedLM", "BertForMaskLM"))
