@@ -171,14 +171,14 @@ def test_a_full_disk_in_the_background_is_one_line(tiny, tmp_path, monkeypatch):
 
     saves = []
 
-    def full(tensors, path, **options):
+    def full(tensors, path):
         saves.append(threading.current_thread())
         if len(saves) > 2:  # two files a checkpoint: the second checkpoint finds no room
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(tensors, path)
 
-    real = checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    real = checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(StorageError, match=r"no space left on the disk while writing .*step-4"):
         run(tiny, tmp_path)
     assert threading.main_thread() not in saves

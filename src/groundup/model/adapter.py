@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from groundup.core.errors import CheckpointError, ConfigError
@@ -37,7 +36,7 @@ from groundup.model.lora import (
     apply_lora,
     matching,
 )
-from groundup.model.weights import read_tensors
+from groundup.model.weights import read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -107,7 +106,7 @@ def write_adapter(model: Network, config: LoraConfig, base: str, folder: Path) -
         if weight.requires_grad
     }
     tensors = {PREFIX + k: weight for k, weight in renamed(tensors, values, back=True).items()}
-    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    write_tensors(tensors, folder / WEIGHTS)
 
 
 def stored_name(name: str, layers: Sequence[str]) -> str:

@@ -56,6 +56,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         ) from err
 
 
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write one safetensors file with the rights of any new file here: alone it is the owner's."""
+    file.touch()
+    rights = file.stat().st_mode
+    save_file(tensors, str(file), metadata={"format": "pt"})
+    file.chmod(rights)
+
+
 def write_weights(
     tensors: dict[str, Tensor], folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
@@ -72,12 +80,12 @@ def write_weights(
         shards[-1][name] = tensor
         filled += tensor.nbytes
     if len(shards) == 1:
-        save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+        write_tensors(tensors, folder / WEIGHTS)
         return
     weight_map: dict[str, str] = {}
     for n, shard in enumerate(shards, start=1):
         file = f"model-{n:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, str(folder / file), metadata={"format": "pt"})
+        write_tensors(shard, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

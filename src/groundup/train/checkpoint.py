@@ -22,12 +22,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from groundup.core.errors import CheckpointError, GroundupError, StorageError
 from groundup.core.files import atomic_folder, read_json, storage_errors, write_json
 from groundup.core.progress import say
+from groundup.model.weights import write_tensors
 from groundup.train.average import Average, copy_into
 from groundup.train.batches import BatchSource
 from groundup.train.config import FitConfig
@@ -148,7 +149,8 @@ def write_together(
 def write(snapshot: Snapshot, folder: Path, write_model: WriteModel | None) -> None:
     """Write step-N aside and rename it into place."""
     with atomic_folder(folder / f"step-{snapshot.state['step']}") as aside:
-        save_file({name: t.contiguous() for name, t in snapshot.tensors.items()}, aside / OPTIMIZER)
+        whole = {name: t.contiguous() for name, t in snapshot.tensors.items()}
+        write_tensors(whole, aside / OPTIMIZER)
         write_whole(snapshot, aside, write_model)
 
 
@@ -159,7 +161,7 @@ def write_whole(snapshot: Snapshot, aside: Path, write_model: WriteModel | None)
         write_model(snapshot.model, aside)
     else:
         weights = trained(snapshot.model)
-        save_file({name: w.data.contiguous() for name, w in weights.items()}, aside / WEIGHTS)
+        write_tensors({name: w.data.contiguous() for name, w in weights.items()}, aside / WEIGHTS)
     write_json(aside / STATE, snapshot.state)
 
 
