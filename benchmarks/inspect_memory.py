@@ -97,7 +97,7 @@ def train(case: tuple[Any, ...], steps: int) -> dict[str, int]:
     if rank:
         apply_lora(model, LoraConfig(r=rank))
     learn(
-        model, NextToken() if kind in CAUSALS else MaskedLM(pairs=False), rows, optim, dtype, steps
+        model, NextToken() if kind in CAUSALS else MaskedLM(pairs="none"), rows, optim, dtype, steps
     )
     measured = resident("VmHWM") - before
     with FakeTensorMode():

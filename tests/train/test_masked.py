@@ -70,6 +70,7 @@ def test_half_of_the_pairs_follow(text, pairs):
     batch = rows(text, pairs=pairs)
     assert 0.42 < float(batch["label"].float().mean()) < 0.58
     original = torch.where(batch["targets"] == IGNORE, batch["ids"], batch["targets"])
+    strangers = 0
     for ids, types, mask, label in zip(
         original, batch["types"], batch["mask"], batch["label"], strict=True
     ):
@@ -81,11 +82,13 @@ def test_half_of_the_pairs_follow(text, pairs):
         assert (types[ends[0] + 1 : length] == 1).all()
         last, first = int(ids[ends[0] - 1]), int(ids[ends[0] + 1])
         after = 10 + (last - 10 + 1) % 800
+        assert label in (FOLLOWS, DOES_NOT_FOLLOW)
+        strangers += int(label == DOES_NOT_FOLLOW and first != after)
         if label == FOLLOWS:
             assert first == after
         elif pairs == "sop":
-            assert label == DOES_NOT_FOLLOW
             assert 10 + (int(ids[length - 2]) - 10 + 1) % 800 == int(ids[1])
+    assert strangers > 0.97 * int((batch["label"] == DOES_NOT_FOLLOW).sum())
 
 
 def test_whole_words_are_masked_whole(text):
@@ -214,6 +217,8 @@ def test_every_objective_trains_from_the_command_line(corpus, tmp_path, objectiv
     assert main(args) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert rows[-1]["loss"] < rows[0]["loss"]
+    told = {name for row in rows for name in row if name.endswith("_accuracy")}
+    assert told == {f"{pair}_accuracy" for pair in objective.split("+")[1:]}
     folder = tmp_path / "run" / "model"
     config = json.loads((folder / "config.json").read_text())
     if "--hidden-dropout-prob" in more:
@@ -231,6 +236,7 @@ def test_objectives_that_do_not_fit_say_what_does(corpus, tok, tmp_path, capsys)
         (["mlm+nsp"], "add --model-type bert (now qwen3)"),
         (["mlm", "--model-type", "bert", "--mlm-probability", "1.5"], "between 0 and 1"),
         (["mlm", "--model-type", "bert", "--hidden-dropout-prob", "1"], "at least 0 and below 1"),
+        (["causal", "--model-type", "bert"], "bert is an encoder: add --objective mlm"),
         (["mlm", "--model-type", "bert"], r"need the special token [MASK]"),
         (["fim"], "train the tokenizer with --special-tokens '<|fim_prefix|>'"),
     ):

@@ -158,12 +158,12 @@ OBJECTIVES = {
     ),
     "fill in the middle": (NextToken(), None, middle, collate_middle),
     "masked words and pairs": (
-        MaskedLM(pairs=True),
+        MaskedLM(pairs="nsp"),
         encoder("pretraining"),
         masked_rows,
         collate_masked,
     ),
-    "masked words": (MaskedLM(pairs=False), encoder("mlm"), masked_rows, collate_masked),
+    "masked words": (MaskedLM(pairs="none"), encoder("mlm"), masked_rows, collate_masked),
     "class of a text": (
         Classify(),
         encoder("sequence", num_labels=3),

@@ -21,11 +21,15 @@ def stage_command(
     *,
     positional: str | None = None,
     model: bool = False,
+    more: str = "",
 ) -> None:
-    """Parse the stage's config from flags and run it into --out; again: resumes or skips."""
+    """Parse the stage's config from flags and run it into --out; again: resumes or skips.
+
+    `more` joins what the help says about the command.
+    """
     stage = STAGES[stage_name]
     cls = stage.config_class()
-    flags = parser(prog, stage.help[0].upper() + stage.help[1:] + ".")
+    flags = parser(prog, f"{stage.help[0].upper()}{stage.help[1:]}.{more}")
     add_config(flags, cls, positional=positional)
     flags.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
     flags.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -82,7 +86,9 @@ def finetune(argv: Sequence[str]) -> None:
         del words[at : at + 2]
     if task not in FINETUNE_TASKS:
         raise ConfigError(f"groundup finetune: --task {task!r}{closest(task, FINETUNE_TASKS)}")
-    stage_command("finetune", FINETUNE_TASKS[task], words, positional="model", model=True)
+    more = "" if task == "span" else " --task span reads questions: --task span --help."
+    stage = FINETUNE_TASKS[task]
+    stage_command("finetune", stage, words, positional="model", model=True, more=more)
 
 
 def align(argv: Sequence[str]) -> None:

@@ -94,11 +94,12 @@ def completed(recorded: Any, config: Any) -> Any:
     if not dataclasses.is_dataclass(config) or not isinstance(recorded, Mapping):
         return recorded
     found = dict(recorded)
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
     for name, value in semantic_fields(config).items():
         own = getattr(config, name)
         if name in recorded:
             found[name] = completed(recorded[name], own)
-        elif own == type(config).__dataclass_fields__[name].default:
+        elif own == defaults[name]:
             found[name] = value
     return found
 

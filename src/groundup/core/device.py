@@ -48,7 +48,8 @@ def pick(name: str | None = None, dtype: str | None = None) -> Device:
     if device.type == "cuda":
         what = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
-        what = f"{torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        what = f"{count} thread{'s' if count > 1 else ''}"
     else:
         what = "Apple GPU"
     together = f", {process()[1]} ranks" if process()[1] > 1 else ""

@@ -85,7 +85,7 @@ class LiveTraining:
             self.live.update(self.picture(), refresh=True)
         elif self.clock() - self.printed >= PLAIN_EVERY_S or step == self.steps:
             self.printed = self.clock()
-            self.console.print("  " + self.status, markup=False)
+            self.console.print("  " + self.status, markup=False, soft_wrap=True)
 
     def show_samples(self, samples: Sequence[str]) -> None:
         """Put new completions on top."""
@@ -94,7 +94,8 @@ class LiveTraining:
             self.live.update(self.picture(), refresh=True)
         else:
             for sample in samples:
-                self.console.print("    > " + " ".join(sample.split())[:100], markup=False)
+                line = "    > " + " ".join(sample.split())[:100]
+                self.console.print(line, markup=False, soft_wrap=True)
 
     def picture(self) -> Group:
         """Return the curve, the line to beat, the status and the newest completions."""

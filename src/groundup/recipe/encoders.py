@@ -56,7 +56,7 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
     with LiveTraining(console, steps=config.steps, unit="loss") as live:
         fit(
             model,
-            MaskedLM(pairs=pairs != "none"),
+            MaskedLM(pairs=pairs),
             source,
             fit_settings(config),
             out,
@@ -140,7 +140,7 @@ def validate(
 ) -> dict[str, float]:
     """Return the loss a masked token and the accuracy of pairs on the validation split."""
     source = pairs_of(config, tok, shard, pairs)
-    objective = MaskedLM(pairs=pairs != "none")
+    objective = MaskedLM(pairs=pairs)
     device = next(model.parameters()).device
     model.eval()
     sums: dict[str, float] = {}

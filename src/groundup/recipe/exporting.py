@@ -71,7 +71,8 @@ def export_folder(
     write_card(model, asked, source, out, push or out.name)
     files = weight_files(out)
     size = sum(file.stat().st_size for file in files)
-    say(f"{out}: {len(files)} weight files, {size / 1e6:,.1f} MB, {dtype}, README.md")
+    plural = "s" if len(files) > 1 else ""
+    say(f"{out}: {len(files)} weight file{plural}, {size / 1e6:,.1f} MB, {dtype}, README.md")
     return {"files": len(files), "bytes": size, "dtype": dtype}
 
 

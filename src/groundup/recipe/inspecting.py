@@ -150,22 +150,24 @@ def show(told: dict[str, Any]) -> None:
         *(
             (f"keys and values of a token, {name}", size_text(value))
             for name, value in told["kv_cache_bytes_per_token"].items()
+            if value  # an encoder keeps none
         ),
     ]
     print_table(out, "", ("", ""), rows)
+    cached = ("cache",) if any(told["kv_cache_bytes_per_token"].values()) else ()
     rows = [
         (
             f"{row['length']:,}",
             f"{row['forward_flops'] / 1e6:,.1f}",
             f"{row['train_flops'] / 1e6:,.1f}",
-            *(size_text(row[f"{what}_bytes_{t}"]) for t in BYTES for what in ("weight", "cache")),
+            *(size_text(row[f"{what}_bytes_{t}"]) for t in BYTES for what in ("weight", *cached)),
         )
         for row in told["per_token"]
     ]
-    head = ("tokens", "MFLOPs", "MFLOPs to train", "weights fp32", "cache fp32")
-    print_table(out, "One token", (*head, "weights bf16", "cache bf16"), rows)
-    columns: tuple[str, ...] = ("length", "batch", "dtype", "weights", "kv_cache", "step")
-    columns += ("logits", "total")
+    head = [f"{what} {t}" for t in BYTES for what in ("weights", *cached)]
+    print_table(out, "One token", ("tokens", "MFLOPs", "MFLOPs to train", *head), rows)
+    columns: tuple[str, ...] = ("length", "batch", "dtype", "weights")
+    columns += (*(("kv_cache",) if cached else ()), "step", "logits", "total")
     print_table(out, "Memory to serve", columns, memory_rows(told["serve"], columns))
     columns = ("length", "batch", "dtype", "optim", "weights", "optimizer", "step")
     columns += ("malloc", "total")

@@ -20,6 +20,7 @@ from groundup.generate import LLM
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.model.decoder import Decoder
+from groundup.model.encoder_config import CLASSES as ENCODERS
 from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PretrainConfig
 from groundup.recipe.encoders import pretrain_encoder
@@ -149,6 +150,11 @@ def model_config(config: PretrainConfig, tok: Tokenizer) -> ModelConfig:
         raise ConfigError(
             f"hidden_size = {config.hidden_size} is no multiple of 64: give one that is, "
             "or set num_attention_heads"
+        )
+    if config.model_type in ENCODERS:
+        raise ConfigError(
+            f"{config.objective} trains decoders, and {config.model_type} is an encoder: "
+            "add --objective mlm, or take another --model-type"
         )
     return ModelConfig(
         model_type=config.model_type,

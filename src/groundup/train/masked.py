@@ -181,18 +181,20 @@ class MaskedPairs:
 
 
 class MaskedLM:
-    """Cross-entropy of the masked tokens, and with `pairs` of whether B follows A.
+    """Cross-entropy of the masked tokens, and with `pairs` of whether B follows A, or was swapped.
 
     The two terms are means of their own, over tokens and over rows, as BERT adds them up.
     """
 
-    def __init__(self, *, pairs: bool) -> None:
-        self.coefficients = {"mlm": 1.0} | ({"nsp": 1.0} if pairs else {})
+    def __init__(self, *, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self.coefficients = {"mlm": 1.0} | ({} if pairs == "none" else {pairs: 1.0})
 
     def weights(self, batch: MicroBatch) -> dict[str, float]:
         """Return the number of masked tokens, and of rows."""
         counts = {"mlm": float((batch["targets"] != IGNORE).sum())}
-        return counts | ({"nsp": float(len(batch["ids"]))} if "nsp" in self.coefficients else {})
+        rows = float(len(batch["ids"]))
+        return counts if self.pairs == "none" else counts | {self.pairs: rows}
 
     def __call__(
         self, model: nn.Module, batch: MicroBatch, stats: Stats = NONE
@@ -200,7 +202,7 @@ class MaskedLM:
         """Return the summed losses in nats, and the accuracy of the second."""
         inputs = (batch["ids"], batch["mask"], batch["types"])
         logits_B2: Tensor | None = None
-        if "nsp" in self.coefficients:
+        if self.pairs != "none":
             loss, logits_B2 = model(*inputs, want="pairs", targets=batch["targets"])
         else:
             loss = model(*inputs, want="losses", targets=batch["targets"])
@@ -208,7 +210,7 @@ class MaskedLM:
         metrics: Metrics = {"mlm_loss": (terms["mlm"].detach(), self.weights(batch)["mlm"])}
         if logits_B2 is not None:
             wide_B2, label_B = logits_B2.float(), batch["label"]
-            terms["nsp"] = nn.functional.cross_entropy(wide_B2, label_B, reduction="sum")
+            terms[self.pairs] = nn.functional.cross_entropy(wide_B2, label_B, reduction="sum")
             right = (wide_B2.argmax(-1) == label_B).sum()
-            metrics["nsp_accuracy"] = (right, float(len(label_B)))
+            metrics[f"{self.pairs}_accuracy"] = (right, float(len(label_B)))
         return terms, metrics
