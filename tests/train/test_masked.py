@@ -9,6 +9,7 @@ import torch
 from groundup.cli.main import main
 from groundup.core.errors import DataError
 from groundup.model.loss import IGNORE
+from groundup.tokenizer import Tokenizer
 from groundup.train import MaskedPairs, MiddleStream, MiddleTokens
 from groundup.train.masked import DOES_NOT_FOLLOW, FOLLOWS
 from groundup.train.middle import rearranged
@@ -225,6 +226,18 @@ def test_every_objective_trains_from_the_command_line(corpus, tmp_path, objectiv
         assert config["hidden_dropout_prob"] == config["attention_probs_dropout_prob"] == 0.2
     [architecture] = config["architectures"]
     assert getattr(transformers, architecture).from_pretrained(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    framed = theirs("alpha", "beta").input_ids
+    if "mlm" in objective:  # with the ends that the encoder was trained on
+        tok = Tokenizer.load(folder)
+        first, last = tok.frame_ids()
+        assert framed == [first, *tok.encode("alpha"), last, *tok.encode("beta"), last]
+        assert theirs.model_max_length == 64
+        assert tok.fingerprint == Tokenizer.load(tmp_path / "tok").fingerprint  # shards still fit
+        tok.save(tmp_path / "again")
+        assert "framed" not in (tmp_path / "again" / "tokenizer_config.json").read_text()
+    else:
+        assert not set(framed) & set(theirs.all_special_ids)
 
 
 def test_objectives_that_do_not_fit_say_what_does(corpus, tok, tmp_path, capsys):

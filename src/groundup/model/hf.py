@@ -34,8 +34,8 @@ class SavesItself(Protocol):
         """Return the ids that end an answer."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer's files."""
+    def save(self, folder: Path, *, encoder_positions: int | None = None) -> None:
+        """Write the tokenizer's files; `encoder_positions`: beside an encoder of so many."""
         ...
 
 
@@ -287,7 +287,9 @@ def write_model(
         write_json(folder / "generation_config.json", known)
     write_weights(tensors, folder, max_shard_bytes=max_shard_bytes)
     if tokenizer:
-        tokenizer.save(folder)
+        encoder = isinstance(model, Encoder)
+        positions = model.config.max_position_embeddings if encoder else None
+        tokenizer.save(folder, encoder_positions=positions)
 
 
 def save_model(

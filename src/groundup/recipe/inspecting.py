@@ -257,8 +257,8 @@ def ends(model: Network, tok: Tokenizer) -> tuple[list[int], list[int]]:
     if isinstance(model, Decoder):
         return [tok.bos_token_id], []
     if isinstance(model, Encoder):
-        first, last = ("cls_token", "bos_token"), ("sep_token", "eos_token")
-        return [tok.token_id(*first)], [tok.token_id(*last)]
+        first, last = tok.frame_ids()
+        return [first], [last]
     return [], []
 
 

@@ -196,14 +196,21 @@ def load_wordpiece(path: Path) -> Loaded:
     backend.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    first, last = names["cls"], names["sep"]
-    backend.post_processor = processors.TemplateProcessing(
+    backend.add_special_tokens(list(names.values()))
+    backend.post_processor = frame(backend, vocab[names["cls"]], vocab[names["sep"]])
+    return backend, None, {f"{role}_token": name for role, name in names.items()}
+
+
+def frame(backend: Backend, first_id: int, last_id: int) -> processors.TemplateProcessing:
+    """Return what puts special tokens around a text, or a pair of texts, as BERT has them."""
+    first, last = backend.id_to_token(first_id), backend.id_to_token(last_id)
+    assert first is not None
+    assert last is not None
+    return processors.TemplateProcessing(
         single=f"{first} $A {last}",
         pair=f"{first} $A {last} $B:1 {last}:1",
-        special_tokens=[(first, vocab[first]), (last, vocab[last])],
+        special_tokens=[(first, first_id), (last, last_id)],
     )
-    backend.add_special_tokens(list(names.values()))
-    return backend, None, {f"{role}_token": name for role, name in names.items()}
 
 
 def export_sentencepiece(tokenizer: Any, path: Path) -> None:

@@ -117,6 +117,9 @@ class Tokenizer:
         folder = place if place.is_dir() else place.parent
         if (folder / "tokenizer_config.json").is_file():
             settings = settings | read_json(folder / "tokenizer_config.json")
+        if settings.get(OWN_KEY, {}).get("framed"):  # what `save` added beside an encoder goes
+            backend.post_processor = None
+            settings = {k: v for k, v in settings.items() if k != "model_max_length"}
         form = settings.get("chat_template")
         if isinstance(form, list):  # several, by name
             named = {entry["name"]: entry["template"] for entry in form}
@@ -149,20 +152,34 @@ class Tokenizer:
             self.backend, form, sentencepiece=self.sentencepiece, settings=dict(self.settings)
         )
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json, the chat template, tokenizer.model."""
+    def save(self, folder: str | Path, *, encoder_positions: int | None = None) -> None:
+        """Write tokenizer.json, tokenizer_config.json, the chat template, tokenizer.model.
+
+        Beside an encoder of so many positions, other libraries are to put [CLS] and [SEP] around
+        texts, as it was trained; here whoever encodes a text does that.
+        """
         place = Path(folder)
-        write_text(place / "tokenizer.json", self.backend.to_str(pretty=True))
+        backend, own = self.backend, dict[str, Any]()
+        if encoder_positions is not None and backend.post_processor is None:
+            backend = Backend.from_str(backend.to_str())
+            backend.post_processor = formats.frame(backend, *self.frame_ids())
+            own["framed"] = True
+        write_text(place / "tokenizer.json", backend.to_str(pretty=True))
         settings: dict[str, Any] = {
             "clean_up_tokenization_spaces": False,
             "model_max_length": 1_000_000_000,
             **self.settings,
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
+        if encoder_positions is not None:
+            settings["model_max_length"] = min(settings["model_max_length"], encoder_positions)
         settings.pop("chat_template", None)
         settings.pop("auto_map", None)
         if self.sampling:
-            settings[OWN_KEY] = {"sampling": self.sampling}
+            own["sampling"] = self.sampling
+        settings.pop(OWN_KEY, None)
+        if own:
+            settings[OWN_KEY] = own
         if self.chat_template:
             settings["chat_template"] = self.chat_template
             write_text(place / "chat_template.jinja", self.chat_template)
@@ -227,6 +244,10 @@ class Tokenizer:
                 "`groundup pretrain CORPUS --init MODEL --tokenizer MODEL`"
             )
         return self
+
+    def frame_ids(self) -> tuple[int, int]:
+        """Return the tokens that an encoder's texts begin and end with."""
+        return self.token_id("cls_token", "bos_token"), self.token_id("sep_token", "eos_token")
 
     def token_id(self, *keys: str) -> int:
         """Return the id of the first of these special roles that the tokenizer has."""

@@ -42,7 +42,7 @@ def cut_windows(
     """Return the windows of all questions, and counts of what was cut."""
     if not doc_stride > 0:
         raise ConfigError(f"doc_stride = {doc_stride} must be 1 or more")
-    cls, sep = tok.token_id("cls_token", "bos_token"), tok.token_id("sep_token", "eos_token")
+    cls, sep = tok.frame_ids()
     windows: list[Window] = []
     counts: Counter[str] = Counter()
     spans_of: dict[str, list[tuple[int, int, int]]] = {}
