@@ -1,6 +1,7 @@
 """Export: Hugging Face folders with a card that tells the run's own numbers."""
 
 import json
+import re
 
 import pytest
 import transformers
@@ -8,7 +9,7 @@ import yaml
 
 from groundup.cli.main import main
 from groundup.core.files import write_json
-from groundup.model import save_model
+from groundup.model import Encoder, EncoderConfig, save_model
 from groundup.recipe.model_card import lineage
 
 
@@ -74,6 +75,20 @@ def test_a_model_from_nowhere_says_so(tiny, tok, tmp_path):
     save_model(tiny, tok, tmp_path / "m")
     assert main(["export", str(tmp_path / "m"), "--out", str(tmp_path / "out")]) == 0
     assert "How it was trained is not known" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_cards_code_loads_the_model_with_its_head(tok, tmp_path, monkeypatch):
+    config = EncoderConfig(
+        vocab_size=tok.vocab_size, hidden_size=32, num_hidden_layers=1, task="sequence"
+    )
+    save_model(Encoder(config), tok, tmp_path / "m")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "m", "--out", "out"]) == 0
+    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    made = {}
+    exec(code, made)
+    assert made["model"].classifier.weight.shape == (2, 32)
+    assert made["tokenizer"]("x").input_ids[0] == tok.frame_ids()[0]
 
 
 @pytest.mark.parametrize(

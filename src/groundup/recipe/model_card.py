@@ -12,7 +12,7 @@ from groundup.core.run import FINISHED, RUN_FILE
 from groundup.model.counts import num_parameters
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
-from groundup.model.hf import Network
+from groundup.model.hf import Network, config_json
 
 PIPELINES = {
     "mlm": "fill-mask",
@@ -164,6 +164,12 @@ def number(value: Any) -> str:
 def usage(model: Network, name: str) -> str:
     """Return how the model is used."""
     if not isinstance(model, Decoder):
-        code = f"from transformers import AutoModel\n\nAutoModel.from_pretrained({name!r})"
-        return f"```python\n{code}\n```"
+        [kind] = config_json(model)["architectures"]  # AutoModel would leave the head out
+        lines = (
+            f"from transformers import AutoTokenizer, {kind}",
+            "",
+            f"model = {kind}.from_pretrained({name!r})",
+            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+        )
+        return "\n".join(("```python", *lines, "```"))
     return f'```bash\ngroundup generate {name} --prompt "..." --max-tokens 64\n```'
