@@ -1,12 +1,13 @@
-"""GGUF files in llama.cpp itself: the same ids for text, the same probabilities for tokens."""
+"""Decoders' GGUF files in llama.cpp itself: the same ids for text, the same probabilities."""
 
 import pytest
 import torch
+from llamacpp import serve
 
 from groundup.cli.main import main
 from groundup.core.errors import CheckpointError, ConfigError
 from groundup.model import Decoder, ModelConfig, save_model
-from groundup.recipe.gguf import architecture_of, export_gguf
+from groundup.recipe.gguf import ARCHITECTURES, architecture_of, export_gguf
 from groundup.tokenizer import Tokenizer
 
 TEXTS = [
@@ -43,21 +44,13 @@ def make(tok, model_type, **more):
     return model.eval()
 
 
-def in_llama_cpp(file, prompt, letter):
+def next_token(server, prompt, letter):
     """Return the prompt's token count and log-probabilities of the next token, by id.
 
     The server holds half characters back, so the sampled token is forced to be `letter`; the
     probabilities it reports are those before that bias.
     """
-    xllamacpp = pytest.importorskip("xllamacpp")
-    params = xllamacpp.CommonParams()
-    params.model.path = str(file)
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 256, 1, False, 0
-    params.cpuparams.n_threads = 2
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(params)
-    request = {"prompt": prompt, "n_predict": 6, "n_probs": 600, "temperature": 1.0, "top_k": 0}
+    request = {"prompt": prompt, "n_predict": 1, "n_probs": 600, "temperature": 1.0, "top_k": 0}
     request |= {"logit_bias": [[letter, 1000.0]], "cache_prompt": False, "ignore_eos": True}
     answer = server.handle_completions(request)
     word = answer["choices"][0]["logprobs"]["content"][0]
@@ -90,27 +83,31 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 UNTIED = {"tie_word_embeddings": False}
 
 
-@pytest.mark.parametrize(
-    ("model_type", "dtype", "options", "tolerance"),
-    [
-        ("llama", "f32", {"attention_bias": True, "mlp_bias": True}, 1e-4),
-        ("llama", "f32", {"rope_scaling": LLAMA3}, 1e-4),
-        ("llama", "f16", UNTIED, 2e-2),
-        ("llama", "q8_0", {}, 0.3),
-        ("mistral", "f32", {}, 1e-4),
-        ("qwen2", "f32", {}, 1e-4),
-        ("qwen3", "f32", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1e-4),
-        ("qwen3", "f32", {"rope_scaling": YARN}, 1e-4),
-        ("olmo2", "f32", {}, 1e-4),
-        ("olmo2", "f16", UNTIED, 2e-2),
-        ("mixtral", "f32", EXPERTS, 1e-4),
-        ("mixtral", "q8_0", EXPERTS, 0.3),
-        ("qwen3_moe", "f32", EXPERTS | {"moe_intermediate_size": 32}, 1e-4),
-        ("gemma2", "f32", GEMMA2, 5e-3),  # llama.cpp looks GELU up in a table of f16
-        ("gemma3_text", "f32", GEMMA3, 5e-3),
-        ("gemma3_text", "f16", GEMMA3 | UNTIED, 3e-2),
-    ],
-)
+CASES = [
+    ("llama", "f32", {"attention_bias": True, "mlp_bias": True}, 1e-4),
+    ("llama", "f32", {"rope_scaling": LLAMA3}, 1e-4),
+    ("llama", "f16", UNTIED, 2e-2),
+    ("llama", "q8_0", {}, 0.3),
+    ("mistral", "f32", {}, 1e-4),
+    ("qwen2", "f32", {}, 1e-4),
+    ("qwen3", "f32", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1e-4),
+    ("qwen3", "f32", {"rope_scaling": YARN}, 1e-4),
+    ("olmo2", "f32", {}, 1e-4),
+    ("olmo2", "f16", UNTIED, 2e-2),
+    ("mixtral", "f32", EXPERTS, 1e-4),
+    ("mixtral", "q8_0", EXPERTS, 0.3),
+    ("qwen3_moe", "f32", EXPERTS | {"moe_intermediate_size": 32}, 1e-4),
+    ("gemma2", "f32", GEMMA2, 5e-3),  # llama.cpp looks GELU up in a table of f16
+    ("gemma3_text", "f32", GEMMA3, 5e-3),
+    ("gemma3_text", "f16", GEMMA3 | UNTIED, 3e-2),
+]
+
+
+def test_every_architecture_is_among_the_cases():
+    assert {model_type for model_type, *_ in CASES} == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(("model_type", "dtype", "options", "tolerance"), CASES)
 def test_probabilities_equal_llama_cpp(tok, tmp_path, model_type, dtype, options, tolerance):
     model = make(tok, model_type, **options)
     save_model(model, tok, tmp_path / "m")
@@ -118,13 +115,16 @@ def test_probabilities_equal_llama_cpp(tok, tmp_path, model_type, dtype, options
         main(["export", str(tmp_path / "m"), "--dtype", dtype, "--out", str(tmp_path / "x.gguf")])
         == 0
     )
-    ids = tok.encode(TEXTS[0])
-    count, found = in_llama_cpp(tmp_path / "x.gguf", ids, tok.encode("a")[-1])
-    assert count == len(ids)
-    wanted = model(torch.tensor([ids]))[0, -1].log_softmax(-1).detach()
-    assert len(found) > 300
-    for i, logprob in found.items():
-        assert logprob == pytest.approx(float(wanted[i]), abs=tolerance), i
+    ids, letter = tok.encode(TEXTS[0]), tok.encode("a")[-1]
+    server = serve(tmp_path / "x.gguf")
+    wanted_TV = model(torch.tensor([ids]))[0].log_softmax(-1).detach()
+    for n, wanted_V in enumerate(wanted_TV, start=1):  # it tells those behind a prompt alone
+        count, found = next_token(server, ids[:n], letter)
+        assert count == n
+        assert len(found) > 300
+        logprobs = torch.tensor(list(found.values()))
+        away = (logprobs - wanted_V[list(found)]).abs().max()
+        assert away < tolerance, (n, float(away))
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,10 @@ def test_text_has_the_same_tokens_in_llama_cpp(texts, tmp_path, kind, pattern):
     model = make(tok, "llama")
     save_model(model, tok, tmp_path / "m")
     export_gguf(tmp_path / "m", tmp_path / "x.gguf", dtype="f32")
+    server = serve(tmp_path / "x.gguf")
     for text in TEXTS:
         ids = tok.encode(text)
-        count, found = in_llama_cpp(tmp_path / "x.gguf", text, tok.encode("a")[-1])
+        count, found = next_token(server, text, tok.encode("a")[-1])
         assert count == len(ids)
         wanted = model(torch.tensor([ids]))[0, -1].log_softmax(-1).detach()
         best = max(found, key=found.get)

@@ -26,6 +26,12 @@ def export(argv: Sequence[str]) -> None:
     flags.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (5GB)"
     )
+    flags.add_argument(
+        "--pooling",
+        metavar="KIND",
+        help="an encoder's GGUF file embeds texts by mean, cls, last or none (as its folder says, "
+        "or mean)",
+    )
     flags.add_argument("--push", metavar="ORG/NAME", help="upload to the hub (needs HF_TOKEN)")
     flags.add_argument("--private", action="store_true", help="a new hub model is private")
     flags.add_argument("--json", action="store_true", help="print what was written as JSON")
@@ -39,6 +45,7 @@ def export(argv: Sequence[str]) -> None:
         dtype=args.dtype,
         out=args.out,
         max_shard_size=args.max_shard_size,
+        pooling=args.pooling,
         push=args.push,
         private=args.private,
     )

@@ -29,6 +29,7 @@ def export_model(
     dtype: str | None = None,
     out: Path | None = None,
     max_shard_size: str = "5GB",
+    pooling: str | None = None,
     push: str | None = None,
     private: bool = False,
 ) -> dict[str, Any]:
@@ -40,12 +41,14 @@ def export_model(
     chosen = format or ("gguf" if out is not None and out.suffix == ".gguf" else "hf")
     if chosen not in FORMATS:
         raise ConfigError(f"format {chosen!r}{closest(chosen, FORMATS)}")
+    if pooling is not None and chosen != "gguf":
+        raise ConfigError("--pooling is written into GGUF files: add --format gguf")
     if out is None and push is None:
         raise ConfigError("say where to: --out PATH, --push ORG/NAME, or both")
     with tempfile.TemporaryDirectory() as aside:
         target = out or Path(aside) / ("model.gguf" if chosen == "gguf" else "model")
         if chosen == "gguf":
-            written = export_gguf(source, target, dtype=dtype or "f16")
+            written = export_gguf(source, target, dtype=dtype or "f16", pooling=pooling)
         else:
             shard_bytes = parse_size(max_shard_size)
             written = export_folder(asked, source, target, dtype or "f32", shard_bytes, push)

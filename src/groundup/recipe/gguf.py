@@ -1,30 +1,34 @@
-"""GGUF files for llama.cpp: a decoder and its tokenizer in one file, f32, f16 or q8_0.
+"""GGUF files for llama.cpp: a network and its tokenizer in one file, f32, f16 or q8_0.
 
 What llama.cpp would compute otherwise than we do is refused by name: its graphs fix for each
 architecture what our configs leave open (activations, windows, scales, how experts are weighted).
+Here are decoders; what encoders are called there is in gguf_encoder.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from groundup.core.errors import CheckpointError, ConfigError, closest, need
 from groundup.core.files import atomic_file
 from groundup.core.progress import say, track
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Decoder
-from groundup.model.hf import load_network
+from groundup.model.encoder import Encoder
+from groundup.model.hf import Network, load_network
 from groundup.model.rope import llama3
+from groundup.recipe.gguf_encoder import Contents, Floats, encoder_contents
 from groundup.recipe.gguf_vocabulary import add_vocabulary
 from groundup.tokenizer import Tokenizer
 
-Floats = NDArray[np.float32]
-TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
+TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
+# Routers, and what is added to embeddings: llama.cpp keeps these matrices in f32.
+WIDE = ("ffn_gate_inp.weight", "position_embd.weight", "token_types.weight")
 
 
 @dataclass(frozen=True)
@@ -79,28 +83,29 @@ NORMS_BEHIND = {
 }
 
 
-def export_gguf(model_folder: Path, out: Path, *, dtype: str = "f16") -> dict[str, Any]:
+def export_gguf(
+    model_folder: Path, out: Path, *, dtype: str = "f16", pooling: str | None = None
+) -> dict[str, Any]:
     """Write `out` from a model folder; complete or not at all.
 
-    What llama.cpp would compute otherwise (a sliding window, an unknown pattern) is refused.
+    `pooling` is how llama.cpp makes one vector of an encoder's tokens. What llama.cpp would
+    compute otherwise (a sliding window, an unknown pattern) is refused.
     """
     gguf = need("gguf", extra="export", purpose="writing GGUF")
     if dtype not in TYPES:
         raise ConfigError(f"dtype {dtype!r}{closest(dtype, TYPES)}")
     model = load_network(model_folder)
-    if not isinstance(model, Decoder):
-        raise CheckpointError(
-            f"{model_folder} is no decoder with a language head: GGUF files are written of those "
-            "alone, others go to a folder (--format hf)"
-        )
-    config = model.config
-    tok = Tokenizer.load(model_folder).need_rows(config.vocab_size, model_folder)
-    architecture = architecture_of(config)
+    tok = Tokenizer.load(model_folder).need_rows(model.config.vocab_size, model_folder)
+    encoder = isinstance(model, Encoder)
+    contents = encoder_contents if encoder else decoder_contents
+    architecture, add_shape, tensors = contents(model, model_folder, pooling)
     with atomic_file(out) as aside:
-        writer = gguf.GGUFWriter(str(aside), architecture.name)
-        add_shape(writer, gguf, config, architecture, dtype)
-        add_vocabulary(writer, tok, config.vocab_size)
-        count = add_tensors(writer, gguf, model, architecture, dtype)
+        writer = gguf.GGUFWriter(str(aside), architecture)
+        writer.add_name("groundup")
+        writer.add_file_type(gguf.LlamaFileType[TYPES[dtype]])
+        add_shape(writer, gguf)
+        add_vocabulary(writer, tok, model.config.vocab_size, framed=encoder)
+        count = add_tensors(writer, gguf, tensors, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -108,6 +113,20 @@ def export_gguf(model_folder: Path, out: Path, *, dtype: str = "f16") -> dict[st
     size = out.stat().st_size
     say(f"{out}: {count} tensors, {size / 1e6:,.1f} MB, {dtype}")
     return {"tensors": count, "bytes": size, "dtype": dtype}
+
+
+def decoder_contents(model: Network, folder: Path, pooling: str | None) -> Contents:
+    """Return a decoder's architecture, what adds its shape, and its tensors."""
+    if pooling is not None:
+        raise ConfigError(f"--pooling is for encoders, and {folder} holds a decoder")
+    if not isinstance(model, Decoder):
+        raise CheckpointError(
+            f"{folder} is a decoder without a language head: GGUF files are written of decoders "
+            "that write text and of encoders, others go to a folder (--format hf)"
+        )
+    architecture = architecture_of(model.config)
+    add = partial(add_decoder_shape, config=model.config, architecture=architecture)
+    return architecture.name, add, decoder_tensors(model, architecture)
 
 
 def architecture_of(config: ModelConfig) -> Architecture:
@@ -172,11 +191,10 @@ def architecture_of(config: ModelConfig) -> Architecture:
     return found
 
 
-def add_shape(
-    writer: Any, gguf: Any, config: ModelConfig, architecture: Architecture, dtype: str
+def add_decoder_shape(
+    writer: Any, gguf: Any, config: ModelConfig, architecture: Architecture
 ) -> None:
     """Add the config under GGUF's keys."""
-    writer.add_name("groundup")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -189,8 +207,6 @@ def add_shape(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_vocab_size(config.vocab_size)
-    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(gguf.LlamaFileType[kinds[dtype]])
     if config.family.experts:
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
@@ -215,31 +231,33 @@ def add_shape(
         writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
 
 
-def add_tensors(
-    writer: Any, gguf: Any, model: Decoder, architecture: Architecture, dtype: str
-) -> int:
-    """Add every weight under GGUF's name; matrices in `dtype`, vectors and routers in f32."""
-    count = 0
-    tensors = list(named_tensors(model, own_head=architecture.head == "own"))
-    for name, weight in track(tensors, "writing tensors"):
+def decoder_tensors(model: Decoder, architecture: Architecture) -> Iterator[tuple[str, Floats]]:
+    """Yield every weight under GGUF's name, as llama.cpp wants it."""
+    config = model.config
+    renamed = LAYER_NAMES | NORMS_BEHIND if config.family.norms != "before" else LAYER_NAMES
+    for name, weight in named_tensors(model, own_head=architecture.head == "own"):
         stem, _, kind = name.rpartition(".")
         if stem in OUTER_NAMES:
             target = OUTER_NAMES[stem]
         else:
             _, _, layer, inner = stem.split(".", 3)
-            renamed = (
-                LAYER_NAMES | NORMS_BEHIND if model.config.family.norms != "before" else LAYER_NAMES
-            )
             target = f"blk.{layer}.{renamed[inner]}"
             if architecture.paired and inner in ("self_attn.q_proj", "self_attn.k_proj"):
-                heads = model.config.num_attention_heads
-                heads = heads if "q_proj" in inner else model.config.num_key_value_heads
+                heads = config.num_attention_heads
+                heads = heads if "q_proj" in inner else config.num_key_value_heads
                 weight = neighbours(weight, heads)
-        if model.config.family.gemma and weight.ndim == 1 and kind == "weight":
+        if config.family.gemma and weight.ndim == 1 and kind == "weight":
             weight = weight + 1  # Gemma's norms count from one
+        yield f"{target}.{kind}", weight
+
+
+def add_tensors(writer: Any, gguf: Any, tensors: Iterable[tuple[str, Floats]], dtype: str) -> int:
+    """Add tensors by name, matrices in `dtype`, vectors and what is in WIDE in f32; count them."""
+    count = 0
+    for name, weight in track(list(tensors), "writing tensors"):
         stored: Any = weight.astype(np.float32)
         raw = None
-        narrow = weight.ndim > 1 and not stem.endswith("mlp.gate")
+        narrow = weight.ndim > 1 and not name.endswith(WIDE)
         if narrow and dtype == "f16":
             stored = weight.astype(np.float16)
         elif narrow and dtype == "q8_0":
@@ -250,7 +268,7 @@ def add_tensors(
                 )
             raw = gguf.GGMLQuantizationType.Q8_0
             stored = gguf.quants.quantize(stored, raw)
-        writer.add_tensor(f"{target}.{kind}", np.ascontiguousarray(stored), raw_dtype=raw)
+        writer.add_tensor(name, np.ascontiguousarray(stored), raw_dtype=raw)
         count += 1
     return count
 

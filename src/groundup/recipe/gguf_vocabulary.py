@@ -2,18 +2,25 @@
 
 import json
 import re
+from collections import Counter
 from typing import Any
+from unicodedata import category
 
 from groundup.core.errors import CheckpointError
+from groundup.core.progress import say
 from groundup.tokenizer import PATTERNS, Tokenizer, spm
 
 # Our patterns under the names by which llama.cpp has them built in.
 PRE_TOKENIZERS = {"gpt2": "gpt-2", "gpt4": "dbrx", "gpt4o": "gpt-4o", "qwen2": "qwen2"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "\u2581"
 
 
-def add_vocabulary(writer: Any, tok: Tokenizer, size: int) -> None:
-    """Add tokens, scores or merges, types and special ids; ids without a token are unused."""
+def add_vocabulary(writer: Any, tok: Tokenizer, size: int, *, framed: bool = False) -> None:
+    """Add tokens, scores or merges, types and special ids; ids without a token are unused.
+
+    `framed`: llama.cpp is to put an encoder's first and last token around texts by itself.
+    """
     content = tok.content["model"]
     vocab = tok.backend.get_vocab(with_added_tokens=True)
     names = [f"[PAD{n}]" for n in range(size)]
@@ -49,21 +56,84 @@ def add_vocabulary(writer: Any, tok: Tokenizer, size: int) -> None:
             writer.add_precompiled_charsmap(tok.sentencepiece.charsmap)
         if unknown := tok.sentencepiece.ids_of(spm.UNKNOWN):
             writer.add_unk_token_id(unknown[0])
+    elif tok.kind == "wordpiece":
+        add_wordpiece(writer, tok)
+        names = [
+            with_space(name) if kind == NORMAL else name
+            for name, kind in zip(names, types, strict=True)
+        ]
+        if len(set(names)) < size:
+            [(twice, _)] = Counter(names).most_common(1)
+            raise CheckpointError(
+                f"llama.cpp writes {SPACE} for the start of a word, and two tokens become "
+                f"{twice!r}: not written"
+            )
     else:
         raise CheckpointError(
-            f"llama.cpp has no tokenizer like this {tok.kind} one: bpe, unigram and "
+            f"llama.cpp has no tokenizer like this {tok.kind} one: bpe, wordpiece, unigram and "
             "sentencepiece-bpe can be written"
         )
     writer.add_token_list([name.encode() for name in names])
     writer.add_token_types(types)
+    writer.add_pad_token_id(tok.pad_token_id)
+    writer.add_add_bos_token(framed)
+    writer.add_add_eos_token(framed)
+    if framed:
+        add_frame(writer, tok)
+        return
     writer.add_bos_token_id(tok.bos_token_id)
     writer.add_eos_token_id(tok.end_of_turn_id)
     writer.add_eot_token_id(tok.end_of_turn_id)
-    writer.add_pad_token_id(tok.pad_token_id)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
     if tok.chat_template:
         writer.add_chat_template(without_marks(tok.chat_template))
+
+
+def add_frame(writer: Any, tok: Tokenizer) -> None:
+    """Add the tokens that an encoder's texts begin and end with, under all their names."""
+    first, last = tok.frame_ids()
+    writer.add_bos_token_id(first)
+    writer.add_eos_token_id(last)
+    writer.add_uint32("tokenizer.ggml.cls_token_id", first)
+    writer.add_sep_token_id(last)
+    writer.add_add_sep_token(True)
+    mask = tok.backend.token_to_id("[MASK]")
+    if mask is not None:
+        writer.add_mask_token_id(mask)
+
+
+def add_wordpiece(writer: Any, tok: Tokenizer) -> None:
+    """Add what llama.cpp's WordPiece is told beside the tokens; it cuts words as BERT does."""
+    model, unify = tok.content["model"], tok.content.get("normalizer") or {}
+    cut = (tok.content.get("pre_tokenizer") or {}).get("type")
+    as_bert = unify.get("clean_text") and unify.get("handle_chinese_chars")
+    if cut != "BertPreTokenizer" or not as_bert or model["continuing_subword_prefix"] != "##":
+        raise CheckpointError(
+            "llama.cpp's WordPiece cleans and cuts text as BERT does and knows ## alone, this "
+            "tokenizer does otherwise: train one with --kind wordpiece and no --normalizer but "
+            "bert-cased or bert-uncased"
+        )
+    lowercase, strips = unify["lowercase"], unify["strip_accents"]
+    strips = lowercase if strips is None else strips
+    if strips and any(map(unlike_bert, tok.backend.get_vocab())):
+        say(
+            "  llama.cpp's WordPiece cuts Hangul and vowel signs such as Hindi's otherwise than "
+            "BERT does: texts with them get other tokens there"
+        )
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_bool("tokenizer.ggml.normalizer.lowercase", lowercase)
+    writer.add_bool("tokenizer.ggml.normalizer.strip_accents", strips)
+    writer.add_unk_token_id(tok.backend.token_to_id(model["unk_token"]))
+
+
+def unlike_bert(token: str) -> bool:
+    """Return whether a token has letters that llama.cpp loses when it strips accents."""
+    return any("\u1100" <= char <= "\u11ff" or category(char) == "Mc" for char in token)
+
+
+def with_space(piece: str) -> str:
+    """Return a WordPiece token as llama.cpp writes it: marked at a word's start, not inside."""
+    return piece.removeprefix("##") if piece.startswith("##") else SPACE + piece
 
 
 def without_marks(template: str) -> str:
