@@ -63,17 +63,23 @@ def train(place, *more):
 
 def test_reading_is_learned_scored_and_opens_in_transformers(place, capsys):
     test = ["--test", str(place / "dev.json")]
-    assert train(place, *test, "--epochs", "12", "--json") == 0
+    windows = ["--max-length", "15", "--doc-stride", "4"]  # two and more a context
+    assert train(place, *test, *windows, "--epochs", "12", "--json") == 0
     shown = capsys.readouterr()
     summary = json.loads(shown.out)
     assert "Reading audit" in shown.err
     assert summary["audit"]["windows with the answer"] == 120
+    assert summary["audit"]["contexts in several windows"] == 120
     assert summary["f1"] > 0.9 > summary["baseline_f1"]
     said = json.loads((place / "out" / "predictions.json").read_text())
     assert len(said) == 30
     evaluate = ["evaluate", str(place / "out"), "--data", str(place / "dev.json"), "--json"]
-    assert main(evaluate) == 0
-    assert json.loads(capsys.readouterr().out)["exact_match"] == summary["exact_match"]
+    for asked, used in (([], "15 tokens at most, 4"), (["--doc-stride", "2"], "at most, 2 apart")):
+        assert main([*evaluate, *asked]) == 0
+        again = capsys.readouterr()
+        assert used in again.err
+        if not asked:
+            assert json.loads(again.out)["f1"] == summary["f1"]
     model = place / "out" / "model"
     assert transformers.AutoModelForQuestionAnswering.from_pretrained(model)
 
@@ -94,6 +100,10 @@ def test_bad_input_is_one_line(place, tok, tiny, capsys):
     words = ["finetune", str(place / "base"), "--task", "span", "--out", str(place / "out")]
     assert main([*words, "--data", str(place / "chats.jsonl")]) == 2
     assert "is not in SQuAD's form" in capsys.readouterr().err
+    texts = ["evaluate", str(place / "base"), "--data", str(place / "notes.txt")]
+    (place / "notes.txt").write_text("words")
+    assert main([*texts, "--doc-stride", "4"]) == 2
+    assert "are for questions in SQuAD's form" in capsys.readouterr().err
     assert main(["evaluate", str(place / "base"), "--data", str(place / "dev.json")]) == 2
     assert "no head for spans" in capsys.readouterr().err
 

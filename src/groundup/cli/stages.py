@@ -116,6 +116,12 @@ def evaluate(argv: Sequence[str]) -> None:
         "--out", type=Path, metavar="DIR", help="keep the mixture with --ngram as a model"
     )
     flags.add_argument("--limit", type=int, metavar="N", help="rows of a task; unset: all")
+    flags.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens a window of a reader; unset: as trained"
+    )
+    flags.add_argument(
+        "--doc-stride", type=int, metavar="N", help="tokens between windows; unset: as trained"
+    )
     flags.add_argument("--device", help="cpu, cuda or mps; unset: the best there is")
     flags.add_argument("--json", action="store_true", help="print JSON")
     args = parse(flags, argv)
@@ -128,10 +134,21 @@ def evaluate(argv: Sequence[str]) -> None:
 
     model = resolve_model(args.model)
     scores: dict[str, Any] = {}
-    if args.data and all(is_squad(Path(path)) for path in args.data):
+    reading = args.data and all(is_squad(Path(path)) for path in args.data)
+    if not reading and (args.max_length, args.doc_stride) != (None, None):
+        raise ConfigError(
+            "groundup evaluate: --max-length and --doc-stride are for questions in SQuAD's form"
+        )
+    if reading:
         from groundup.recipe.reading import evaluate_reading
 
-        scores = evaluate_reading(model, args.data, device=args.device)
+        scores = evaluate_reading(
+            model,
+            args.data,
+            max_length=args.max_length,
+            doc_stride=args.doc_stride,
+            device=args.device,
+        )
     elif args.ngram:
         ngram = resolve_model(args.ngram)
         scores = evaluate_mixture(model, ngram, args.data, out=args.out, device=args.device)

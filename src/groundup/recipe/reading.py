@@ -9,8 +9,9 @@ import torch
 
 from groundup.core import device as devices
 from groundup.core.errors import CheckpointError, DataError
-from groundup.core.files import write_json
+from groundup.core.files import read_json, write_json
 from groundup.core.progress import console, say, show_table
+from groundup.core.run import FINISHED
 from groundup.data.squad import Question, read_squad, split_by_article
 from groundup.evaluate.reading import SpanReader, closest_sentence, score_reading
 from groundup.figure import LiveTraining
@@ -157,12 +158,26 @@ def score(reader: SpanReader, test: list[Question], out: Path | None) -> dict[st
 
 
 def evaluate_reading(
-    model: Path, data: Sequence[str], *, device: str | None = None
+    model: Path,
+    data: Sequence[str],
+    *,
+    max_length: int | None = None,
+    doc_stride: int | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
-    """Score a model with a span head on files in SQuAD's form."""
+    """Score a model with a span head on files in SQuAD's form.
+
+    Windows are those that are asked for, else those that the model was trained with.
+    """
     network: Any = load_network(model, device=devices.pick(device, "fp32").device)
     tok = Tokenizer.load(model).need_rows(network.config.vocab_size, model)
-    reader = SpanReader(network, tok)
+    used = windows_of_training(model) | {
+        name: asked
+        for name, asked in (("max_length", max_length), ("doc_stride", doc_stride))
+        if asked is not None
+    }
+    reader = SpanReader(network, tok, **used)
+    say(f"  windows of {reader.max_length:,} tokens at most, {reader.doc_stride:,} apart")
     questions: list[Question] = []
     for path in data:
         found, counts = read_squad(Path(path))
@@ -170,3 +185,14 @@ def evaluate_reading(
         for what, count in counts.items():
             say(f"  {path}: {what}: {count:,}")
     return score(reader, questions, None)
+
+
+def windows_of_training(model: Path) -> dict[str, int]:
+    """Return max_length and doc_stride of the stage that wrote a model; empty if none says so."""
+    for folder in (model, *model.resolve().parents[:2]):
+        if (folder / FINISHED).is_file():
+            record = read_json(folder / FINISHED)
+            if record["stage"] != "reading":
+                return {}
+            return {name: record["config"][name] for name in ("max_length", "doc_stride")}
+    return {}
