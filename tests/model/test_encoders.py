@@ -26,6 +26,8 @@ from groundup.model.heads import TASKS as HEADS
 from groundup.model.heads import pool
 from groundup.model.hf import model_tensors
 from groundup.model.loss import IGNORE
+from groundup.train import MaskedLM
+from groundup.train.step import accumulate
 
 SIZES = {
     "vocab_size": 97,
@@ -165,18 +167,33 @@ def test_transformers_writes_what_we_read(kind, task, tmp_path):
     torch.testing.assert_close(again(ids), ours(ids))
 
 
-def test_pretraining_loss_equals_berts(tmp_path):
-    """MLM and NSP together, as the paper sums them."""
+def test_pretraining_loss_and_gradients_equal_berts(tmp_path):
+    """MLM and NSP together, as the paper sums them: a step of the loop in two micro-batches."""
     ours = make("bert", "pretraining")
     save_model(ours, None, tmp_path / "m")
     theirs = opened(tmp_path / "m", "pretraining")
-    ids = torch.randint(3, 97, (4, 20))
-    targets = torch.where(torch.rand(4, 20) < 0.2, ids, IGNORE)
+    ids, mask = torch.randint(3, 97, (4, 20)), torch.ones(4, 20, dtype=torch.long)
+    mask[3, 12:] = 0
+    types = (torch.arange(20) > 8).long().expand(4, 20)
+    targets = torch.where((torch.rand(4, 20) < 0.2) & (mask == 1), ids, IGNORE)
+    targets[:, 1] = ids[:, 1]
     following = torch.tensor([0, 1, 1, 0])
-    wanted = theirs(ids, labels=targets, next_sentence_label=following).loss
-    mlm = ours(ids, want="losses", targets=targets) / (targets != IGNORE).sum()
-    nsp = torch.nn.functional.cross_entropy(ours(ids, want="nsp"), following)
-    torch.testing.assert_close(mlm + nsp, wanted)
+    wanted = theirs(
+        ids,
+        attention_mask=mask,
+        token_type_ids=types,
+        labels=targets,
+        next_sentence_label=following,
+    ).loss
+    wanted.backward()
+    rows = {"ids": ids, "mask": mask, "types": types, "targets": targets, "label": following}
+    step = [{name: rows[name][part] for name in rows} for part in (slice(3), slice(3, 4))]
+    told = accumulate(ours, MaskedLM(pairs="nsp"), step, torch.device("cpu"), torch.float32)
+    assert told["loss"] == pytest.approx(float(wanted.detach()), rel=1e-5)
+    gradients = {name: weight.grad for name, weight in theirs.named_parameters()}
+    scale = max(float(gradient.abs().max()) for gradient in gradients.values())
+    for name, weight in ours.named_parameters():
+        assert float((weight.grad - gradients[name]).abs().max()) < 1e-5 * scale, name
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])
