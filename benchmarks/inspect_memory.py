@@ -4,7 +4,8 @@ python benchmarks/inspect_memory.py [--steps 2]
 
 One process a case. Training: the peak of the resident memory of steps of the real loop's parts
 (forward, backward, optimizer), less what was resident before the model was made. Serving: the
-same of the engine, while it writes as many tokens as were asked for. Linux only.
+same of the engine, while it writes as many tokens as were asked for, or of an encoder's forward.
+Linux only.
 """
 
 import argparse
@@ -22,8 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM
+from groundup.generate.config import STEP_TOKENS
 from groundup.model import Decoder, Encoder, EncoderConfig, ModelConfig
-from groundup.model.footprint import serving_peak, training_step, twin_of
+from groundup.model.footprint import serving_step, training_step, twin_of
 from groundup.model.hf import Network
 from groundup.model.inspection import serve_memory, train_memory
 from groundup.model.lora import LoraConfig, apply_lora
@@ -55,7 +57,7 @@ TRAIN = [
     ("bert", 512, 8, "adamw", "fp32", 0),
     ("modernbert", 512, 8, "adamw", "fp32", 0),
 ]
-SERVE = [("qwen3", 512, 1), ("qwen3", 512, 16), ("qwen3_moe", 512, 16)]
+SERVE = [("qwen3", 512, 1), ("qwen3", 512, 16), ("qwen3_moe", 512, 16), ("bert", 512, 8)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -134,26 +136,34 @@ def learn(model: Any, objective: Any, rows: Any, optim: str, dtype: str, steps: 
 
 
 def serve(case: tuple[Any, ...]) -> dict[str, int]:
-    """Return the engine's peak over full contexts and the estimate of it."""
+    """Return the peak of an engine, or of an encoder, over full contexts, and the estimate."""
     kind, length, batch = case
     texts = [str(n) for n in range(3000)]
     tok = Tokenizer.train(texts, vocab_size=300)
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    small = ModelConfig(hidden_size=64, num_hidden_layers=1)
-    LLM(Decoder(small), tok).generate([[1, 2, 3], [1] * 300], params)
+    answer(Decoder(ModelConfig(hidden_size=64, num_hidden_layers=1)), tok, 300, 2)
     before = from_here()
-    model = make(kind)
-    assert isinstance(model, Decoder)
+    model = make(kind).eval()
     from_here()  # without what was freed while making it
-    llm = LLM(model.eval(), tok, max_num_seqs=batch)
-    prompts = [[5 + n] * (length - 16) for n in range(batch)]
-    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
-    llm.generate(prompts, params)
+    answer(model, tok, length, batch)
     measured = resident("VmHWM") - before
+    causal = isinstance(model, Decoder)
+    shape = (1, min(STEP_TOKENS["cpu"], batch * length)) if causal else (batch, length)
     with FakeTensorMode():
-        peak = serving_peak(twin_of(model), 1, min(512, batch * length), torch.float32)
-    told = serve_memory(model, length, batch, 4, peak)
+        step = serving_step(twin_of(model), *shape, torch.float32)
+    told = serve_memory(model, length, batch, 4, step)
     return told | {"estimate": told["total"], "measured": measured}
+
+
+def answer(model: Network, tok: Tokenizer, length: int, batch: int) -> None:
+    """Fill contexts through the engine, or run an encoder over as much, twice."""
+    if isinstance(model, Decoder):
+        prompts = [[5 + n] * (length - 16) for n in range(batch)]
+        params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+        LLM(model.eval(), tok, max_num_seqs=batch).generate(prompts, params)
+        return
+    with torch.inference_mode():
+        for _ in range(2):
+            model(torch.full((batch, length), 5))
 
 
 def main() -> None:

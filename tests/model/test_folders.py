@@ -298,9 +298,12 @@ def test_numbers_that_are_none_or_lack_their_scales_are_named(folder, capsys):
 def test_files_of_no_model_are_one_line(folder, tmp_path, capsys):
     stopped = tmp_path / "run" / "checkpoints" / "step-5"
     shutil.copytree(folder, stopped)
+    save_model(decoder(vocab_size=90), None, tmp_path / "other")
+    settings(tmp_path / "other", vocab_size=97)
     (folder / "config.json").write_text("[1]")
     for argv, message in (
         (["inspect", str(folder)], "holds a list, not an object"),
+        (["inspect", str(tmp_path / "other")], "config.json asks for [97, 32]"),
         (["generate", str(folder), "--prompt", "x"], "holds no tokenizer.json"),
         (["inspect", str(tmp_path / "run")], f"run its command again, or give {stopped}"),
     ):

@@ -14,7 +14,8 @@ from groundup.model import Decoder, Encoder, EncoderConfig, HeadedDecoder, Model
 from groundup.model.footprint import (
     EvenExperts,
     held_by_malloc,
-    serving_peak,
+    held_in_serving,
+    serving_step,
     training_step,
     twin_of,
 )
@@ -22,6 +23,7 @@ from groundup.model.heap import LINGER, Heap
 from groundup.model.inspection import (
     cache_bytes,
     forward_flops,
+    serve_memory,
     sizes,
     states_of,
     train_memory,
@@ -167,11 +169,15 @@ def test_a_forward_without_gradients_keeps_less_and_grows_with_the_tokens():
     for case in ("llama", "qwen3_moe", "bert", "modernbert, classes", "reward"):
         with FakeTensorMode():
             twin = twin_of(make(case))
-            one, four = (serving_peak(twin, rows, 64, torch.float32) for rows in (1, 4))
-            narrow = serving_peak(twin, 4, 64, torch.bfloat16)
-            trained = training_step(twin_of(make(case)), 64, 4, torch.float32).alive
-        assert one < four < 4.5 * one
-        assert narrow < four < trained
+            one, four = (serving_step(twin, rows, 64, torch.float32) for rows in (1, 4))
+            narrow = serving_step(twin, 4, 64, torch.bfloat16)
+            trained = training_step(twin_of(make(case)), 64, 4, torch.float32)
+        assert one.alive < four.alive < 4.5 * one.alive
+        assert narrow.alive < four.alive < trained.alive
+        told = serve_memory(make(case), 64, 4, 4, four)
+        made = sum(size for _, size in four.events if size is not None)
+        assert 0 < told["malloc"] == held_in_serving(four) < 2 * made  # gaps are smaller than these
+        assert told["total"] == sum(value for name, value in told.items() if name != "total")
 
 
 def test_holes_take_tensors_once_the_gaps_between_them_are_free():
@@ -248,7 +254,9 @@ def test_the_command_prints_tables_json_and_a_page(tiny, tok, tmp_path, capsys):
     }
     [serve, _] = told["serve"]
     assert serve["kv_cache"] == 2 * 32 * told["kv_cache_bytes_per_token"]["fp32"]
-    assert serve["total"] == sum(serve[k] for k in ("weights", "kv_cache", "step", "logits"))
+    assert serve["total"] == sum(
+        serve[k] for k in ("weights", "kv_cache", "step", "malloc", "logits")
+    )
     assert main(["inspect", folder, "--lora-r", "2"]) == 0
     assert "0-1 Layer x 2" in capsys.readouterr().out
     assert main(["inspect", folder, "--prompt", "def $alpha(x)", "--out", str(page)]) == 0

@@ -124,6 +124,13 @@ def test_bad_files_are_one_line(tmp_path, capsys):
     ):
         assert main(["classify", str(tmp_path / name), "--out", str(tmp_path / "c")]) == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "sound.csv").write_text("text,label\n" + "x,y\nz,w\n" * 5)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("[1]")
+    for flag in ("--lm", "--encoder"):  # found before anything is trained
+        words = ["classify", str(tmp_path / "sound.csv"), flag, str(tmp_path / "model")]
+        assert main([*words, "--out", str(tmp_path / "c")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_splits_and_samples_are_fair():

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
 from groundup.model.heads import HeadedDecoder
-from groundup.model.heap import Event, Heap
+from groundup.model.heap import LINGER_SERVING, Event, Heap
 from groundup.model.hf import Network
 from groundup.model.loss import PIECE_LOGITS
 from groundup.model.mlp import Experts
@@ -110,7 +110,7 @@ def twin_of(model: Network) -> Network:
 
 @dataclass(frozen=True)
 class Step:
-    """A forward and backward pass: the most bytes alive, and what was made and freed."""
+    """What a model computes at a time: the most bytes alive, and what was made and freed."""
 
     alive: int
     events: Sequence[Event]
@@ -151,8 +151,8 @@ def held_by_malloc(step: Step, states: Sequence[int]) -> int:
     return max(0, heap.peak - step.alive - sum(states))
 
 
-def serving_peak(model: Network, rows: int, length: int, dtype: torch.dtype) -> int:
-    """Return the bytes alive at the peak of a forward without gradients, weights not counted."""
+def serving_step(model: Network, rows: int, length: int, dtype: torch.dtype) -> Step:
+    """Return what a forward without gradients takes, weights not counted."""
     ids_BT = torch.zeros(rows, length, dtype=torch.long)
     model.eval()
     for weight in model.parameters():
@@ -162,7 +162,14 @@ def serving_peak(model: Network, rows: int, length: int, dtype: torch.dtype) -> 
             model(ids_BT, positions=ids_BT, want="hidden")
         else:
             model(ids_BT)
-    return alive.peak
+    return Step(alive.peak, tuple(alive.events))
+
+
+def held_in_serving(step: Step) -> int:
+    """Return what glibc's heap holds at the peak of serving beyond what is alive."""
+    heap = Heap(LINGER_SERVING)
+    heap.run(step.events)
+    return max(0, heap.peak - step.alive)
 
 
 def summed_loss(model: Network, length: int, batch: int) -> Tensor:

@@ -6,7 +6,8 @@ tensor (its sizes, its node in the graph) settle there. A hole that a tensor lea
 bytes too small for the next one of its size, until a neighbour and what is in the gaps are gone as
 well. That, not a rounding, is why a step takes a tenth to a third more than its tensors.
 
-How long gaps stay taken is the one number here that was fitted (benchmarks/inspect_memory.py).
+How long gaps stay taken is the one thing here that was fitted (benchmarks/inspect_memory.py): less
+long without a graph, whose nodes live until the backward pass.
 """
 
 from bisect import bisect_left, insort
@@ -14,14 +15,16 @@ from collections import deque
 from collections.abc import Iterable
 
 ALIGN, HEADER, SMALLEST = 64, 16, 32
-LINGER = 250  # tensors made or freed until the gap before a freed one is free too
+# Tensors made or freed until the gap before a freed one is free too.
+LINGER, LINGER_SERVING = 250, 100
 Event = tuple[int, int | None]  # a tensor, and its bytes where it is made, None where it is freed
 
 
 class Heap:
     """Chunks from address 0 on: the best fit of the holes, else the end of the heap grows."""
 
-    def __init__(self) -> None:
+    def __init__(self, linger: int = LINGER) -> None:
+        self.linger = linger
         self.end = self.peak = 0
         self.holes: dict[int, int] = {}  # start to size
         self.starts: dict[int, int] = {}  # where a hole ends to where it starts
@@ -61,7 +64,7 @@ class Heap:
         """Take a tensor away, and later its gap."""
         self.give_back(*self.used.pop(key))
         if key in self.gaps:
-            self.lingering.append((self.time + LINGER, self.gaps.pop(key)))
+            self.lingering.append((self.time + self.linger, self.gaps.pop(key)))
 
     def carve(self, size: int) -> tuple[int, int]:
         """Return a chunk of at least `size` bytes: its start, and its size."""

@@ -19,7 +19,7 @@ from groundup.model.encoder_config import EncoderConfig
 from groundup.model.heads import TASKS as HEADS
 from groundup.model.heads import HeadedDecoder
 from groundup.model.lora import adapted, folded
-from groundup.model.weights import MAX_SHARD_BYTES, read_weights, write_weights
+from groundup.model.weights import INDEX, MAX_SHARD_BYTES, WEIGHTS, read_weights, write_weights
 
 T = TypeVar("T")
 Network = Decoder | HeadedDecoder | Encoder
@@ -84,11 +84,7 @@ def load_network(
     model = empty_network(values, str(folder / "config.json"))
     stored = read_weights(folder)
     check_numbers(stored, folder)
-    tensors = renamed(stored, values)
-    if isinstance(model, Encoder):
-        tensors = {name: t for name, t in tensors.items() if not name.endswith(TWICE)}
-    elif model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+    tensors = once(renamed(stored, values), model)
     wanted = dtype or torch.float32
     tensors = {name: value.to(device, wanted) for name, value in tensors.items()}
     if task is not None:
@@ -97,6 +93,23 @@ def load_network(
     model.load_state_dict(tensors, strict=False, assign=True)
     retie(model)
     return model
+
+
+def once(tensors: dict[str, Tensor], model: Network) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors without those that are the same as others."""
+    if isinstance(model, Encoder):
+        return {name: tensor for name, tensor in tensors.items() if not name.endswith(TWICE)}
+    tied = model.config.tie_word_embeddings
+    return {n: tensor for n, tensor in tensors.items() if not (tied and n == "lm_head.weight")}
+
+
+def check_folder(model: Network, folder: Path) -> None:
+    """Refuse weights that the folder's config.json does not describe; no number is read.
+
+    A folder without weights, or with a pickle alone, is described by its config all the same.
+    """
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        check_tensors(model, once(checkpoint_weights(model, folder), model), folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.counts import cache_bytes_per_token
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
-from groundup.model.footprint import Step, held_by_malloc
+from groundup.model.footprint import Step, held_by_malloc, held_in_serving
 from groundup.model.hf import Network
 
 STATES = {"muon": 1, "normuon": 1, "adamw": 2}  # numbers kept for each of a matrix's
@@ -129,16 +129,18 @@ def cache_bytes(model: Network, bytes_per_number: int) -> int:
 
 
 def serve_memory(
-    model: Network, length: int, batch: int, bytes_per_number: int, peak: int
+    model: Network, length: int, batch: int, bytes_per_number: int, step: Step
 ) -> dict[str, int]:
     """Return the bytes that serving `batch` sequences of `length` tokens takes, by what for.
 
-    `peak` is what the largest forward keeps at a time (`serving_peak`).
+    `step` is the largest forward (`serving_step`): what is alive at its peak, and under "malloc"
+    what glibc's allocator holds beyond that.
     """
     weights = sizes(model)["total"] * bytes_per_number
     cache = batch * length * cache_bytes(model, bytes_per_number)
     logits = batch * model.config.vocab_size * 4 if isinstance(model, Decoder) else 0
-    parts = {"weights": weights, "kv_cache": cache, "step": peak, "logits": logits}
+    parts = {"weights": weights, "kv_cache": cache, "step": step.alive}
+    parts |= {"malloc": held_in_serving(step), "logits": logits}
     return parts | {"total": sum(parts.values())}
 
 

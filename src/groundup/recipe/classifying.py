@@ -89,9 +89,10 @@ def check(config: ClassifyConfig) -> None:
             raise ConfigError(f"unknown method {method!r}{closest(method, KINDS)}")
     if not 0 < config.test_share < 1:
         raise ConfigError(f"--test-share {config.test_share:g} must lie between 0 and 1")
-    for model in (config.lm, config.encoder):
-        if model is not None:
-            resolve_model(model)
+    if config.lm is not None:
+        load_model(resolve_model(config.lm))
+    if config.encoder is not None:  # damaged, it is not found so behind an hour of the others
+        load_network(resolve_model(config.encoder), task="sequence")
     for name, least in LEAST.items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):

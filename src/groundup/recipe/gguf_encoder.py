@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from groundup.core.errors import CheckpointError, ConfigError, closest
 from groundup.core.files import read_json
+from groundup.core.progress import say
 from groundup.model.encoder import Encoder
 from groundup.model.encoder_config import EncoderConfig, label_names
 from groundup.model.hf import Network
@@ -63,10 +64,17 @@ LAYER_NAMES = {
 def encoder_contents(model: Network, folder: Path, pooling: str | None) -> Contents:
     """Return an encoder's architecture, what adds its shape, and its tensors."""
     assert isinstance(model, Encoder)
-    add = partial(
-        add_encoder_shape, config=model.config, pooling=pooling_of(model, folder, pooling)
-    )
-    return ARCHITECTURES[model.config.model_type], add, encoder_tensors(model)
+    config, chosen = model.config, pooling_of(model, folder, pooling)
+    if chosen != "rank":
+        left = " (its head over words stays behind)" if config.task != "embedding" else ""
+        say(f"  an embedder of texts, pooled by {chosen}{left}")
+    elif config.num_labels > config.hidden_size:
+        say(
+            f"  llama.cpp's server answers with {config.hidden_size} numbers, and there are "
+            f"{config.num_labels} classes: its library alone gives all of them"
+        )
+    add = partial(add_encoder_shape, config=config, pooling=chosen)
+    return ARCHITECTURES[config.model_type], add, encoder_tensors(model)
 
 
 def pooling_of(model: Encoder, folder: Path, asked: str | None) -> str:

@@ -24,8 +24,15 @@ from groundup.figure.maps import heat_grid, word_grid
 from groundup.generate.config import STEP_TOKENS
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
-from groundup.model.footprint import serving_peak, training_step, twin_of
-from groundup.model.hf import Network, config_json, empty_network, load_network, read_config
+from groundup.model.footprint import serving_step, training_step, twin_of
+from groundup.model.hf import (
+    Network,
+    check_folder,
+    config_json,
+    empty_network,
+    load_network,
+    read_config,
+)
 from groundup.model.inspection import (
     cache_bytes,
     check_length,
@@ -48,11 +55,12 @@ MOST_TOKENS, MOST_LAYERS, MOST_HEADS, NEAREST = 32, 6, 8, 8
 def facts(
     folder: Path, *, lengths: Sequence[int] | None, batches: Sequence[int], lora_r: int = 0
 ) -> dict[str, Any]:
-    """Return all that config.json alone tells, as JSON values; no weight is read."""
+    """Return all that config.json tells, as JSON values; of weights, shapes alone are read."""
     where = str(folder / "config.json")
     values = read_config(folder)
     process = peak_memory_bytes()
     model = empty_network(values, where)
+    check_folder(model, folder)
     most = model.config.max_position_embeddings
     lengths = list(lengths or sorted({max(1, most // 4), most}))
     if min(batches) < 1:
@@ -106,8 +114,8 @@ def serving(model: Network, lengths: Sequence[int], batches: Sequence[int]) -> l
         for length, batch, name in itertools.product(lengths, batches, BYTES):
             in_a_row = isinstance(model, Decoder)
             shape = (1, min(STEP_TOKENS["cpu"], batch * length)) if in_a_row else (batch, length)
-            peak = serving_peak(twin, *shape, DTYPES[name])
-            told = serve_memory(model, length, batch, BYTES[name], peak)
+            step = serving_step(twin, *shape, DTYPES[name])
+            told = serve_memory(model, length, batch, BYTES[name], step)
             rows.append({"length": length, "batch": batch, "dtype": name} | told)
     return rows
 
@@ -167,7 +175,7 @@ def show(told: dict[str, Any]) -> None:
     head = [f"{what} {t}" for t in BYTES for what in ("weights", *cached)]
     print_table(out, "One token", ("tokens", "MFLOPs", "MFLOPs to train", *head), rows)
     columns: tuple[str, ...] = ("length", "batch", "dtype", "weights")
-    columns += (*(("kv_cache",) if cached else ()), "step", "logits", "total")
+    columns += (*(("kv_cache",) if cached else ()), "step", "malloc", "logits", "total")
     print_table(out, "Memory to serve", columns, memory_rows(told["serve"], columns))
     columns = ("length", "batch", "dtype", "optim", "weights", "optimizer", "step")
     columns += ("malloc", "total")
