@@ -21,57 +21,23 @@ def add_vocabulary(writer: Any, tok: Tokenizer, size: int, *, framed: bool = Fal
 
     `framed`: llama.cpp is to put an encoder's first and last token around texts by itself.
     """
-    content = tok.content["model"]
-    vocab = tok.backend.get_vocab(with_added_tokens=True)
     names = [f"[PAD{n}]" for n in range(size)]
     types = [UNUSED] * size
-    for name, i in vocab.items():
+    for name, i in tok.backend.get_vocab(with_added_tokens=True).items():
         names[i] = name
         types[i] = (
             CONTROL if name in tok.specials else USER_DEFINED if name in tok.added else NORMAL
         )
     if tok.kind == "bpe":
-        if tok.lossy_normalizer:
-            raise CheckpointError("llama.cpp has no normalizer for byte-level BPE: not written")
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre_tokenizer_name(tok))
-        merges = content["merges"]
-        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+        add_byte_level(writer, tok)
     elif tok.sentencepiece is not None and not tok.lossy_normalizer:
-        pieces = tok.sentencepiece.pieces
-        if tok.kind == "unigram" and tok.sentencepiece.ids_of(spm.BYTE):
-            raise CheckpointError(
-                "llama.cpp's unigram tokenizer does not fall back on bytes: train with "
-                "--no-byte-fallback, or as sentencepiece-bpe"
-            )
-        kinds = {spm.BYTE: BYTE, spm.UNKNOWN: UNKNOWN, spm.USER_DEFINED: USER_DEFINED}
-        for i, piece in enumerate(pieces):
-            types[i] = kinds.get(piece.type, types[i])
-        writer.add_tokenizer_model("t5" if tok.kind == "unigram" else "llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_scores([p.score for p in pieces] + [0.0] * (size - len(pieces)))
-        writer.add_add_space_prefix(tok.sentencepiece.add_dummy_prefix)
-        writer.add_remove_extra_whitespaces(tok.sentencepiece.remove_extra_whitespaces)
-        if tok.sentencepiece.charsmap:
-            writer.add_precompiled_charsmap(tok.sentencepiece.charsmap)
-        if unknown := tok.sentencepiece.ids_of(spm.UNKNOWN):
-            writer.add_unk_token_id(unknown[0])
-    elif tok.kind == "wordpiece":
-        add_wordpiece(writer, tok)
-        names = [
-            with_space(name) if kind == NORMAL else name
-            for name, kind in zip(names, types, strict=True)
-        ]
-        if len(set(names)) < size:
-            [(twice, _)] = Counter(names).most_common(1)
-            raise CheckpointError(
-                f"llama.cpp writes {SPACE} for the start of a word, and two tokens become "
-                f"{twice!r}: not written"
-            )
+        types = add_sentencepiece(writer, tok, types)
+    elif tok.kind == "wordpiece" and framed:
+        names = add_wordpiece(writer, tok, names, types)
     else:
         raise CheckpointError(
-            f"llama.cpp has no tokenizer like this {tok.kind} one: bpe, wordpiece, unigram and "
-            "sentencepiece-bpe can be written"
+            f"llama.cpp has no tokenizer like this {tok.kind} one: bpe, unigram and "
+            "sentencepiece-bpe can be written, and an encoder's wordpiece"
         )
     writer.add_token_list([name.encode() for name in names])
     writer.add_token_types(types)
@@ -88,6 +54,40 @@ def add_vocabulary(writer: Any, tok: Tokenizer, size: int, *, framed: bool = Fal
         writer.add_chat_template(without_marks(tok.chat_template))
 
 
+def add_byte_level(writer: Any, tok: Tokenizer) -> None:
+    """Add the pattern and the merges of byte-level BPE."""
+    if tok.lossy_normalizer:
+        raise CheckpointError("llama.cpp has no normalizer for byte-level BPE: not written")
+    merges = tok.content["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(tok))
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+
+
+def add_sentencepiece(writer: Any, tok: Tokenizer, types: list[int]) -> list[int]:
+    """Add scores and how spaces are treated; return the types, those of pieces mended."""
+    model = tok.sentencepiece
+    assert model is not None
+    if tok.kind == "unigram" and model.ids_of(spm.BYTE):
+        raise CheckpointError(
+            "llama.cpp's unigram tokenizer does not fall back on bytes: train with "
+            "--no-byte-fallback, or as sentencepiece-bpe"
+        )
+    kinds = {spm.BYTE: BYTE, spm.UNKNOWN: UNKNOWN, spm.USER_DEFINED: USER_DEFINED}
+    count = len(model.pieces)
+    mended = [kinds.get(piece.type, types[i]) for i, piece in enumerate(model.pieces)]
+    writer.add_tokenizer_model("t5" if tok.kind == "unigram" else "llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([p.score for p in model.pieces] + [0.0] * (len(types) - count))
+    writer.add_add_space_prefix(model.add_dummy_prefix)
+    writer.add_remove_extra_whitespaces(model.remove_extra_whitespaces)
+    if model.charsmap:
+        writer.add_precompiled_charsmap(model.charsmap)
+    if unknown := model.ids_of(spm.UNKNOWN):
+        writer.add_unk_token_id(unknown[0])
+    return mended + types[count:]
+
+
 def add_frame(writer: Any, tok: Tokenizer) -> None:
     """Add the tokens that an encoder's texts begin and end with, under all their names."""
     first, last = tok.frame_ids()
@@ -101,8 +101,8 @@ def add_frame(writer: Any, tok: Tokenizer) -> None:
         writer.add_mask_token_id(mask)
 
 
-def add_wordpiece(writer: Any, tok: Tokenizer) -> None:
-    """Add what llama.cpp's WordPiece is told beside the tokens; it cuts words as BERT does."""
+def add_wordpiece(writer: Any, tok: Tokenizer, names: list[str], types: list[int]) -> list[str]:
+    """Add what llama.cpp's WordPiece, which cuts words as BERT does, is told; return its tokens."""
     model, unify = tok.content["model"], tok.content.get("normalizer") or {}
     cut = (tok.content.get("pre_tokenizer") or {}).get("type")
     as_bert = unify.get("clean_text") and unify.get("handle_chinese_chars")
@@ -124,6 +124,15 @@ def add_wordpiece(writer: Any, tok: Tokenizer) -> None:
     writer.add_bool("tokenizer.ggml.normalizer.lowercase", lowercase)
     writer.add_bool("tokenizer.ggml.normalizer.strip_accents", strips)
     writer.add_unk_token_id(tok.backend.token_to_id(model["unk_token"]))
+    pairs = zip(names, types, strict=True)
+    written = [with_space(name) if kind == NORMAL else name for name, kind in pairs]
+    [(twice, count)] = Counter(written).most_common(1)
+    if count > 1:
+        raise CheckpointError(
+            f"llama.cpp writes {SPACE} for the start of a word, and two tokens become {twice!r}: "
+            "not written"
+        )
+    return written
 
 
 def unlike_bert(token: str) -> bool:
