@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 ALIGN, HEADER, SMALLEST = 64, 16, 32
 # Tensors made or freed until the gap before a freed one is free too.
-LINGER, LINGER_SERVING = 250, 100
+LINGER, LINGER_SERVING = 250, 50
 Event = tuple[int, int | None]  # a tensor, and its bytes where it is made, None where it is freed
 
 
