@@ -341,7 +341,7 @@ def learn(
         seed=config.seed,
         checkpoint_every=max(200, steps // 3),
     )
-    with LiveTraining(console, steps=steps, unit="loss") as live:
+    with LiveTraining(console(), steps=steps, unit="loss") as live:
         hooks = [Hook(1, watch(live))]
         fit(model, objective, source, settings, out, device=bench.device.device, hooks=hooks)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -53,7 +53,7 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
     size = sum(weight.numel() for weight in model.parameters())
     say(f"  device: {device.line}; {size / 1e6:.2f}M parameters; {config.steps:,} steps")
     source = pairs_of(config, tok, open_shard(shards, "train"), pairs)
-    with LiveTraining(console, steps=config.steps, unit="loss") as live:
+    with LiveTraining(console(), steps=config.steps, unit="loss") as live:
         fit(
             model,
             MaskedLM(pairs=pairs),

@@ -77,7 +77,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     with (
         tracking(config, out) as trackers,
         LiveTraining(
-            console,
+            console(),
             steps=config.steps,
             unit="bits per byte",
             level=level,

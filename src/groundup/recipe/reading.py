@@ -54,7 +54,7 @@ def read_spans(config: ReadingConfig, out: Path) -> dict[str, Any]:
         seed=config.seed,
         checkpoint_every=config.checkpoint_every,
     )
-    with LiveTraining(console, steps=steps, unit="loss") as live:
+    with LiveTraining(console(), steps=steps, unit="loss") as live:
         fit(
             model,
             Spans(),

@@ -244,7 +244,7 @@ def train(
     fit_config = fit_settings(config, steps=steps, dtype=planned_dtype(config))
     say(f"  device: {device.line}; {steps:,} steps, {steps / source.steps_per_epoch:.2f} epochs")
     write, read = checkpoint_files(model, tok, config)
-    with LiveTraining(console, steps=steps, unit="loss") as live:
+    with LiveTraining(console(), steps=steps, unit="loss") as live:
         metrics = fit(
             model,
             objective,
