@@ -55,7 +55,7 @@ def test_paged_and_chunked_equal_whole_forwards(tiny, tok, wanted, block_size, b
 def test_preempted_requests_answer_as_if_alone(tiny, tok, wanted):
     a_token = 2 * 2 * 16 * 4  # keys and values of two layers with one head of 16, in fp32
     found, engine = greedy(tiny, tok, block_size=8, kv_cache_memory_bytes=a_token * 104)
-    assert engine.preemptions > 0
+    assert engine.queue.preemptions > 0
     assert found == wanted
 
 
@@ -63,7 +63,7 @@ def test_sampling_goes_on_after_preemption(tiny, tok):
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=24, ignore_eos=True)
     small = LLM(tiny, tok, block_size=8, kv_cache_memory_bytes=256 * 104)
     found = [o.outputs[0].token_ids for o in small.generate(PROMPTS, params)]
-    assert small.engine.preemptions > 0
+    assert small.engine.queue.preemptions > 0
     whole = LLM(tiny, tok).generate(PROMPTS, params)
     assert found == [o.outputs[0].token_ids for o in whole]
 

@@ -164,7 +164,7 @@ def test_preempted_requests_answer_as_if_alone(tok):
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     llm = LLM(model, tok, block_size=8, kv_cache_memory_bytes=a_token * 32)
     assert tokens(llm, params=params) == [alone(model, p, 12) for p in PROMPTS]
-    assert llm.engine.preemptions > 0
+    assert llm.engine.queue.preemptions > 0
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])

@@ -81,7 +81,7 @@ def test_arrivals_cancellations_and_preemptions_disturb_nobody(
         if rng.random() < 0.05 and given:
             engine.abort(rng.choice(given))
         engine.step()
-    assert engine.preemptions > 0
+    assert engine.queue.preemptions > 0
     assert len(engine.pool.free) == engine.pool.count
     reasons = [request.output.finish_reason for group in given for request in group]
     assert {"length", "abort"} <= set(reasons)

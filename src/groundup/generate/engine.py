@@ -6,7 +6,6 @@ blocks run out, the request that matters least gives its own back and is compute
 There is one forward, the model's; the engine owns the cache, and of the weights only views.
 """
 
-import bisect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from groundup.generate.params import check, check_room, tidy
 from groundup.generate.processors import LogitsProcessors, make_processors
 from groundup.generate.request import Pooling, Request
 from groundup.generate.sampling import choose
+from groundup.generate.schedule import Plan, Schedule
 from groundup.generate.speculative import Speculator, make_speculator
 from groundup.generate.stop import Stopping
 from groundup.model.adapter import Adapter
@@ -57,7 +57,6 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         many = on_gpu and speculative is None  # those who guess have caches of their own
         self.rows = config.max_num_seqs or (256 if many else 16)
-        self.budget = config.max_num_batched_tokens or STEP_TOKENS["cuda" if on_gpu else "cpu"]
         blocks = block_count(model, config, self.rows)
         self.context = min(model.config.max_position_embeddings, blocks * config.block_size)
         self.cache = KVCache(
@@ -74,12 +73,11 @@ class Engine:
         self.model = self.mixed = self.view(model)
         # Without the kernels, bits depend on what a forward holds: then each request has its own.
         kernels = self.cache.fast or isinstance(self.model.model, GpuStack)
-        self.apart = config.batch_invariant and not kernels
-        sharing = config.enable_prefix_caching and not self.apart
+        apart = config.batch_invariant and not kernels
+        sharing = config.enable_prefix_caching and not apart
         self.pool = BlockPool(blocks, config.block_size, sharing=sharing)
-        self.waiting: list[Request] = []  # both sorted: the first matters most
-        self.running: list[Request] = []
-        self.arrivals = self.preemptions = 0
+        budget = config.max_num_batched_tokens or STEP_TOKENS["cuda" if on_gpu else "cpu"]
+        self.queue = Schedule(self.rows, budget, self.pool, apart=apart)
         self.decoding: Decoding | None = None
         self.places: list[int] = []
         self.flight: Flight | None = None  # a step on its way: the host has not read its tokens
@@ -93,12 +91,12 @@ class Engine:
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Read a LoRA adapter that requests may name; one of that name is replaced."""
-        if any(r.adapter == name for r in (*self.running, *self.waiting)):
+        if any(r.adapter == name for r in self.queue.all):
             raise ConfigError(f"the adapter {name!r} is in use: wait for its requests to end")
         adapter = read_adapter(folder, self.source)
         check_mixable(name, adapter)
         if self.cache.paged and self.config.batch_invariant:
-            self.apart = True  # what mixes adapters is not ours
+            self.queue.apart = True  # what mixes adapters is not ours
             self.pool.sharing = False
         self.adapters[name] = adapter
         self.weights_version = []  # the views are made anew before the next step
@@ -133,9 +131,7 @@ class Engine:
             requests.append(Request(prompt, n, *own, priority=priority, adapter=adapter))
             requests[-1].pooling = pooling
         for request in requests:
-            self.arrivals += 1
-            request.arrival = self.arrivals
-            bisect.insort(self.waiting, request, key=order)
+            self.queue.add(request)
         return requests
 
     def prepare(
@@ -162,39 +158,42 @@ class Engine:
         for request in requests:
             if not request.finished:
                 request.end("abort")
-        self.release()
+        self.queue.release()
 
     @property
     def busy(self) -> bool:
         """Return whether any request is unfinished."""
-        return bool(self.waiting or self.running)
+        return bool(self.queue.all)
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
         """Run one step's tokens; return the requests that got a new one."""
-        if not self.running or not self.weights_version:
+        if not self.queue.running or not self.weights_version:
             self.flight = None
             self.notice_new_weights()
         if self.flight is None:
-            plan = self.schedule()
+            self.queue.make_way()
+            if self.speculator:
+                self.speculator.draft(self.queue.running)
+            plan = self.queue.plan()
             if not plan:
                 return []
             if not self.decodes(plan):
-                parts = [[entry] for entry in plan] if self.apart else [plan]
+                parts = [[entry] for entry in plan] if self.queue.apart else [plan]
                 done = [request for part in parts for request in self.run(part)]
-                self.release()
+                self.queue.release()
                 return done
             assert self.decoding is not None
             requests = [request for request, _ in plan]
             draws = self.watch is None and all(request.plain for request in requests)
             self.flight = self.decoding.launch(requests, draws=draws)
         done = self.land(self.flight)
-        self.release()
+        self.queue.release()
         return done
 
-    def decodes(self, plan: list[tuple[Request, int]]) -> bool:
+    def decodes(self, plan: Plan) -> bool:
         """Return whether a step only feeds the newest token of each request, all to one model."""
-        if self.decoding is None or self.apart:
+        if self.decoding is None or self.queue.apart:
             return False
         return all(
             request.ahead == count == 1
@@ -215,7 +214,7 @@ class Engine:
         tokens = flight.read() if flight.drawn else []
         ready = [request for request in flight.requests if not request.finished]
         for request in ready:
-            self.advance(request, 1)
+            self.queue.advance(request, 1)
         if not flight.drawn:
             rows = [n for n, request in enumerate(flight.requests) if not request.finished]
             if ready:
@@ -228,11 +227,11 @@ class Engine:
 
     def going_on(self, flight: Flight) -> list[Request]:
         """Return who goes on from a step on its way; none if the host must see its tokens first."""
-        if not flight.drawn or self.speculator or len(self.running) != len(flight.requests):
+        if not flight.drawn or self.speculator or len(self.queue.running) != len(flight.requests):
             return []
-        if self.waiting:
-            first, least = self.waiting[0], self.running[-1]
-            if len(self.running) < self.rows or first.priority < least.priority:
+        if self.queue.waiting:
+            first, least = self.queue.waiting[0], self.queue.running[-1]
+            if len(self.queue.running) < self.rows or first.priority < least.priority:
                 return []
         ahead = [r for r in flight.requests if not r.finished and r.stopping.left > 1]
         for request in ahead:
@@ -263,86 +262,7 @@ class Engine:
         """Return a model as this engine runs it."""
         return view_of(model, self.config.quantization, exact=self.config.batch_invariant)
 
-    def schedule(self) -> list[tuple[Request, int]]:
-        """Return who feeds how many tokens, the fewest first."""
-        self.make_way()
-        if self.speculator:
-            self.speculator.draft(self.running)
-        plan: dict[Request, int] = {}
-        budget = max(self.budget, self.rows)
-        for request in sorted(self.running, key=lambda r: r.ahead > 1):
-            count = self.next_count(request, budget - sum(plan.values()))
-            while count and request in self.running and not self.reserve(request, count):
-                if request.draft:
-                    request.draft, count = [], 1
-                    continue
-                plan.pop(least := self.running[-1], None)
-                self.preempt(least)
-            if count and request in self.running:
-                plan[request] = count
-        for request in list(self.waiting):
-            left = budget - sum(plan.values())
-            if not left or len(self.running) == self.rows:
-                break
-            if self.pool.sharing and not request.reads_all:
-                self.pool.find(request.holding, request.tokens(0, request.length))
-                if self.shares_soon(request):
-                    self.pool.give_back(request.holding)
-                    continue
-            count = self.next_count(request, left)
-            if not count or not self.reserve(request, count, spare=len(self.running)):
-                self.pool.give_back(request.holding)
-                break
-            self.waiting.remove(request)
-            bisect.insort(self.running, request, key=order)
-            plan[request] = count
-        return sorted(plan.items(), key=lambda entry: entry[1])
-
-    def next_count(self, request: Request, left: int) -> int:
-        """Return how many tokens a request feeds next; apart, whatever else runs."""
-        computed = request.holding.computed
-        if not self.apart:
-            return min(request.ahead, left)
-        chunk = min(len(request.prompt) - computed, self.budget)
-        own = chunk if computed < len(request.prompt) else 1
-        return own if own <= left else 0
-
-    def make_way(self) -> None:
-        """Preempt requests of a worse priority for a waiting one that finds no row or blocks."""
-        while self.waiting and self.running:
-            first, least = self.waiting[0], self.running[-1]
-            needed = -(-min(first.length, self.budget) // self.pool.size)
-            has_row = len(self.running) < self.rows
-            if first.priority >= least.priority or (has_row and needed <= len(self.pool.free)):
-                return
-            self.preempt(least)
-
-    def reserve(self, request: Request, count: int, *, spare: int = 0) -> bool:
-        """Give a request blocks for its next tokens, if `spare` blocks stay free."""
-        return self.pool.extend(request.holding, request.holding.computed + count, spare=spare)
-
-    def preempt(self, request: Request) -> None:
-        """Take a request's blocks and let it wait; its tokens so far are computed again later."""
-        self.pool.give_back(request.holding)
-        request.draft, request.pooled = [], None
-        self.running.remove(request)
-        bisect.insort(self.waiting, request, key=order)
-        self.preemptions += 1
-
-    def shares_soon(self, request: Request) -> bool:
-        """Return whether a running request is about to compute the next block of this one."""
-        end = request.holding.computed + self.pool.size
-        if end >= request.length:
-            return False
-        wanted = request.tokens(0, end)
-        return any(
-            other.holding.computed < end <= other.length
-            and other.holding.root == request.holding.root
-            and other.tokens(0, end) == wanted
-            for other in self.running
-        )
-
-    def run(self, plan: list[tuple[Request, int]]) -> list[Request]:
+    def run(self, plan: Plan) -> list[Request]:
         """Run the model once over all planned tokens, and sample where a request's are all in."""
         feeds = []
         at: list[int] = []  # the places whose logits are needed
@@ -374,14 +294,14 @@ class Engine:
         ready, rows, done = [], [], []
         for (request, count), (first, last) in zip(plan, spans, strict=True):
             if request.draft and self.speculator:
-                self.advance(
+                self.queue.advance(
                     request, self.speculator.verify(request, logits_NV[first:last], self.watch)
                 )
                 done.append(request)
                 continue
             if request.scores:
                 request.score_prompt(logits_NV[first:last])
-            self.advance(request, count)
+            self.queue.advance(request, count)
             if request.pooling is not None:
                 rows_N = logits_NV if request.pooling == "logits" else hidden_NE
                 if request.gather(rows_N[first:last]):
@@ -393,7 +313,7 @@ class Engine:
             self.sample(ready, logits_NV if len(rows) == len(logits_NV) else logits_NV[rows])
         return [*ready, *done]
 
-    def model_for(self, plan: list[tuple[Request, int]]) -> Decoder:
+    def model_for(self, plan: Plan) -> Decoder:
         """Return the model for a step, and tell it whose tokens go through which adapter."""
         places: dict[str, list[int]] = {}
         start = 0
@@ -405,13 +325,6 @@ class Engine:
             return self.model
         self.mix.places = {n: torch.tensor(p, device=self.device) for n, p in places.items()}
         return self.mixed
-
-    def advance(self, request: Request, count: int) -> None:
-        """Note that so many more tokens of a request are cached."""
-        holding = request.holding
-        holding.computed += count
-        if holding.computed // self.pool.size > len(holding.names):
-            self.pool.name_full(holding, request.tokens(0, holding.computed))
 
     def sample(self, ready: list[Request], logits_BV: Tensor) -> None:
         """Give each request its next token."""
@@ -428,15 +341,3 @@ class Engine:
         for request, token in zip(ready, tokens, strict=True):
             if not request.finished:  # its processors may have failed
                 request.accept(token)
-
-    def release(self) -> None:
-        """Give back the blocks of finished requests."""
-        for request in [r for r in self.running if r.finished]:
-            self.pool.give_back(request.holding)
-        self.running = [r for r in self.running if not r.finished]
-        self.waiting = [r for r in self.waiting if not r.finished]
-
-
-def order(request: Request) -> tuple[int, int]:
-    """Return what sorts requests: the lower priority first, then the earlier arrival."""
-    return request.priority, request.arrival

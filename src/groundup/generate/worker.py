@@ -76,10 +76,10 @@ class Worker:
         try:
             progressed = self.engine.step()
         except Exception as err:
-            progressed = [*self.engine.running, *self.engine.waiting]
+            progressed = self.engine.queue.all
             for request in progressed:
                 request.end("error", f"{type(err).__name__}: {err}")
-            self.engine.release()
+            self.engine.queue.release()
         for request in progressed:
             self.tell(request)
 
