@@ -1,10 +1,13 @@
-"""Guidance against transformers, DoLa against the formula; both in batches and with guesses."""
+"""Guidance against transformers, DoLa against the paper; both in batches and with guesses."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
 from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams
@@ -12,7 +15,9 @@ from groundup.generate import LLM
 from groundup.generate.config import BeamSearchParams, SpeculativeConfig
 from groundup.generate.guidance import dola_layers
 from groundup.generate.logits import contrast_layers
-from groundup.model import save_model
+from groundup.generate.processors import make_processors
+from groundup.model import load_model, save_model
+from groundup.model.view import view_of
 
 PROMPTS = [[5, 9, 31, 7], [8, 8, 3]]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -54,6 +59,59 @@ def test_dola_equals_a_forward_a_token(tiny, tok):
         torch.testing.assert_close(layers_LV[-1], tiny(torch.tensor([ids]))[0, -1])
         ids.append(int(contrast_layers(layers_LV[-1], layers_LV[:2]).argmax()))
     assert found == ids[4:]
+
+
+def dola_by_the_paper(probs_NV: list[Tensor], early: Sequence[int]) -> dict[int, float]:
+    """Return F of the ids that are kept (arXiv 2309.03883, eq. 2 to 6); probs_NV[N] is the last."""
+    q_V = probs_NV[-1]
+
+    def divergence(p_V: Tensor) -> float:  # Jensen and Shannon's, by its definition
+        mean_V = (p_V + q_V) / 2
+        apart = [(x_V * (x_V / mean_V).log()).sum() for x_V in (p_V, q_V)]
+        return float(apart[0] + apart[1]) / 2
+
+    premature = max(early, key=lambda n: divergence(probs_NV[n]))
+    ids = [i for i in range(len(q_V)) if q_V[i] >= 0.1 * q_V.max()]
+    return {i: math.log(q_V[i] / probs_NV[premature][i]) for i in ids}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("layers", ["low", "high", (1, 2, 4)])
+def test_dola_equals_the_paper_over_another_forward(tok, tmp_path, kind, layers):
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=tok.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path / "m")
+    wide = theirs.double()
+    early = {"low": [0, 2], "high": [3, 5]}.get(layers, layers)
+    model = load_model(tmp_path / "m").eval()
+    params = dataclasses.replace(GREEDY, dola_layers=layers)
+    [answer] = tokens(LLM(model, tok).generate(PROMPTS[:1], params))
+    processors = make_processors(params, PROMPTS[0], (), tok, view_of(model))
+    for count, token in enumerate(answer):
+        ids = torch.tensor([PROMPTS[0] + answer[:count]])
+        with torch.no_grad():
+            states = wide(ids, output_hidden_states=True).hidden_states
+            normed = [*(wide.model.norm(x) for x in states[:-1]), states[-1]]  # the last one is
+            probs_NV = [wide.lm_head(x[0, -1]).softmax(-1) for x in normed]
+            logits_V = model(ids)[0, -1]
+        wanted = dola_by_the_paper(probs_NV, early)
+        found_V = processors(logits_V, answer[:count])
+        assert token == max(wanted, key=lambda i: wanted[i])
+        assert found_V.isfinite().nonzero().flatten().tolist() == sorted(wanted)
+        for i, score in wanted.items():
+            assert float(found_V[i]) == pytest.approx(score, abs=2e-3)
+    assert len(answer) == 12
 
 
 @pytest.mark.parametrize("params", [GUIDED, dataclasses.replace(GREEDY, dola_layers="low")])
