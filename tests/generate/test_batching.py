@@ -15,7 +15,7 @@ from groundup.generate.processors import LogitsProcessors
 from groundup.generate.request import Request
 from groundup.generate.sampling import choose, draw_truncated, truncate
 from groundup.generate.stop import Stopping
-from groundup.model import Decoder
+from groundup.model import Decoder, save_model, view
 from groundup.model.adapter import save_adapter
 from groundup.model.lora import LoraConfig, apply_lora, merge_lora
 from groundup.model.view import view_of
@@ -106,6 +106,35 @@ def test_int8_is_close_and_follows_training(tiny, tok):
         tiny.lm_head.weight.neg_()
     after = LLM(tiny, tok, quantization="int8").generate(PROMPTS, GREEDY)
     assert llm.generate(PROMPTS, GREEDY) == after != before
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_weights_of_a_folder_move_while_it_answers_and_not_a_bit_changes(
+    tiny, tok, tmp_path, monkeypatch, quantization
+):
+    monkeypatch.setattr(view, "A_TURN", 8_000)  # bytes: tiny's weights take over ten turns
+    folder = save_model(tiny, tok, tmp_path / "m")
+    settings = {"quantization": quantization, "enable_prefix_caching": False}
+    llm = LLM(folder, max_num_seqs=2, **settings)
+    weights = list(llm.engine.source.parameters())
+    lay = [weight.data_ptr() for weight in weights]
+    params = dataclasses.replace(GREEDY, logprobs=2)
+    guided = dataclasses.replace(params, guidance_scale=1.5)  # holds a view for as long as it runs
+    each = [params, guided, params, guided, params]
+
+    def answers():
+        found = [output.outputs[0] for output in llm.generate(PROMPTS, each)]
+        return [(output.token_ids, output.logprobs) for output in found]
+
+    first = answers()
+    moved = [weight.data_ptr() for weight in weights]
+    assert llm.engine.move is None
+    assert all(a != b for a, b in zip(lay, moved, strict=True)) == (quantization is None)
+    assert answers() == first
+    assert [weight.data_ptr() for weight in weights] == moved
+    with torch.no_grad():  # they are a model's weights still
+        weights[0].mul_(-1)
+    assert answers() != first
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])

@@ -31,7 +31,7 @@ from groundup.model.adapter import load_adapter as read_adapter
 from groundup.model.decoder import Decoder
 from groundup.model.gpu import GpuStack
 from groundup.model.mixing import Mix, check_mixable, with_adapters
-from groundup.model.view import stamp, view_of
+from groundup.model.view import Move, stamp, view_of
 from groundup.tokenizer import Tokenizer
 
 Watch = Callable[[Request, Tensor], None]
@@ -82,6 +82,7 @@ class Engine:
         self.places: list[int] = []
         self.flight: Flight | None = None  # a step on its way: the host has not read its tokens
         self.notice_new_weights()
+        self.move: Move | None = None  # the weights of a model just loaded, on their way
         self.watch: Watch | None = None  # sees every token's logits before it is chosen
         self.speculator: Speculator | None = None
         if speculative is not None:
@@ -182,6 +183,7 @@ class Engine:
                 parts = [[entry] for entry in plan] if self.queue.apart else [plan]
                 done = [request for part in parts for request in self.run(part)]
                 self.queue.release()
+                self.move_on()
                 return done
             assert self.decoding is not None
             requests = [request for request, _ in plan]
@@ -250,6 +252,14 @@ class Engine:
             self.pool.forget()
             if self.cache.paged:
                 self.renew_decoding()
+
+    def move_on(self) -> None:
+        """Move a part of the weights while there is work; all change places when it is done."""
+        if self.move is not None and self.busy:
+            self.move.go_on()
+        elif self.move is not None and self.move.arrive():
+            self.move = None
+            self.notice_new_weights()
 
     def renew_decoding(self) -> None:
         """Make what decodes anew if weights have moved: graphs read them where they lie."""

@@ -29,7 +29,7 @@ from groundup.model.decoder import Decoder
 from groundup.model.heads import HeadedDecoder
 from groundup.model.hf import load_network, need_decoder, read_generation_ends
 from groundup.model.ngram import NGram, is_ngram
-from groundup.model.view import lay_out
+from groundup.model.view import Move
 from groundup.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -67,18 +67,19 @@ class LLM:
                 decoder = NGramDecoder(NGram.load(folder), tokenizer.bos_token_id)
             else:
                 decoder = self.load_decoder(folder, device)
-                if config.quantization is None:  # int8 views have large pages of their own
-                    lay_out(decoder)
                 ends = read_generation_ends(folder) or None
             tokenizer.need_rows(decoder.config.vocab_size, folder)
         self.tokenizer = tokenizer
         self.engine = Engine(decoder, tokenizer, config, ends=ends, speculative=speculative)
+        if decoder is not model and config.quantization is None:  # int8 views have large pages
+            self.engine.move = Move(decoder)
 
     def load_decoder(self, folder: Path, device: str | None) -> Decoder:
         """Return a folder's network; a head for labels names them."""
-        chosen = devices.pick(device)
-        dtype = chosen.dtype if chosen.device.type == "cuda" else torch.float32
-        network = load_network(folder, device=chosen.device, dtype=dtype)
+        devices.route_products()
+        place = devices.place(device)
+        dtype = devices.fastest_dtype(place) if place.type == "cuda" else torch.float32
+        network = load_network(folder, device=place, dtype=dtype)
         if isinstance(network, HeadedDecoder) and network.task == "sequence":
             self.labels = network.labels or tuple(map(str, range(network.num_labels)))
             network = network.as_decoder()

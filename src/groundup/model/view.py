@@ -22,6 +22,7 @@ from groundup.model.quant import FallbackLinear, Int8Linear, int8_class
 from groundup.model.rope import rotary_table
 
 FEW = 16  # rows up to which the fp32 kernel beats torch's
+A_TURN = 2**23  # bytes that a move takes at a time
 
 
 class FastNorm(RMSNorm):
@@ -167,13 +168,39 @@ def evaluating(module: nn.Module) -> nn.Module:
     return made
 
 
-@torch.no_grad()
-def lay_out(model: nn.Module) -> None:
-    """Move a model's fp32 weights on the CPU into large pages: the same values, read faster."""
-    arena = kernels.Arena()
-    for weight in model.parameters():
-        if weight.device.type == "cpu" and weight.dtype == torch.float32:
-            weight.data = arena.place(weight.data)
+class Move:
+    """A model's fp32 weights on their way into large pages: the same values, read faster there.
+
+    It takes longer than loading them where the system must find such pages first (a second for
+    500 MB), so that an engine does it between its first steps. Views read weights where they lie:
+    all change places at once, when no view is in use.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = [
+            weight
+            for weight in model.parameters()
+            if weight.device.type == "cpu" and weight.dtype == torch.float32
+        ]
+        self.placed: list[Tensor] = []
+        self.arena = kernels.Arena()
+
+    @torch.inference_mode(False)  # the weights of a model, that may be trained later
+    def go_on(self) -> None:
+        """Copy a few megabytes more."""
+        size = 0
+        while size < A_TURN and len(self.placed) < len(self.weights):
+            weight = self.weights[len(self.placed)]
+            self.placed.append(self.arena.place(weight.data))
+            size += weight.nbytes
+
+    def arrive(self) -> bool:
+        """Let the copies be the weights if they are all there; return whether they are."""
+        if len(self.placed) < len(self.weights):
+            return False
+        for weight, placed in zip(self.weights, self.placed, strict=True):
+            weight.data = placed
+        return True
 
 
 class Maker:

@@ -119,18 +119,24 @@ void layers(const Layer* layers, long count, const Step* step, float* x, float* 
 void quantize(const float* weight, long N, long K, uint8_t* packed, float* scale, long first,
               int threads) {
     long stride = padded(K);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long n = 0; n < N; n++) {
-        const float* row = weight + n * K;
-        float largest = 0.0f;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<uint8_t> bytes(stride, uint8_t(OFFSET));
+#pragma omp for schedule(static)
+        for (long n = 0; n < N; n++) {
+            const float* row = weight + n * K;
+            float largest = 0.0f;
 #pragma omp simd reduction(max : largest)
-        for (long k = 0; k < K; k++) largest = std::max(largest, std::fabs(row[k]));
-        float unit = largest / 127.0f, divisor = unit > 0.0f ? unit : 1.0f;
-        scale[first + n] = unit;
-        long at = first + n;
-        uint8_t* out = packed + at / PANEL * stride * PANEL + at % PANEL * 4;
-        for (long k = 0; k < K; k++)
-            out[k / 4 * 64 + k % 4] = uint8_t(int32_t(std::nearbyint(row[k] / divisor)) + OFFSET);
+            for (long k = 0; k < K; k++) largest = std::max(largest, std::fabs(row[k]));
+            float unit = largest / 127.0f, divisor = unit > 0.0f ? unit : 1.0f;
+            long at = first + n;
+            scale[at] = unit;
+#pragma omp simd
+            for (long k = 0; k < K; k++)
+                bytes[k] = uint8_t(int32_t(std::nearbyint(row[k] / divisor)) + OFFSET);
+            uint8_t* out = packed + at / PANEL * stride * PANEL + at % PANEL * 4;
+            for (long k = 0; k < stride; k += 4) std::memcpy(out + k * PANEL, &bytes[k], 4);
+        }
     }
 }
 
