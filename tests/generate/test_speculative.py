@@ -10,7 +10,7 @@ from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams, StructuredOutputsParams
 from groundup.generate import LLM, speculative
 from groundup.generate.config import SpeculativeConfig
-from groundup.generate.speculative import Pace, PromptLookup, keep_or_replace
+from groundup.generate.speculative import Pace, PromptLookup, check_cost, keep_or_replace
 from groundup.model import Decoder, save_model
 from groundup.model.ngram import NGram
 from groundup.tokenizer import Tokenizer
@@ -166,11 +166,16 @@ def test_guesses_grow_with_success():
     pace = Pace()
     for _ in range(30):
         pace.learn(4, 4)
-    assert pace.length(8, 0.0) == 8
+    assert pace.length(8, check_cost(1)) == 8
     for _ in range(60):
         pace.learn(4, 0)
-    assert [pace.length(8, 0.0) for _ in range(32)] == ([0] * 15 + [1]) * 2  # plain, but for a try
-    assert Pace().length(8, 0.5) < Pace().length(8, 0.0)
+    assert [pace.length(8, check_cost(1)) for _ in range(32)] == (
+        [0] * 15 + [1]
+    ) * 2  # plain, but for a try
+    assert Pace().length(8, 0.5) < Pace().length(8, check_cost(1))
+    assert Pace().length(8, check_cost(16)) < Pace().length(
+        8, check_cost(4)
+    )  # rows cost as guesses
 
 
 def test_ngram_distributions_are_the_models(tok):

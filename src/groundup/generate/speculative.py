@@ -29,7 +29,7 @@ from groundup.model.ngram import NGram
 from groundup.model.view import view_of
 from groundup.tokenizer import Tokenizer
 
-CHECK_COST = 0.05  # of one more token in a forward of the model, in forwards of one token
+TOKEN_COST = 0.05  # of one more token in a forward of the model, in forwards of one token
 HISTORY = 256  # the last checks, kept to be shown: request, guesses, how many held
 FORGET = 0.9  # how much of the past counts, a step later
 PROBE_EVERY = 16  # steps without guesses, after which one is tried again
@@ -39,6 +39,7 @@ class Drafter(Protocol):
     """Guesses how requests go on."""
 
     cost: float  # of one guess, in forwards of the model
+    certain: bool  # a guess has no distribution: how many there are changes no token
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
         """Return up to so many guesses for each request; `request.draft_probs` where uncertain."""
@@ -65,12 +66,13 @@ class Pace:
     def length(self, most: int, cost: float) -> int:
         """Return the number of guesses that promises the most tokens for the time; 0 is plain.
 
+        `cost` is that of making and checking a guess, in steps without guesses.
         (1 - a**(n + 1)) / (1 - a) tokens are expected of n guesses (arXiv 2211.17192, eq. 1).
         """
         a = min(self.kept / self.checked, 0.999)
 
         def rate(n: int) -> float:
-            return (1 - a ** (n + 1)) / (1 - a) / (1 + n * (cost + CHECK_COST))
+            return (1 - a ** (n + 1)) / (1 - a) / (1 + n * cost)
 
         best = max(range(most + 1), key=rate)
         self.idle = 0 if best else self.idle + 1
@@ -97,12 +99,13 @@ class Speculator:
             del self.paces[request]
             self.drafter.forget(request)
         ready, counts = [], []
+        cost = self.drafter.cost + check_cost(len(running) if self.drafter.certain else 1)
         for request in running:
             request.draft, request.draft_probs = [], None
             most = min(self.config.num_speculative_tokens, request.stopping.left - 1)
             if request.length - request.holding.computed == 1 and most > 0:
                 pace = self.paces.setdefault(request, Pace())
-                if count := pace.length(most, self.drafter.cost):
+                if count := pace.length(most, cost):
                     ready.append(request)
                     counts.append(count)
         if ready:
@@ -155,6 +158,11 @@ class Speculator:
         return keep_or_replace(p_V, q_TV[n], guess, request.generator)
 
 
+def check_cost(together: int) -> float:
+    """Return what checking a guess of each of so many requests costs, in steps without guesses."""
+    return TOKEN_COST * together / (1 + TOKEN_COST * (together - 1))
+
+
 def keep_or_replace(p_V: Tensor, q_V: Tensor, guess: int, generator: torch.Generator) -> int:
     """Return a draw from p, made of a guess that was drawn from q (algorithm 1)."""
     u = torch.rand(1, generator=generator, dtype=torch.float64)
@@ -167,7 +175,7 @@ def keep_or_replace(p_V: Tensor, q_V: Tensor, guess: int, generator: torch.Gener
 class PromptLookup:
     """Guess what followed the last n-gram where it stood last before; longer n-grams first."""
 
-    cost = 0.0
+    cost, certain = 0.0, True
 
     def __init__(self, longest: int) -> None:
         self.longest = longest
@@ -201,7 +209,7 @@ class PromptLookup:
 class NGramDrafter:
     """Guess the token that our n-gram model finds likeliest."""
 
-    cost = 0.01
+    cost, certain = 0.01, True
 
     def __init__(self, model: NGram) -> None:
         self.model = model
@@ -223,6 +231,8 @@ class NGramDrafter:
 
 class ModelDrafter:
     """Guess with a smaller model over the same vocabulary, all requests in one batch."""
+
+    certain = False  # neighbours must not change how many guesses are drawn
 
     def __init__(self, model: Decoder, target: Decoder, rows: int, context: int) -> None:
         self.cost = relative_size(model, target)
