@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from groundup.model import Decoder, ModelConfig
 from groundup.model.decoder import RMSNorm
+from groundup.model.footprint import training_step, twin_of
 from groundup.model.fused import RMSNormed, Rotated, SwiGLU
 
 
@@ -51,3 +54,31 @@ def test_training_and_evaluation_normalise_alike(dtype):
         norm.weight.uniform_(0.5, 2)
         wanted = norm(x)
     torch.testing.assert_close(norm(x), wanted)
+
+
+def tied(**fields):
+    shape = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, **fields}
+    return Decoder(ModelConfig(model_type="llama", tie_word_embeddings=True, **shape))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_tied_table_has_the_sum_of_its_two_gradients(trained, monkeypatch):
+    model = tied().double()
+    model.lm_head.weight.requires_grad_(trained)
+    ids = torch.randint(512, (2, 9))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def gradients():
+        return torch.autograd.grad(model(ids, want="losses", targets=ids.flip(1))[0], weights)
+
+    found = gradients()
+    monkeypatch.setattr(Decoder, "one_table", lambda self: False)
+    torch.testing.assert_close(found, gradients(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_step_makes_one_tensor_of_the_tied_table_s_size():
+    with FakeTensorMode():
+        model = twin_of(tied(vocab_size=8192))
+        step = training_step(model, 8, 2, torch.float32)
+    size = 4 * model.lm_head.weight.numel()
+    assert [bytes_ for _, bytes_ in step.events].count(size) == 1

@@ -198,6 +198,7 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
     q, k, v, first, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, first, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

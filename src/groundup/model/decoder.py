@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from groundup.model import attention, flex
 from groundup.model.config import ModelConfig
-from groundup.model.fused import RMSNormed, worthwhile
+from groundup.model.fused import RMSNormed, TiedTable, worthwhile
 from groundup.model.loss import IGNORE, linear_cross_entropy
 from groundup.model.mlp import MLP, Experts
 from groundup.model.rope import check_length, rotary_table, rotate
@@ -243,8 +243,12 @@ class Stack(nn.Module):
         cache: Cache | None = None,
         routing: list[Tensor] | None = None,
         each: list[Tensor] | None = None,
+        embedded_BTE: Tensor | None = None,
     ) -> Tensor:
-        """Return hidden_BTE; `each` collects the residual stream before every layer."""
+        """Return hidden_BTE; `each` collects the residual stream before every layer.
+
+        `embedded_BTE` are the ids' rows of the embedding, where they are there already.
+        """
         config = self.config
         B, T = ids_BT.shape
         if positions is None:
@@ -272,7 +276,7 @@ class Stack(nn.Module):
             cache,
             routing.append if routing is not None else None,
         )
-        x_BTE = self.embed_tokens(ids_BT)
+        x_BTE = self.embed_tokens(ids_BT) if embedded_BTE is None else embedded_BTE
         if config.family.gemma:  # in the embedding's dtype, as Gemma was trained
             x_BTE = x_BTE * torch.tensor(config.hidden_size**0.5, dtype=x_BTE.dtype)
         for layer in self.layers:
@@ -330,7 +334,10 @@ class Decoder(nn.Module):
         of T, so that no other is projected to the vocabulary.
         """
         each: list[Tensor] | None = [] if want == "layers" else None
-        hidden_BTE = self.model(ids_BT, positions, segments, cache, routing, each)
+        head_VE = embedded_BTE = None
+        if want == "losses" and self.one_table():
+            embedded_BTE, head_VE = TiedTable.apply(ids_BT, self.lm_head.weight)
+        hidden_BTE = self.model(ids_BT, positions, segments, cache, routing, each, embedded_BTE)
         if at is not None:
             hidden_BTE = hidden_BTE[:, at]
         if each is not None:
@@ -348,11 +355,17 @@ class Decoder(nn.Module):
             return -self.target_logprobs(hidden_BTE, targets).sum().expand(2)
         return linear_cross_entropy(
             hidden_BTE.flatten(0, 1),
-            self.lm_head.weight,
+            self.lm_head.weight if head_VE is None else head_VE,
             targets.flatten(),
             z_loss=z_loss,
             softcap=self.config.final_logit_softcapping,
         )
+
+    def one_table(self) -> bool:
+        """Say whether embedding and head are one matrix whose two gradients are to become one."""
+        head, embedding = self.lm_head, self.model.embed_tokens
+        plain = type(head) is nn.Linear and type(embedding) is nn.Embedding  # no adapter on them
+        return worthwhile(head.weight) and plain and head.weight is embedding.weight
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits, squeezed where the model was trained so."""

@@ -1,8 +1,8 @@
-"""Normalisation, rotation and gating with gradients in closed form: fewer passes, less kept.
+"""Norms, rotation, gating and a tied table with gradients of their own: fewer passes, less kept.
 
 Each equals its plain formula; torch.compile is given that, and fuses it itself.
 
-Shape suffixes: B batch, H heads, T positions, D size of a head.
+Shape suffixes: B batch, H heads, T positions, D size of a head, E hidden size, V vocabulary.
 """
 
 from typing import Any
@@ -77,6 +77,27 @@ class SwiGLU(torch.autograd.Function):
         (dy,) = upstream
         d_gate: Tensor = torch.ops.aten.silu_backward(dy * up, gate)
         return d_gate, F.silu(gate).mul_(dy)
+
+
+class TiedTable(torch.autograd.Function):
+    """Rows of a table that is the head's matrix too, and the table as the head is to use it.
+
+    Its two gradients become one: that by the rows is added to the head's where it lies. Apart,
+    each has the table's size, and so has their sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids_BT: Tensor, table_VE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_BTE, and the table under another name."""
+        ctx.save_for_backward(ids_BT)
+        return F.embedding(ids_BT, table_VE), table_VE.view_as(table_VE)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, Tensor]:
+        """Add the gradients of rows to the head's, which nobody else holds."""
+        (ids_BT,) = ctx.saved_tensors
+        d_x_BTE, d_head_VE = upstream
+        return None, d_head_VE.index_add_(0, ids_BT.flatten(), d_x_BTE.flatten(0, 1))
 
 
 def worthwhile(*tensors: Tensor) -> bool:

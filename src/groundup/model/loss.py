@@ -199,6 +199,7 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     ctx.head_dtype, ctx.trained, ctx.scaled = inputs[1].dtype, inputs[6], False
     ctx.save_for_backward(d_hidden_NE, d_head_VE)
     ctx.mark_non_differentiable(d_hidden_NE, d_head_VE)
+    ctx.set_materialize_grads(False)  # zeros in the head's size for what has no gradient
 
 
 def scale(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
