@@ -140,13 +140,11 @@ def training_step(model: Network, length: int, batch: int, dtype: torch.dtype) -
 def held_by_malloc(step: Step, states: Sequence[int]) -> int:
     """Return what glibc's heap holds at the peak of training beyond what is alive.
 
-    The first step leaves the optimizer's `states` (bytes, one a tensor) among what it freed, and
-    the second has to do with that.
+    The optimizer's `states` (bytes, one a tensor) are made before the first step; every step then
+    makes and frees the same above them.
     """
     heap = Heap()
-    heap.run(step.events)
     heap.run([(-1 - n, size) for n, size in enumerate(states)])
-    heap.run([(key, None) for key in heap.used if key > 0])  # gradients
     heap.run(step.events)
     return max(0, heap.peak - step.alive - sum(states))
 

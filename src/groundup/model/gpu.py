@@ -112,11 +112,13 @@ class GpuStack(Stack):
         cache: Cache | None = None,
         routing: list[Tensor] | None = None,
         each: list[Tensor] | None = None,
+        embedded_BTE: Tensor | None = None,
     ) -> Tensor:
         """Return hidden_BTE; `each` collects the residual stream before every layer."""
         pages = getattr(cache, "pages", None)
         if pages is None:
-            return super().forward(ids_BT, positions, segments, cache, routing, each)
+            given = (positions, segments, cache, routing, each, embedded_BTE)
+            return super().forward(ids_BT, *given)
         x_TE = F.embedding(ids_BT[0], self.embed_tokens.weight)
         few = not self.exact and len(x_TE) <= FEW and self.narrow
         run = self.few if few else self.many

@@ -17,6 +17,8 @@ from groundup.model import loss_kernel, native
 
 IGNORE = -100  # a target that counts for nothing, as in torch's cross-entropy
 PIECE_LOGITS = {"cpu": 2**21}  # logits alive at a time: what stays in a cache
+# MKL keeps copies of a large right-hand matrix for ever: 39 MB for 32,768 columns, 15 for these
+COLUMNS = 4096
 PIECE_BYTES = 2**30  # of them on a GPU: the head's gradient is read and written once a piece
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -71,7 +73,7 @@ def losses_and_gradients(
         buffer_nV = room_for_logits(hidden_NE, rows, len(head_VE))
         for at_n in pieces(kept_N, len(targets_N), rows):
             hidden_nE, targets_n = hidden_NE[at_n], targets_N[at_n]
-            logits_nV = torch.mm(hidden_nE, head_VE.mT, out=buffer_nV[: len(targets_n)])
+            logits_nV = logits_of(hidden_nE, head_VE, buffer_nV[: len(targets_n)])
             d_nV, nll_n, log_z_n = softmax(logits_nV, targets_n, z_loss, softcap, wanted)
             nll = nll_n.sum()
             sums += torch.stack((nll + z_loss * log_z_n.square().sum(), nll))
@@ -104,6 +106,15 @@ def room_for_logits(hidden_NE: Tensor, rows: int, V: int) -> Tensor:
     """Return [rows, V] to be written; rows start where products on a GPU are fast."""
     padded = -(-V // 64) * 64 if hidden_NE.device.type == "cuda" else V
     return hidden_NE.new_empty(min(rows, len(hidden_NE)), padded)[:, :V]
+
+
+def logits_of(hidden_nE: Tensor, head_VE: Tensor, out_nV: Tensor) -> Tensor:
+    """Write hidden_nE head_VE^T; on a CPU in fp32 some columns at a time, for MKL's copies."""
+    by_columns = out_nV.device.type == "cpu" and out_nV.dtype == torch.float32
+    columns = COLUMNS if by_columns else len(head_VE)
+    for v in range(0, len(head_VE), columns):
+        torch.mm(hidden_nE, head_VE[v : v + columns].mT, out=out_nV[:, v : v + columns])
+    return out_nV
 
 
 def softmax(

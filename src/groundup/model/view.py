@@ -67,13 +67,15 @@ class FastStack(Stack):
         cache: Cache | None = None,
         routing: list[Tensor] | None = None,
         each: list[Tensor] | None = None,
+        embedded_BTE: Tensor | None = None,
     ) -> Tensor:
         """Return hidden_BTE; `each` collects the residual stream before every layer."""
         place, few = None, ids_BT.shape[1] <= self.most
         if cache is not None and positions is not None and each is None and few:
             place = cache.in_kernel(self.angles(positions))
         if place is None:
-            return super().forward(ids_BT, positions, segments, cache, routing, each)
+            given = (positions, segments, cache, routing, each, embedded_BTE)
+            return super().forward(ids_BT, *given)
         return self.made(self.embed_tokens(ids_BT), place)
 
 

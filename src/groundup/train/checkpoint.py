@@ -34,10 +34,10 @@ from groundup.train.batches import BatchSource
 from groundup.train.config import FitConfig
 from groundup.train.guard import Guard, LossScale
 from groundup.train.ranks import ALONE, Ranks
-from groundup.train.resharding import PARTS, on_cpu, read_parts, write_parts
-from groundup.train.sharding import gather, laid_like
+from groundup.train.sharding import gather, is_cut, laid_like
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "training.json"
+PARTS = "parts"
 DAMAGE = (
     SafetensorError,
     OSError,
@@ -120,6 +120,16 @@ def take(
     )
 
 
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU, or this rank's part of it."""
+    tensor = tensor.detach()
+    if not is_cut(tensor):
+        return tensor.to("cpu", copy=True)
+    from groundup.train.resharding import part_on_cpu
+
+    return part_on_cpu(tensor)
+
+
 def copied(model: nn.Module) -> nn.Module:
     """Copy a model to the CPU; frozen weights are shared, as they never change."""
     memo: dict[int, Any] = {}
@@ -133,16 +143,18 @@ def write_together(
     snapshot: Snapshot, folder: Path, write_model: WriteModel | None, group: dist.ProcessGroup
 ) -> None:
     """Write this rank's part of step-N aside; the first adds the rest, and renames it."""
+    from groundup.train.resharding import write_parts
+
     place = folder / f"step-{snapshot.state['step']}"
     box = [place]
     if dist.get_rank():
         dist.broadcast_object_list(box, src=0, group=group)
         with storage_errors(place):
-            write_parts(snapshot.tensors, box[0], group)
+            write_parts(snapshot.tensors, box[0] / PARTS, group)
         return
     with atomic_folder(place) as box[0]:
         dist.broadcast_object_list(box, src=0, group=group)
-        write_parts(snapshot.tensors, box[0], group)
+        write_parts(snapshot.tensors, box[0] / PARTS, group)
         write_whole(snapshot, box[0], write_model)
 
 
@@ -290,10 +302,12 @@ def read_trained(
     """Return a checkpoint's weights by parameter, whole or cut up as the training's are."""
     if not (path / PARTS).is_dir():
         return read_weights(path) if read_weights else load_file(path / WEIGHTS)
+    from groundup.train.resharding import read_parts
+
     places = {f"weights/{name}": w for name, w in trained(training.model).items()}
     return {
         name.removeprefix("weights/"): weight
-        for name, weight in read_parts(path, places.get).items()
+        for name, weight in read_parts(path / PARTS, places.get).items()
     }
 
 
@@ -302,6 +316,8 @@ def read_rest(path: Path, training: Training, ranks: Ranks) -> dict[str, Tensor]
     if not (path / PARTS).is_dir():
         tensors = load_file(path / OPTIMIZER)
         return {n: t for n, t in tensors.items() if ranks.first or not n.startswith("rng/")}
+    from groundup.train.resharding import read_parts
+
     places = trained(training.model)
     plain, own = torch.empty(0), f"{ranks.rank}/rng/"
 
@@ -311,7 +327,7 @@ def read_rest(path: Path, training: Training, ranks: Ranks) -> dict[str, Tensor]
         parameter = name.removeprefix("average/")
         return places.get(parameter, places.get(parameter.rpartition("/")[0]))
 
-    found = read_parts(path, like)
+    found = read_parts(path / PARTS, like)
     return {name.removeprefix(f"{ranks.rank}/"): tensor for name, tensor in found.items()}
 
 

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from groundup.train.blocks import blocks, matrices
 from groundup.train.config import FitConfig
-from groundup.train.owners import by_owners
-from groundup.train.sharding import own_part
+from groundup.train.sharding import is_cut, own_part
 
 # Quintic Newton-Schulz coefficients, one triple a step. Jordan et al. 2024
 # (kellerjordan.github.io/posts/muon); Polar Express, Amsel et al. 2025 (arXiv 2505.16932,
@@ -125,7 +123,9 @@ class Muon(torch.optim.Optimizer):
     def updates(self, momenta: list[Tensor], first: int) -> Iterable[Tensor]:
         """Orthogonalise matrices of one shape; over ranks, each on its owner."""
         work = partial(orthogonalise, dtype=self.dtype, kind=self.coefficients)
-        if isinstance(momenta[0], DTensor):
+        if is_cut(momenta[0]):
+            from groundup.train.owners import by_owners
+
             return by_owners(momenta, work, first)
         if momenta[0].device.type != "cuda":
             return work(torch.stack(momenta))
@@ -137,11 +137,11 @@ class Muon(torch.optim.Optimizer):
         """Return the look-ahead momenta of matrices."""
         for weight in weights:
             if "momentum_buffer" not in self.state[weight]:
-                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                self.state[weight].update(first_state(self, weight))
         buffers: list[Tensor] = [self.state[weight]["momentum_buffer"] for weight in weights]
         grads = [weight.grad for weight in weights if weight.grad is not None]
         torch._foreach_lerp_(list(map(own_part, buffers)), list(map(own_part, grads)), 1 - MOMENTUM)
-        if isinstance(grads[0], DTensor):
+        if is_cut(grads[0]):
             return [g.lerp(buffer, MOMENTUM) for g, buffer in zip(grads, buffers, strict=True)]
         return list(torch._foreach_lerp(grads, buffers, MOMENTUM))
 
@@ -208,7 +208,25 @@ def make_optimizers(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
+            for weight in group["params"]:
+                optimizer.state[weight].update(first_state(optimizer, weight))
     return optimizers
+
+
+def first_state(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
+    """Return what an optimizer keeps of a weight, equal to what it makes by itself in a first step.
+
+    Made before any step, it lies together. Made behind a backward pass, it would lie among what
+    that has freed, and the activations of the next step would need room elsewhere.
+    """
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": torch.zeros_like(weight)}
+    step = torch.zeros((), dtype=torch.float32, device=weight.device)
+    return {
+        "step": step,
+        "exp_avg": torch.zeros_like(weight),
+        "exp_avg_sq": torch.zeros_like(weight),
+    }
 
 
 def make_muon(groups: list[dict[str, Any]], config: FitConfig, dtype: torch.dtype) -> Muon:

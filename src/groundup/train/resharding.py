@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint of several ranks (torch.distributed.checkpoint): `parts/`.
+"""The tensors of a checkpoint of several ranks (torch.distributed.checkpoint), in a folder.
 
 Each rank writes the rows that it holds; any number of ranks, or one process, reads the rows that
 it needs of them.
@@ -20,18 +20,16 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, zeros
 
-PARTS = "parts"
 
-
-def write_parts(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) -> None:
+def write_parts(tensors: dict[str, Tensor], parts: Path, group: dist.ProcessGroup) -> None:
     """Write this rank's part, synced; all ranks of the group do so together."""
     with unwrapped():
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder / PARTS), process_group=group)
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(parts), process_group=group)
 
 
-def read_parts(folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+def read_parts(parts: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
     """Read what is wanted: `like(name)` is a tensor that lies as this one shall, or None."""
-    reader = dcp.FileSystemReader(folder / PARTS)
+    reader = dcp.FileSystemReader(parts)
     wanted: dict[str, Any] = {}
     for name, saved in reader.read_metadata().state_dict_metadata.items():
         template = like(name)
@@ -56,11 +54,8 @@ def room_for(saved: TensorStorageMetadata, template: Tensor) -> Tensor:
     return torch.zeros(saved.size, dtype=dtype)
 
 
-def on_cpu(tensor: Tensor) -> Tensor:
+def part_on_cpu(tensor: DTensor) -> Tensor:
     """Copy this rank's part of a tensor to the CPU."""
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor.to("cpu", copy=True)
     return DTensor.from_local(
         tensor.to_local().to("cpu", copy=True),
         on_cpus(tensor.device_mesh),

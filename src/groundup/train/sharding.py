@@ -3,22 +3,26 @@
 Zhao et al. 2023, arXiv 2304.11277. A weight is a DTensor then: each rank holds some of its rows.
 `shard_ranks` ranks share one copy of the weights; with several copies, gradients are added up
 over these as well (hybrid sharding), and with 1 every rank holds all (plain replication).
+
+torch's modules for this take 50 MB and a second: they are imported where there are several ranks.
 """
 
 import copy
 import os
+import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from groundup.core.errors import ConfigError
 from groundup.train.blocks import blocks
 from groundup.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 def spread(
@@ -32,6 +36,8 @@ def spread(
     """
     if ranks.size == 1:
         return model.to(device)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     if device.type == "cuda" and int(os.environ.get("LOCAL_RANK", "0")) >= (
         there := torch.cuda.device_count()
     ):
@@ -58,8 +64,10 @@ def spread(
     return cut
 
 
-def mesh_of(device: torch.device, size: int, shard_ranks: int) -> DeviceMesh:
+def mesh_of(device: torch.device, size: int, shard_ranks: int) -> "DeviceMesh":
     """Return the ranks as a row, or as copies x shards; 0 means that all share one copy."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     shards = shard_ranks or size
     if size % shards:
         raise ConfigError(
@@ -92,25 +100,33 @@ def gather(whole: nn.Module, trained: nn.Module, ranks: Ranks) -> None:
     places = dict(whole.named_parameters()) if ranks.first else {}
     for name, weight in trained.named_parameters():
         if weight.requires_grad:
-            full = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            full = weight.full_tensor() if is_cut(weight) else weight
             if ranks.first:
                 places[name].copy_(full)
 
 
+def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Say whether a tensor is cut up over ranks; without torch's module for it none is."""
+    found = sys.modules.get("torch.distributed.tensor")
+    return found is not None and isinstance(tensor, found.DTensor)
+
+
 def own_part(tensor: Tensor) -> Tensor:
     """Return this rank's rows of a tensor, sharing memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_cut(tensor) else tensor
 
 
 def total_norm(grads: Iterable[Tensor]) -> Tensor:
     """Return the norm of all gradients over all ranks."""
     norm = nn.utils.get_total_norm(grads)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if is_cut(norm) else norm
 
 
 def laid_like(value: Tensor, weight: Tensor) -> Tensor:
     """Return a whole tensor on a weight's device, cut up over ranks as the weight is."""
     value = value.to(weight.device)
-    if isinstance(value, DTensor) or not isinstance(weight, DTensor) or not value.dim():
+    if is_cut(value) or not is_cut(weight) or not value.dim():
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
