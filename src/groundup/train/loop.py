@@ -94,29 +94,20 @@ def fit(
     """
     dtype, ranks = DTYPES[config.dtype], here(device)
     seed_generators(config.seed + ranks.rank)
-    whole, model = model, spread(model, ranks, device, dtype, config.shard_ranks)
-    model.train()
-    training = Training(
-        model=model,
-        whole=whole,
-        optimizers=make_optimizers(model, config, dtype),
-        source=source,
-        guard=Guard(config, out, writes=ranks.first),
-        scale=LossScale(FIRST_SCALE if config.dtype == "fp16" else 1.0),
-        average=Average(model, config.ema_decay) if config.ema_decay else None,
-    )
+    training = begun(model, source, config, out, device, ranks)
     log = MetricsLog(out / "metrics.jsonl")
     saver = Saver(out / "checkpoints", config, write_model, ranks)
     run_step = partial(passes, objective=objective, device=device, dtype=dtype, ranks=ranks)
+    gather_weights = partial(gather, training.whole, training.model, ranks)
     first_step = load_checkpoint(saver.folder, training, read_weights, ranks)
     if first_step:
         say(f"  continuing from step {first_step:,} of {config.steps:,}")
     if ranks.first:
         log.truncate_after(first_step)
-    state = State(first_step, config.steps, whole)
-    forward = None if config.compile else model
+    state = State(first_step, config.steps, training.whole)
+    forward = None if config.compile else training.model
     with (
-        checkpointed_activations(model, config.gradient_checkpointing),
+        checkpointed_activations(training.model, config.gradient_checkpointing),
         faults(device, partial(left, saver.folder, state)),
         interrupts() as stop,
     ):
@@ -128,33 +119,61 @@ def fit(
                 with repeatable(config.deterministic, device):
                     if forward is None:
                         micro = to_device(batch[0], device)
-                        forward = compiled(model, objective, micro, device, dtype) or model
+                        forward = compiled(training.model, objective, micro, device, dtype)
+                        forward = forward or training.model
                     backward = partial(run_step, forward)
                     metrics = optimizer_step(training, backward, batch, step, config)
                 state.step = step + 1
                 seconds = time.perf_counter() - started
                 state.metrics = metrics | {"lr": rate, "seconds": seconds} | memory(device)
-                last = state.step == config.steps
                 if math.isfinite(metrics["loss"]):
-                    run_hooks(hooks, state, last, stop, partial(gather, whole, model, ranks), ranks)
+                    run_hooks(hooks, state, stop, gather_weights, ranks)
                 state.metrics = {k: v for k, v in state.metrics.items() if math.isfinite(v)}
                 if ranks.first:
                     log.write(step=state.step, **state.metrics)
                 stop.asked = ranks.any(stop.asked)
-                saver.check()
-                if state.step % config.checkpoint_every == 0 or last or stop.asked:
-                    saver.save(training, state.step, state.metrics)
-                if stop.asked:
-                    saver.join()
-                    saver.check()
-                    say(f"  stopped; step {state.step:,} is saved")
-                    raise KeyboardInterrupt
+                save_if_due(saver, training, state, stop)
         finally:
             saver.join()
         saver.check()
     choose_weights(training, config, saver, read_weights, ranks)
-    gather(whole, model, ranks)
+    gather_weights()
     return state.metrics
+
+
+def begun(
+    model: nn.Module,
+    source: BatchSource,
+    config: FitConfig,
+    out: Path,
+    device: torch.device,
+    ranks: Ranks,
+) -> Training:
+    """Return all that a run consists of, before its first step."""
+    dtype = DTYPES[config.dtype]
+    trained_model = spread(model, ranks, device, dtype, config.shard_ranks).train()
+    return Training(
+        model=trained_model,
+        whole=model,
+        optimizers=make_optimizers(trained_model, config, dtype),
+        source=source,
+        guard=Guard(config, out, writes=ranks.first),
+        scale=LossScale(FIRST_SCALE if config.dtype == "fp16" else 1.0),
+        average=Average(trained_model, config.ema_decay) if config.ema_decay else None,
+    )
+
+
+def save_if_due(saver: Saver, training: Training, state: State, stop: "Stop") -> None:
+    """Save now and then, behind the last step, and before a stop that was asked for."""
+    saver.check()
+    every = saver.config.checkpoint_every
+    if state.step % every == 0 or state.step == state.steps or stop.asked:
+        saver.save(training, state.step, state.metrics)
+    if stop.asked:
+        saver.join()
+        saver.check()
+        say(f"  stopped; step {state.step:,} is saved")
+        raise KeyboardInterrupt
 
 
 def left(folder: Path, state: State) -> str:
@@ -206,12 +225,12 @@ def optimizer_step(
 def run_hooks(
     hooks: Sequence[Hook],
     state: State,
-    last: bool,
     stop: "Stop",
     gather_weights: Callable[[], None],
     ranks: Ranks,
 ) -> None:
     """Run what is due; a hook's random numbers and mode do not touch the training's."""
+    last = state.step == state.steps
     due = [hook for hook in hooks if state.step % hook.every == 0 or last]
     if any(hook.looks for hook in due):
         gather_weights()
