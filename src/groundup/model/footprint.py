@@ -22,21 +22,23 @@ from groundup.model.encoder import Encoder
 from groundup.model.heads import HeadedDecoder
 from groundup.model.heap import LINGER_SERVING, Event, Heap
 from groundup.model.hf import Network
-from groundup.model.loss import PIECE_LOGITS
+from groundup.model.loss import APART_BYTES, PIECE_LOGITS
 from groundup.model.mlp import Experts
 
+LOSS = torch.ops.groundup.linear_cross_entropy.default
+STEPS = 3  # until a heap has grown to what it stays
 MASKED = 0.15  # of an encoder's positions that have a target
 
 
 class Alive(TorchDispatchMode):
     """Counts the bytes alive of all that is made under it: `now`, and `peak`, the most of them.
 
-    `events` tell what was made and freed, in order.
+    `events` tell what was made and freed in malloc's heap, in order.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.apart = 0
         self.seen: dict[int, weakref.ref[Any]] = {}
         self.events: list[Event] = []
         self.made = 0
@@ -56,30 +58,36 @@ class Alive(TorchDispatchMode):
                 storage = leaf.untyped_storage()
                 key = storage._cdata
                 if key not in before and key not in self.seen:
-                    gone = partial(self.forget, key, self.note(storage.nbytes()), storage.nbytes())
+                    size = storage.nbytes()
+                    apart = func is LOSS and size >= APART_BYTES
+                    gone = partial(self.forget, key, self.note(size, in_heap=not apart), size)
                     self.seen[key] = weakref.ref(storage, gone)
         self.peak = max(self.peak, self.now)
         return out
 
-    def note(self, size: int) -> int:
+    def note(self, size: int, *, in_heap: bool = True) -> int | None:
         """Count a storage that was made; return its number among the events."""
         self.now += size
+        if not in_heap:
+            self.apart += size
+            return None
         self.made += 1
         self.events.append((self.made, size))
         return self.made
 
-    def forget(self, key: int, number: int, size: int, _: Any) -> None:
+    def forget(self, key: int, number: int | None, size: int, _: Any) -> None:
         """Take a storage that died out of the count."""
         del self.seen[key]
         self.now -= size
-        self.events.append((number, None))
+        if number is not None:
+            self.events.append((number, None))
 
     def briefly(self, sizes: Sequence[int]) -> None:
         """Count what an operator that is not looked into makes and frees."""
         numbers = [self.note(size) for size in sizes]
         self.peak = max(self.peak, self.now)
         self.now -= sum(sizes)
-        self.events += [(number, None) for number in numbers]
+        self.events += [(number, None) for number in numbers if number is not None]
 
 
 class EvenExperts(Experts):
@@ -110,10 +118,14 @@ def twin_of(model: Network) -> Network:
 
 @dataclass(frozen=True)
 class Step:
-    """What a model computes at a time: the most bytes alive, and what was made and freed."""
+    """What a model computes at a time: the most bytes alive, and what the heap made and freed.
+
+    `apart` are those bytes of the peak that are not in the heap.
+    """
 
     alive: int
     events: Sequence[Event]
+    apart: int = 0
 
 
 def training_step(model: Network, length: int, batch: int, dtype: torch.dtype) -> Step:
@@ -134,19 +146,21 @@ def training_step(model: Network, length: int, batch: int, dtype: torch.dtype) -
         del loss
     events = tuple(alive.events)
     model.zero_grad(set_to_none=True)
-    return Step(alive.peak, events)
+    return Step(alive.peak, events, alive.apart)
 
 
 def held_by_malloc(step: Step, states: Sequence[int]) -> int:
     """Return what glibc's heap holds at the peak of training beyond what is alive.
 
-    The optimizer's `states` (bytes, one a tensor) are made before the first step; every step then
-    makes and frees the same above them.
+    The optimizer's `states` (bytes, one a tensor) are made before the first step; what a step makes
+    and frees lies above them, among holes that the steps before have left.
     """
     heap = Heap()
     heap.run([(-1 - n, size) for n, size in enumerate(states)])
-    heap.run(step.events)
-    return max(0, heap.peak - step.alive - sum(states))
+    for _ in range(STEPS):
+        heap.run([(key, None) for key in heap.used if key > 0])  # gradients of the step before
+        heap.run(step.events)
+    return max(0, heap.peak - (step.alive - step.apart) - sum(states))
 
 
 def serving_step(model: Network, rows: int, length: int, dtype: torch.dtype) -> Step:

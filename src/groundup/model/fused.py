@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from groundup.model import native, passes
+
 
 class RMSNormed(torch.autograd.Function):
     """x / rms(x) * weight; keeps x and one number a row."""
@@ -18,22 +20,15 @@ class RMSNormed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return the normalised rows."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = (length.square_() / x.shape[-1] + eps).rsqrt_()
+        out, scale = passes.norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Return scale (g - x scale^2 mean(g x)), g = upstream * weight, and that by weight."""
+        """Return the gradients by x and by the weight."""
         x, weight, scale = ctx.saved_tensors
-        (dy,) = upstream
-        product = dy * x
-        d_weight = (product * scale).flatten(0, -2).sum(0)
-        overlap = (product @ weight)[..., None]
-        dx = (dy * weight).mul_(scale)
-        dx.addcmul_(x, overlap * scale.pow(3) / x.shape[-1], value=-1)
-        return dx, d_weight, None
+        return *passes.norm_backward(x, weight, scale, upstream[0]), None
 
 
 class Rotated(torch.autograd.Function):
@@ -43,22 +38,12 @@ class Rotated(torch.autograd.Function):
     def forward(ctx: Any, x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
         """Return x cos + (-x2, x1) sin."""
         ctx.save_for_backward(cos_B1TD, sin_B1TD)
-        return turned(x_BHTD, cos_B1TD, sin_B1TD, 1)
+        return passes.turn(x_BHTD, cos_B1TD, sin_B1TD, 1.0)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         """Turn by the opposite angle."""
-        cos_B1TD, sin_B1TD = ctx.saved_tensors
-        return turned(upstream[0], cos_B1TD, sin_B1TD, -1), None, None
-
-
-def turned(x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor, way: int) -> Tensor:
-    """Return the rotation, written into one new tensor."""
-    out_BHTD = x_BHTD * cos_B1TD
-    half = x_BHTD.shape[-1] // 2
-    out_BHTD[..., :half].addcmul_(x_BHTD[..., half:], sin_B1TD[..., :half], value=-way)
-    out_BHTD[..., half:].addcmul_(x_BHTD[..., :half], sin_B1TD[..., half:], value=way)
-    return out_BHTD
+        return passes.turn(upstream[0], *ctx.saved_tensors, -1.0), None, None
 
 
 class SwiGLU(torch.autograd.Function):
@@ -68,15 +53,36 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         """Return the gated values."""
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return passes.gate(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients by gate and up."""
-        gate, up = ctx.saved_tensors
+        own = upstream[0].clone(memory_format=torch.contiguous_format)  # it is overwritten
+        d_gate, d_up = passes.gate_backward(*ctx.saved_tensors, own)
+        return d_gate, d_up
+
+
+class SwiGLUDown(torch.autograd.Function):
+    """(silu(gate) * up) W^T; the gated values, of the MLP's width, are made again and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        """Return the narrowed values, computed in gate's dtype."""
+        ctx.save_for_backward(gate, up, weight)
+        return F.linear(passes.gate(gate, up), weight.to(gate.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gradients by gate, up and, where it is trained, the matrix."""
+        gate, up, weight = ctx.saved_tensors
         (dy,) = upstream
-        d_gate: Tensor = torch.ops.aten.silu_backward(dy * up, gate)
-        return d_gate, F.silu(gate).mul_(dy)
+        gated = dy @ weight.to(dy.dtype)  # its gradient first
+        d_gate, d_up = passes.gate_backward(gate, up, gated)
+        if not ctx.needs_input_grad[2]:
+            return d_gate, d_up, None
+        d_weight = dy.flatten(0, -2).mT @ gated.flatten(0, -2)
+        return d_gate, d_up, d_weight.to(weight.dtype)
 
 
 class TiedTable(torch.autograd.Function):
@@ -100,13 +106,19 @@ class TiedTable(torch.autograd.Function):
         return None, d_head_VE.index_add_(0, ids_BT.flatten(), d_x_BTE.flatten(0, 1))
 
 
-def worthwhile(*tensors: Tensor) -> bool:
-    """Say whether to take the closed forms: in eager training on a CPU, all in one dtype."""
+def worthwhile(*tensors: Tensor, narrow: bool = False) -> bool:
+    """Say whether to take these forms: in eager training on a CPU, all in one dtype.
+
+    That is fp32 or fp64, or bf16 where a kernel takes it (`narrow`) and can be had.
+    """
     first = tensors[0]
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
         and first.device.type == "cpu"
         and all(t.dtype == first.dtype for t in tensors)
-        and first.dtype in (torch.float32, torch.float64)
+        and (
+            first.dtype in (torch.float32, torch.float64)
+            or (narrow and first.dtype == torch.bfloat16 and native.passes() is not None)
+        )
     )

@@ -7,7 +7,10 @@ and of the logits only one piece is alive (after Hsu et al. 2024, arXiv 2410.109
 Shape suffixes: N positions, n those of one piece, E hidden size, V vocabulary.
 """
 
+import mmap
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ IGNORE = -100  # a target that counts for nothing, as in torch's cross-entropy
 PIECE_LOGITS = {"cpu": 2**21}  # logits alive at a time: what stays in a cache
 # MKL keeps copies of a large right-hand matrix for ever: 39 MB for 32,768 columns, 15 for these
 COLUMNS = 4096
+APART_BYTES = 2**24  # gradients of heads from here on are made outside the heap
 PIECE_BYTES = 2**30  # of them on a GPU: the head's gradient is read and written once a piece
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -66,7 +70,7 @@ def losses_and_gradients(
         wide = torch.promote_types(hidden_NE.dtype, torch.float32)
         sums = hidden_NE.new_zeros(2, dtype=wide)
         d_hidden_NE = torch.zeros_like(hidden_NE) if wanted else hidden_NE.new_empty(0)
-        d_head_VE = torch.zeros_like(head_VE, dtype=wide) if trained else hidden_NE.new_empty(0)
+        d_head_VE = zeros_of(head_VE, wide) if trained else hidden_NE.new_empty(0)
         head_VE = head_VE.to(hidden_NE.dtype)
         kept_N = (targets_N != IGNORE).nonzero().squeeze(-1)
         rows = rows_of_a_piece(hidden_NE, len(head_VE), len(kept_N))
@@ -84,6 +88,21 @@ def losses_and_gradients(
             if trained:
                 add_product(d_head_VE, d_nV.mT, hidden_nE)
         return sums, d_hidden_NE, d_head_VE
+
+
+def zeros_of(head_VE: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros in a head's shape; on a CPU large ones lie outside malloc's heap.
+
+    There activations would settle in the hole that each step's leaves for the next.
+    """
+    size = head_VE.numel() * dtype.itemsize
+    if head_VE.device.type != "cpu" or size < APART_BYTES or sys.platform != "linux":
+        return torch.zeros_like(head_VE, dtype=dtype)
+    # the system gives zeros, in large pages: small ones would cost a fault for every 4 KB
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(head_VE.shape)
 
 
 def pieces(kept_N: Tensor, N: int, rows: int) -> Sequence[Tensor | slice]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from groundup.core.progress import say
 
 SOURCES = Path(__file__).with_name("native")
-P, N, F = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+P, L, N, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp -shared -fPIC -fno-math-errno -fno-trapping-math"
 
 
@@ -28,7 +28,20 @@ def training() -> ctypes.CDLL | None:
     if found is not None:
         found.attention.argtypes = (P,) * 6 + (N,)
         found.attention_backward.argtypes = (P,) * 9 + (N,)
-        found.cross_entropy.argtypes = (P, P, ctypes.c_long, ctypes.c_long, F, P, P, N, N, N)
+        found.cross_entropy.argtypes = (P, P, L, L, F, P, P, N, N, N)
+    return found
+
+
+@cache
+def passes() -> ctypes.CDLL | None:
+    """Return the kernels of passes.cpp, if they can be had."""
+    found = library("passes")
+    if found is not None:
+        found.gate.argtypes = (P,) * 3 + (L, N, N)
+        found.gate_backward.argtypes = (P,) * 5 + (L, N, N)
+        found.turn.argtypes = (P,) * 4 + (L, P, F, P, N, N)
+        found.norm.argtypes = (P,) * 4 + (L, L, F, N)
+        found.norm_backward.argtypes = (P,) * 6 + (L, L, N)
     return found
 
 

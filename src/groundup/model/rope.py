@@ -102,7 +102,8 @@ def yarn(
 
 def rotate(x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
     """Turn each pair of dimensions by its angle."""
-    if worthwhile(x_BHTD, cos_B1TD, sin_B1TD):
+    wide = torch.promote_types(x_BHTD.dtype, torch.float32)
+    if worthwhile(x_BHTD, narrow=True) and cos_B1TD.dtype == wide:
         return Rotated.apply(x_BHTD, cos_B1TD, sin_B1TD)
     first, second = x_BHTD.chunk(2, dim=-1)
     turned_BHTD = torch.cat((-second, first), dim=-1)
