@@ -7,7 +7,7 @@ tokens too, each part with a schedule of its own, to find the part in which it r
 loss. The ablation takes one ingredient at a time away from groundup's best, or puts one in.
 
     python benchmarks/recipe_quality.py OUT --text shakespeare=input.txt wikitext=valid.txt python
-    python benchmarks/recipe_quality.py OUT --text python --ablate python --workers 16 --device cuda
+    python benchmarks/recipe_quality.py OUT --text python --ablate python --workers 2
     python benchmarks/recipe_quality.py OUT --text shakespeare wikitext python --report
 
 `python` is the library of the installed Python. Texts are kept in OUT as ids, so that a copy of
@@ -17,37 +17,26 @@ is.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import multiprocessing
 import queue
 import statistics
-import sysconfig
-import tempfile
 import time
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from ingredients import ABLATIONS
+from recipe_run import Row, keep_text, kept_text, run
+from scipy.stats import t
 
-from groundup.core.device import pick
-from groundup.core.errors import GroundupError
 from groundup.core.progress import console
-from groundup.model import Decoder, ModelConfig
-from groundup.model.lm import NeuralLM
-from groundup.train import FitConfig, NextToken, TokenStream, fit
-from groundup.train.plan import mlp_width
 
-VOCABULARY = 2048
 SEEDS, PARTS = (1, 2, 3), (0.25, 0.5, 0.75, 1.0)
 EXPLORED, SIDES = 8, ("adamw", "muon")
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182}  # 97.5 % points of t, by degrees of freedom
-SCORED_TOKENS = 150_000
-DIVERGED = 99.0  # bits per byte of a run that the guard has stopped
 MODEL_TYPES = {"adamw": "llama", "muon": "qwen3"}
 CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_decay": (0.0, 0.01, 0.1),
@@ -63,139 +52,6 @@ KNOWN_GOOD = {
     "adamw": {"adam_learning_rate": 3e-3, "weight_decay": 0.1, "warmup_fraction": 0.05},
     "muon": {"learning_rate": 0.02, "adam_learning_rate": 3e-3, "warmup_fraction": 0.02},
 }
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "AdamW for Muon, all as tuned for AdamW": {"optim": "adamw"},
-    "no norm of queries and keys (Llama)": {"model_type": "llama"},
-    "embeddings not tied": {"tie_word_embeddings": False},
-    "cosine schedule": {"lr_scheduler_type": "cosine"},
-    "linear schedule": {"lr_scheduler_type": "linear"},
-    "WSD schedule": {"lr_scheduler_type": "wsd"},
-    "NorMuon": {"optim": "normuon"},
-    "Polar Express coefficients": {"newton_schulz": "polar-express"},
-    "no weight decay": {"weight_decay": 0.0},
-    "weight decay 0.1": {"weight_decay": 0.1},
-    "cautious weight decay 0.1": {"weight_decay": 0.1, "cautious_weight_decay": True},
-    "EMA 0.99": {"ema_decay": 0.99},
-    "z-loss 1e-4": {"z_loss": 1e-4},
-    "no clipping": {"max_grad_norm": 1e9},
-    "half the rows a step": {"rows": 0.5},
-    "twice the rows a step": {"rows": 2},
-    "fp32 products": {"dtype": "fp32"},
-}
-Row = dict[str, Any]  # text, size, part of the steps, seed, settings
-
-
-def pieces_of(path: Path | None) -> list[str]:
-    """Return a text in documents: files of the library, or stretches of paragraphs of a file."""
-    if path is None:
-        files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
-        kept = [f for f in files if not {"site-packages", "test", "tests"} & set(f.parts)]
-        return [f.read_text(encoding="utf-8", errors="ignore") for f in kept]
-    pieces, last = [], []
-    for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
-        last.append(paragraph)
-        if sum(map(len, last)) > 8000:
-            pieces.append("\n\n".join(last))
-            last = []
-    pieces.append("\n\n".join(last))
-    if len(pieces) < 20:  # a file of few blank lines
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        pieces = ["".join(lines[n : n + 50]) for n in range(0, len(lines), 50)]
-    return pieces
-
-
-def keep_text(given: str, out: Path) -> str:
-    """Split a text by content, train a tokenizer on the one part, keep both as ids; its name."""
-    name, _, file = given.partition("=")
-    if (out / f"{name}.npz").exists():
-        return name
-    from groundup.tokenizer import Tokenizer
-
-    pieces = [piece for piece in pieces_of(Path(file) if file else None) if piece.strip()]
-    last_digit = [hashlib.sha256(piece.encode()).digest()[0] % 10 for piece in pieces]
-    inside = [piece for piece, digit in zip(pieces, last_digit, strict=True) if digit]
-    outside = [piece for piece, digit in zip(pieces, last_digit, strict=True) if not digit]
-    tok = Tokenizer.train(inside, kind="bpe", vocab_size=VOCABULARY)
-    eos = tok.eos_token_id
-    trained = [[*tok.encode(piece), eos] for piece in inside]
-    held_out: list[list[int]] = []
-    size = 0
-    for piece in outside:
-        ids = [*tok.encode(piece), eos]
-        if sum(map(len, held_out)) + len(ids) <= SCORED_TOKENS or not held_out:
-            held_out.append(ids)
-            size += len(piece.encode())
-    arrays = {}
-    for part, documents in (("train", trained), ("held_out", held_out)):
-        arrays[part] = np.concatenate([np.array(ids, np.uint16) for ids in documents])
-        arrays[f"{part}_offsets"] = np.cumsum([0, *map(len, documents)])
-    np.savez_compressed(out / f"{name}.npz", **arrays, bytes=size, eos=eos)
-    return name
-
-
-@cache
-def kept_text(file: Path) -> dict[str, Any]:
-    """Return a kept text's arrays."""
-    with np.load(file) as arrays:
-        return dict(arrays)
-
-
-def run(row: Row, folder: Path, device_name: str) -> Row:
-    """Train once; return the row with bits per byte on the held-out documents, and seconds."""
-    started = time.perf_counter()
-    text, size, settings = (
-        kept_text(folder / f"{row['text']}.npz"),
-        row["size"],
-        {**row["settings"]},
-    )
-    eos, context = int(text["eos"]), size["context"]
-    share, z_loss = settings.pop("rows", 1), settings.pop("z_loss", 0.0)
-    device = pick(device_name, settings.pop("dtype", None))
-    torch.manual_seed(row["seed"])
-    model = Decoder(shape(size, **{k: settings.pop(k) for k in SHAPED if k in settings}))
-    source = TokenStream(
-        text["train"],
-        text["train_offsets"],
-        eos_token_id=eos,
-        context=context,
-        batch_size=round(share * size["rows"]),
-        gradient_accumulation_steps=1,
-        seed=row["seed"],
-    )
-    steps = round(row["part"] * size["steps"] / share)
-    name = "bf16" if device.dtype == torch.bfloat16 else "fp32"
-    config = FitConfig(
-        steps=steps, seed=row["seed"], checkpoint_every=steps, dtype=name, **settings
-    )
-    try:
-        with tempfile.TemporaryDirectory() as aside:
-            objective = NextToken(z_loss=z_loss)
-            fit(model, objective, source, config, Path(aside), device=device.device)
-    except GroundupError as err:
-        return row | {"bits_per_byte": DIVERGED, "fault": str(err)}
-    documents = np.split(text["held_out"], text["held_out_offsets"][1:-1])
-    logprobs = NeuralLM(model.eval(), eos).token_logprobs(documents)
-    bits = -sum(float(values.sum()) for values in logprobs) / math.log(2) / int(text["bytes"])
-    return row | {"bits_per_byte": bits, "seconds": time.perf_counter() - started}
-
-
-SHAPED = ("model_type", "tie_word_embeddings")
-
-
-def shape(size: dict[str, int], **others: Any) -> ModelConfig:
-    """Return the shape that both sides have."""
-    heads = max(1, size["width"] // 64)
-    return ModelConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=size["width"],
-        intermediate_size=mlp_width(size["width"]),
-        num_hidden_layers=size["layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=size["width"] // heads,
-        max_position_embeddings=size["context"],
-        **others,
-    )
 
 
 def explored(side: str) -> list[dict[str, Any]]:
@@ -252,6 +108,11 @@ class Runs:
         found = [self.known.get(key(row)) for row in rows]
         return [row["bits_per_byte"] for row in found if row] if all(found) else None
 
+    def by_seed(self, rows: list[Row]) -> dict[int, float]:
+        """Return the bits per byte of those runs that are done."""
+        found = [self.known[key(row)] for row in rows if key(row) in self.known]
+        return {row["seed"]: row["bits_per_byte"] for row in found}
+
     def best(self, text: str, tried: list[dict[str, Any]]) -> dict[str, Any] | None:
         """Return the best settings of trials, if all are done."""
         found = self.bits([self.row(text, settings) for settings in tried])
@@ -272,8 +133,8 @@ class Runs:
         """Return the same run over seeds."""
         return [self.row(text, settings, seed, part) for seed in SEEDS]
 
-    def ablations(self, text: str) -> dict[str, list[Row]]:
-        """Return the runs of the ablation, if both sides are tuned."""
+    def ablations(self, text: str, part: float) -> dict[str, list[Row]]:
+        """Return the runs of the ablation on a part of the steps, if both sides are tuned."""
         plain, ours = (self.chosen(text, side) for side in SIDES)
         if not plain or not ours:
             return {}
@@ -283,10 +144,10 @@ class Runs:
             if change.get("optim") == "adamw":
                 settings |= {k: v for k, v in plain.items() if k != "model_type"}
             if settings != ours:
-                found[label] = self.seeds(text, settings)
+                found[label] = self.seeds(text, settings, part)
         return found
 
-    def wanted(self, texts: list[str], ablated: list[str]) -> Iterator[Row]:
+    def wanted(self, texts: list[str], ablated: list[str], part: float) -> Iterator[Row]:
         """Yield what can be run by now, the most wanted first: trials, comparisons, ablations."""
         for text in texts:
             for side in SIDES:
@@ -294,11 +155,11 @@ class Runs:
         for text in texts:
             for side in SIDES:
                 if best := self.chosen(text, side):
-                    for part in PARTS if side == "muon" else (1.0,):
-                        yield from self.seeds(text, best, part)
-        for text in ablated:
-            for rows in self.ablations(text).values():
-                yield from rows
+                    for some in PARTS if side == "muon" else (1.0,):
+                        yield from self.seeds(text, best, some)
+        for text in ablated:  # every change once before any a second time
+            for nth in zip(*self.ablations(text, part).values(), strict=True):
+                yield from nth
 
 
 def start_worker(threads: int) -> None:
@@ -315,7 +176,7 @@ def run_all(runs: Runs, args: argparse.Namespace, texts: list[str]) -> None:
     with context.Pool(args.workers, start_worker, (args.threads,)) as pool:
         running: set[str] = set()
         while time.monotonic() < end:
-            for row in runs.wanted(texts, args.ablate):
+            for row in runs.wanted(texts, args.ablate, args.ablate_part):
                 if len(running) == args.workers:
                     break
                 if key(row) not in running and key(row) not in runs.known:
@@ -336,27 +197,32 @@ def run_all(runs: Runs, args: argparse.Namespace, texts: list[str]) -> None:
     print(f"time is up: {len(running)} runs were cut off")
 
 
-def interval(values: list[float]) -> str:
-    """Return mean and 95 % interval by Student's t."""
-    half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.4f} +- {half:.4f}"
+def interval(values: Iterable[float], sign: str = "") -> str:
+    """Return the mean and, of two or more, the 95 % interval by Student's t."""
+    values = list(values)
+    mean = f"{statistics.mean(values):{sign}.4f}"
+    if len(values) < 2:
+        return f"{mean} (one seed)"
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean} +- {half:.4f}"
 
 
-def part_needed(found: list[float], wanted: float) -> float:
+def part_needed(curve: dict[float, float], wanted: float) -> float:
     """Return the part of the tokens at which a falling curve meets a loss; linear in log part.
 
-    Never less than the smallest part that was run; past the whole it is extrapolated.
+    Never less than the smallest part that was run; past the largest it is extrapolated.
     """
-    if found[0] <= wanted:
-        return PARTS[0]
-    logs = [math.log(part) for part in PARTS]
-    n = next((n for n in range(1, len(PARTS)) if found[n] <= wanted), len(PARTS) - 1)
-    slope = (found[n] - found[n - 1]) / (logs[n] - logs[n - 1])
-    return math.exp(logs[n - 1] + (wanted - found[n - 1]) / slope)
+    parts = sorted(curve)
+    if curve[parts[0]] <= wanted:
+        return parts[0]
+    n = next((n for n in range(1, len(parts)) if curve[parts[n]] <= wanted), len(parts) - 1)
+    low, high = parts[n - 1], parts[n]
+    slope = (curve[high] - curve[low]) / (math.log(high) - math.log(low))
+    return low * math.exp((wanted - curve[low]) / slope)
 
 
 def report(runs: Runs, text: str, folder: Path) -> None:
-    """Print both sides over seeds, the part of the tokens that groundup needs, and the ablation."""
+    """Print both sides over seeds, and the part of the tokens that groundup needs."""
     size, tokens = runs.size, len(kept_text(folder / f"{text}.npz")["train"])
     seen = size["steps"] * size["rows"] * size["context"]
     print(f"\n{text}: {size}, {seen:,} tokens, {seen / tokens:.1f} epochs of {tokens:,}")
@@ -370,26 +236,46 @@ def report(runs: Runs, text: str, folder: Path) -> None:
         print(f"  best: {best}")
     if not plain or not ours:
         return
-    theirs = runs.bits(runs.seeds(text, plain))
-    curves = [runs.bits(runs.seeds(text, ours, part)) for part in PARTS]
+    theirs = runs.by_seed(runs.seeds(text, plain))
+    curves = [runs.by_seed(runs.seeds(text, ours, part)) for part in PARTS]
     if theirs:
-        print(f"  Llama and tuned AdamW: {interval(theirs)} bits per byte")
+        print(f"  Llama and tuned AdamW: {interval(theirs.values())} bits per byte")
     for part, found in zip(PARTS, curves, strict=True):
         if found:
-            print(f"  groundup on {part:.0%} of the tokens: {interval(found)}")
-    if theirs and all(curves):
-        needed = [
-            part_needed(list(found), wanted)
-            for wanted, *found in zip(theirs, *curves, strict=True)  # type: ignore[arg-type]
-        ]
+            print(f"  groundup on {part:.0%} of the tokens: {interval(found.values())}")
+    by_part = dict(zip(PARTS, curves, strict=True))
+    needed = [
+        part_needed(curve, wanted)
+        for seed, wanted in theirs.items()
+        if len(curve := {part: found[seed] for part, found in by_part.items() if seed in found}) > 1
+    ]
+    if needed:
         print(f"  part of the tokens at AdamW's loss: {interval(needed)}")
-    base, changes = curves[-1], runs.ablations(text)
-    if base and any(runs.bits(rows) for rows in changes.values()):
-        print("| change | bits per byte | difference, paired |\n|---|---|---|")
-        for label, rows in changes.items():
-            if found := runs.bits(rows):
-                paired = interval([x - y for x, y in zip(found, base, strict=True)])
-                print(f"| {label} | {statistics.mean(found):.4f} | {paired} |")
+
+
+def report_ablation(runs: Runs, text: str, part: float) -> None:
+    """Print what each change does to bits per byte, seed by seed, the best first.
+
+    The last column is the half width of an interval by the spread of all changes together: a few
+    seeds of one change say little about its own.
+    """
+    ours = runs.chosen(text, "muon")
+    base = runs.by_seed(runs.seeds(text, ours, part)) if ours else {}
+    changes = {name: runs.by_seed(rows) for name, rows in runs.ablations(text, part).items()}
+    paired = {
+        label: [bits - base[seed] for seed, bits in found.items() if seed in base]
+        for label, found in changes.items()
+    }
+    paired = {label: values for label, values in paired.items() if values}
+    freedom = sum(len(values) - 1 for values in paired.values())
+    squares = sum(statistics.variance(v) * (len(v) - 1) for v in paired.values() if len(v) > 1)
+    print(f"\n{text}: changes of groundup's best, on {part:.0%} of the tokens")
+    print("| change | seeds | difference in bits per byte | +-, pooled |\n|---|---|---|---|")
+    for label, values in sorted(paired.items(), key=lambda item: statistics.mean(item[1])):
+        pooled = ""
+        if freedom:
+            pooled = f"{t.ppf(0.975, freedom) * (squares / freedom / len(values)) ** 0.5:.4f}"
+        print(f"| {label} | {len(values)} | {interval(values, '+')} | {pooled} |")
 
 
 def main() -> None:
@@ -398,6 +284,7 @@ def main() -> None:
     flags.add_argument("out", type=Path)
     flags.add_argument("--text", nargs="+", required=True, help="NAME=FILE, python, or a kept NAME")
     flags.add_argument("--ablate", nargs="*", default=[], help="names of texts")
+    flags.add_argument("--ablate-part", type=float, default=1.0, choices=PARTS, help="of the steps")
     for name, value in (("width", 128), ("layers", 3), ("context", 256), ("rows", 8)):
         flags.add_argument(f"--{name}", type=int, default=value)
     flags.add_argument("--steps", type=int, default=480, help="on 2,048 tokens each: 983,040")
@@ -415,6 +302,8 @@ def main() -> None:
         run_all(runs, args, texts)
     for text in texts:
         report(runs, text, args.out)
+    for text in args.ablate:
+        report_ablation(runs, text, args.ablate_part)
 
 
 if __name__ == "__main__":
