@@ -1,9 +1,14 @@
 """The changes of the ablation of recipe_quality.py: settings, and ingredients put in from outside.
 
-An ingredient changes a built Decoder by hooks: those of nanochat and modded-nanogpt for which no
-standard architecture has a place, tried here before they could enter the product. What they add
-hangs on the Decoder itself, outside its layers, and so is AdamW's, as embeddings are. Those of
-NEUTRAL start as nothing: `put_in` checks that the model computes what it did before.
+An ingredient changes a built Decoder by hooks: those of nanochat and modded-nanogpt, tried here
+before they could enter the product. What they add hangs on the Decoder itself, outside its layers,
+and so is AdamW's, as embeddings are. Those of NEUTRAL start as nothing: `put_in` checks that the
+model computes what it did before.
+
+What could be exported: caps of logits are Gemma's, windows and the rotary base Qwen's, an ungated
+MLP of squared ReLU is Arcee's; norms without weights have ones, zeros are but a start, and a norm
+of the embedding is folded into the table where the head is not tied. No standard architecture has
+a place for the others.
 
 Shape suffixes: B rows, T positions, H heads, D size of a head, E hidden size, V vocabulary.
 """
