@@ -165,7 +165,7 @@ class Runs:
 def start_worker(threads: int) -> None:
     """Set a worker up."""
     torch.set_num_threads(threads)
-    console.quiet = True
+    console().quiet = True
 
 
 def run_all(runs: Runs, args: argparse.Namespace, texts: list[str]) -> None:
