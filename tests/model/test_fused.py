@@ -159,3 +159,11 @@ def test_a_step_makes_one_tensor_of_the_tied_table_s_size():
         step = training_step(model, 8, 2, torch.float32)
     size = 4 * model.lm_head.weight.numel()
     assert [bytes_ for _, bytes_ in step.events].count(size) == 1
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.0.mlp.down_proj"])
+def test_hooks_on_layers_are_heard(name):
+    model, seen = tied(), []
+    model.get_submodule(name).register_forward_hook(lambda *given: seen.append(name))
+    model(torch.zeros(1, 4, dtype=torch.long), want="losses", targets=torch.zeros(1, 4).long())
+    assert seen == [name]

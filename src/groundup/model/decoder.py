@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from groundup.model import attention, flex
 from groundup.model.config import ModelConfig
-from groundup.model.fused import RMSNormed, TiedTable, worthwhile
+from groundup.model.fused import RMSNormed, TiedTable, plain, worthwhile
 from groundup.model.loss import IGNORE, linear_cross_entropy
 from groundup.model.mlp import MLP, Experts
 from groundup.model.rope import check_length, rotary_table, rotate
@@ -364,8 +364,8 @@ class Decoder(nn.Module):
     def one_table(self) -> bool:
         """Say whether embedding and head are one matrix whose two gradients are to become one."""
         head, embedding = self.lm_head, self.model.embed_tokens
-        plain = type(head) is nn.Linear and type(embedding) is nn.Embedding  # no adapter on them
-        return worthwhile(head.weight) and plain and head.weight is embedding.weight
+        alone = plain(head, nn.Linear) and plain(embedding, nn.Embedding)  # no adapter, no hook
+        return worthwhile(head.weight) and alone and head.weight is embedding.weight
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits, squeezed where the model was trained so."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from groundup.model import native, passes
 
@@ -104,6 +104,17 @@ class TiedTable(torch.autograd.Function):
         (ids_BT,) = ctx.saved_tensors
         d_x_BTE, d_head_VE = upstream
         return None, d_head_VE.index_add_(0, ids_BT.flatten(), d_x_BTE.flatten(0, 1))
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Say whether a module is just this layer and has no hook: its work may be done elsewhere."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and not any(hooks)
 
 
 def worthwhile(*tensors: Tensor, narrow: bool = False) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundup.model.config import ModelConfig
-from groundup.model.fused import SwiGLU, SwiGLUDown, worthwhile
+from groundup.model.fused import SwiGLU, SwiGLUDown, plain, worthwhile
 
 ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -35,7 +35,7 @@ class MLP(nn.Module):
         """Gate, widen and narrow again."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.activate is F.silu and worthwhile(gate, up, narrow=True):
-            if type(self.down_proj) is nn.Linear and self.down_proj.bias is None:  # not adapted
+            if plain(self.down_proj, nn.Linear) and self.down_proj.bias is None:  # not adapted
                 return SwiGLUDown.apply(gate, up, self.down_proj.weight)
             return self.down_proj(SwiGLU.apply(gate, up))
         return self.down_proj(self.activate(gate) * up)
