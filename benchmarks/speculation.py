@@ -32,8 +32,6 @@ from groundup.tokenizer import Tokenizer
 
 ROUNDS, TOKENS, ROWS = 5, 96, 12
 REPEATED = "value_{n} = read(name_{n}, size={n})\nreturn value_{n}\n"
-
-
 AGAIN = "\n\nAgain: "
 Prompts = list[str] | list[list[int]]
 

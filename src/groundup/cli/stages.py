@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from groundup.cli.flags import add_config, config_values, parse, parser
+from groundup.cli.flags import Parser, add_config, config_values, parse, parser
 from groundup.core import config as configs
 from groundup.core.errors import ConfigError, closest
 from groundup.core.progress import say
@@ -101,30 +101,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
     A file in SQuAD's form is answered by a model with a span head, and scored as SQuAD does.
     """
-    flags = parser("evaluate", "A model's bits per byte on texts, and its scores in tasks.")
-    flags.add_argument("model", metavar="MODEL", help="model folder or run folder")
-    flags.add_argument(
-        "--data", nargs="+", metavar="PATH", help="files or folders; or SQuAD's .json"
-    )
-    flags.add_argument(
-        "--tasks", nargs="+", type=Path, default=(), metavar="FILE", help="tasks as .jsonl(.gz)"
-    )
-    flags.add_argument(
-        "--ngram", metavar="FOLDER", help="an n-gram: score it, and both interpolated, on --data"
-    )
-    flags.add_argument(
-        "--out", type=Path, metavar="DIR", help="keep the mixture with --ngram as a model"
-    )
-    flags.add_argument("--limit", type=int, metavar="N", help="rows of a task; unset: all")
-    flags.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens a window of a reader; unset: as trained"
-    )
-    flags.add_argument(
-        "--doc-stride", type=int, metavar="N", help="tokens between windows; unset: as trained"
-    )
-    flags.add_argument("--device", help="cpu, cuda or mps; unset: the best there is")
-    flags.add_argument("--json", action="store_true", help="print JSON")
-    args = parse(flags, argv)
+    args = parse(evaluation_flags(), argv)
     if not args.data and not args.tasks:
         raise ConfigError("groundup evaluate: give texts with --data, or tasks with --tasks")
     if (args.ngram and not args.data) or (args.out and not args.ngram):
@@ -164,6 +141,34 @@ def evaluate(argv: Sequence[str]) -> None:
             print(
                 f"{name:<16} {value:,.4f}" if isinstance(value, float) else f"{name:<16} {value:,}"
             )
+
+
+def evaluation_flags() -> Parser:
+    """Return the flags of `groundup evaluate`."""
+    flags = parser("evaluate", "A model's bits per byte on texts, and its scores in tasks.")
+    flags.add_argument("model", metavar="MODEL", help="model folder or run folder")
+    flags.add_argument(
+        "--data", nargs="+", metavar="PATH", help="files or folders; or SQuAD's .json"
+    )
+    flags.add_argument(
+        "--tasks", nargs="+", type=Path, default=(), metavar="FILE", help="tasks as .jsonl(.gz)"
+    )
+    flags.add_argument(
+        "--ngram", metavar="FOLDER", help="an n-gram: score it, and both interpolated, on --data"
+    )
+    flags.add_argument(
+        "--out", type=Path, metavar="DIR", help="keep the mixture with --ngram as a model"
+    )
+    flags.add_argument("--limit", type=int, metavar="N", help="rows of a task; unset: all")
+    flags.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens a window of a reader; unset: as trained"
+    )
+    flags.add_argument(
+        "--doc-stride", type=int, metavar="N", help="tokens between windows; unset: as trained"
+    )
+    flags.add_argument("--device", help="cpu, cuda or mps; unset: the best there is")
+    flags.add_argument("--json", action="store_true", help="print JSON")
+    return flags
 
 
 def classify(argv: Sequence[str]) -> None:
