@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import shutil
 
 import pytest
@@ -70,6 +71,24 @@ def test_training_learns(tiny, tmp_path):
     run(tiny, tmp_path, steps=30)
     found = losses(tmp_path)
     assert sum(found[-5:]) < sum(found[:5])
+
+
+@pytest.mark.parametrize("backend", ["inductor", "fails"])
+def test_compiled_is_eager_to_rounding_and_goes_on_where_it_fails(
+    tiny, tmp_path, monkeypatch, capsys, backend
+):
+    def fails(graph, inputs):
+        raise NotImplementedError("no compiler here")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    chosen = fails if backend == "fails" else backend
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=chosen))
+    torch._dynamo.reset()
+    run(tiny, tmp_path / "eager", steps=6)
+    run(tiny, tmp_path / "fast", steps=6, compile=True)
+    said = "torch.compile failed (BackendCompilerFailed): going on without it"
+    assert (said in capsys.readouterr().err) == (backend == "fails")
+    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, capsys):

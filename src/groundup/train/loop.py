@@ -119,8 +119,8 @@ def fit(
                 with repeatable(config.deterministic, device):
                     if forward is None:
                         micro = to_device(batch[0], device)
-                        forward = compiled(training.model, objective, micro, device, dtype)
-                        forward = forward or training.model
+                        fast = compiled(training.model, objective, micro, device, dtype)
+                        forward = training.model if fast is None else fast
                     backward = partial(run_step, forward)
                     metrics = optimizer_step(training, backward, batch, step, config)
                 state.step = step + 1
