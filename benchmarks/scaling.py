@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py --picture scaling.png [--threads 1]
 
-Measured: the planner's own timing (`groundup.train.plan.timed`: forward, backward, Muon and AdamW)
-of each case in a process of its own, 8,192 tokens a step (or one row), vocabulary 8,192, in the
+Measured: the planner's own timing (`groundup.train.timing`: forward, backward, Muon and AdamW) of
+each case in a process of its own, 8,192 tokens a step (or one row), vocabulary 8,192, in the
 dtype that suits this CPU; memory is the peak of the process less what was resident before the
 model, of several ranks the first one's, which keeps a whole copy of the weights. Two ranks have a
 thread each, and half of the tokens.
@@ -33,8 +33,9 @@ from groundup.model import Decoder, ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.model.footprint import training_peak, twin_of
 from groundup.model.inspection import train_memory
-from groundup.train.plan import SIZES, shape, timed
+from groundup.train.plan import SIZES, shape
 from groundup.train.ranks import here, together
+from groundup.train.timing import timed
 
 VOCABULARY, TOKENS = 8192, 8192
 MEASURED_SIZES = 6  # of the planner's, up to 512 x 8

@@ -1,34 +1,25 @@
 """The planner: from a budget to model size, tokens, batch, rate and steps, each with its rule.
 
-It times this machine. The plan is an output of its own, written once and read by every run and
-resume: time becomes a step count here, and the loop never looks at the clock. Several ranks
-time together what they would train together, and all go by what the first one measured.
+It times this machine (`timing`). The plan is an output of its own, written once and read by every
+run and resume: time becomes a step count here, and the loop never looks at the clock.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from groundup.core.device import Device
 from groundup.core.errors import ConfigError
 from groundup.core.progress import say
-from groundup.core.run import peak_memory_bytes, reset_peak_memory
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
-from groundup.model.decoder import Decoder
 from groundup.train.budget import Budget
-from groundup.train.config import FitConfig
 from groundup.train.memory import memory_free
-from groundup.train.objectives import MicroBatch, NextToken
-from groundup.train.optim import make_optimizers
 from groundup.train.ranks import here
 from groundup.train.scaling import Law, step_law_rate, step_law_tokens
-from groundup.train.sharding import spread
-from groundup.train.step import DTYPES, accumulate, compiled
+from groundup.train.timing import Timing, timed, widest
 
 # (width, layers, heads, context): from a laptop's minutes to a GPU's weeks.
 SIZES = (
@@ -44,7 +35,6 @@ SIZES = (
     (2048, 24, 32, 2048),
 )
 MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more may pay
-TIMED_STEPS = 2
 LEAST_STEPS = 20
 MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
 COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
@@ -75,25 +65,11 @@ class Plan:
     tokens_per_s: float
     eager_tokens_per_s: float
     device: str
-    reasons: dict[str, str]
     parameters: int = 0
     tokens: int = 0
     unique_tokens: int = 0
     predicted: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """A size on this machine: its shape, tokens a second, and memory at the peak."""
-
-    config: ModelConfig
-    tokens_per_s: float
-    memory_bytes: int
-
-    @property
-    def parameters(self) -> int:
-        """Return all weights, embedding included."""
-        return num_parameters(self.config)
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 def shape(width: int, layers: int, heads: int, context: int, vocab_size: int) -> ModelConfig:
@@ -114,46 +90,6 @@ def shape(width: int, layers: int, heads: int, context: int, vocab_size: int) ->
 def mlp_width(width: int) -> int:
     """Return 8/3 of the width, as SwiGLU has three matrices for two, in steps of 32."""
     return -(-width * 8 // 3 // 32) * 32
-
-
-def timed(
-    config: ModelConfig, rows: int, device: Device, dtype: str, *, compile: bool = False
-) -> Timing:
-    """Run a micro-batch a rank a few times, forward, backward and optimizer; return the best rate.
-
-    A model that cannot be compiled has the rate 0.
-    """
-    ranks = here(device.device)
-    torch.manual_seed(0)
-    reset_peak_memory()
-    if device.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    model = spread(Decoder(config), ranks, device.device, DTYPES[dtype], 0)
-    objective = NextToken()
-    optimizers = make_optimizers(model, FitConfig(steps=1), DTYPES[dtype])
-    context = config.max_position_embeddings
-    ids = torch.randint(config.vocab_size, (rows, context), device=device.device)
-    batch: list[MicroBatch] = [{"ids": ids, "targets": ids}] * ranks.size
-    forward: nn.Module | None = model
-    if compile:
-        forward = compiled(model, objective, batch[0], device.device, DTYPES[dtype])
-    if forward is None:
-        return Timing(config, 0.0, 0)
-    times = []
-    for _ in range(TIMED_STEPS + 1):  # the first one warms up
-        start = time.perf_counter()
-        accumulate(forward, objective, batch, device.device, DTYPES[dtype], ranks=ranks)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if device.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    on_gpu = device.device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()
-    rate = ranks.size * rows * context / min(times[1:])
-    # the first rank holds the whole weights besides, so that it takes the most memory
-    return Timing(config, *ranks.told((rate, memory)))
 
 
 def micro_tokens(device: Device) -> int:
@@ -195,58 +131,74 @@ def choose(
 ) -> tuple[Timing, Timing, str]:
     """Return the smallest size and the one to train, as timed, and the rule in words.
 
-    Sizes are tried from small to large. Small budgets take the largest with a token for each
-    weight of its layers; from LAW_FLOPS on, sizes grow while the loss expected by Hoffmann's law
-    falls. With the tokens given, the compute-optimal size for them bounds it as well.
+    Sizes are tried from small to large, until one is no better than the one before (`judged`),
+    needs more memory than there is, or is beyond the compute-optimal size for the tokens given.
     """
-    law = Law()
-    bound = law.best_parameters(budget.tokens) if budget.tokens else float("inf")
-    smallest: Timing | None = None
-    chosen: Timing | None = None
+    bound = Law().best_parameters(budget.tokens) if budget.tokens else float("inf")
+    kept: list[Timing] = []
     lowest, rule = float("inf"), ""
     for size in SIZES:
         config = shape(*size, vocab_size)
-        if chosen is not None and num_parameters(config) > max(bound, SMALL_BOUND):
+        if kept and num_parameters(config) > max(bound, SMALL_BOUND):
             break
-        needed, free = memory_needed(config, here().size) / 1e9, free_bytes / 1e9
-        if needed > MEMORY_SHARE * free:
-            say(f"  {size[0]} x {size[1]}: needs {needed:.1f} GB or more, and {free:.1f} are free")
-            if chosen is None:
-                raise ConfigError(f"not enough memory for the smallest size: {needed:.1f} GB")
-            rule += f"; the next size needs {needed:.1f} GB or more"
+        timing, lack = tried(config, free_bytes, time_size)
+        if timing is None:
+            if not kept:
+                raise ConfigError(f"not enough memory for the smallest size: it {lack}")
+            rule += f"; the next size {lack}"
             break
-        try:
-            timing = time_size(config)
-        except torch.OutOfMemoryError:
-            say(f"  {size[0]} x {size[1]}: the memory ran out")
-            if chosen is None:
-                raise
-            rule += "; the next size needs more memory than there is"
-            break
-        smallest = smallest or timing
         tokens = tokens_within(budget, config, timing.tokens_per_s)
         say(
-            f"  {size[0]} x {size[1]}: {timing.parameters / 1e6:5.2f}M parameters, "
+            f"  {named(config)}: {timing.parameters / 1e6:5.2f}M parameters, "
             f"{timing.tokens_per_s:>9,.0f} tokens/s, {tokens / 1e6:6.2f}M tokens in the budget"
         )
-        flops = tokens * train_flops_per_token(config, config.max_position_embeddings)
-        weights = num_parameters(config, embeddings=False)
-        if flops < LAW_FLOPS:
-            worse = tokens < TOKENS_PER_WEIGHT * weights
-            reason = f"the largest with {TOKENS_PER_WEIGHT} tokens for each weight of its layers"
-        else:
-            loss = law.loss(timing.parameters, tokens, unique_tokens)
-            worse, lowest = loss >= lowest, min(loss, lowest)
-            reason = (
-                "the lowest loss by Hoffmann et al. 2022, eq. 10, with the constants of "
-                "arXiv 2404.10102 and repeated tokens counted by arXiv 2305.16264"
-            )
-        if chosen is not None and worse:
+        better, lowest, reason = judged(timing, tokens, unique_tokens, lowest)
+        if kept and not better:
             break
-        chosen, rule = timing, reason
-    assert chosen is not None
-    assert smallest is not None
-    return smallest, chosen, rule
+        kept.append(timing)
+        rule = reason
+    return kept[0], kept[-1], rule
+
+
+def named(config: ModelConfig) -> str:
+    """Return a size as it is printed: width x layers."""
+    return f"{config.hidden_size} x {config.num_hidden_layers}"
+
+
+def tried(
+    config: ModelConfig, free_bytes: float, time_size: Callable[[ModelConfig], Timing]
+) -> tuple[Timing | None, str]:
+    """Return a size as timed; or None, and what of memory it needs that is not there."""
+    needed, free = memory_needed(config, here().size) / 1e9, free_bytes / 1e9
+    if needed > MEMORY_SHARE * free:
+        say(f"  {named(config)}: needs {needed:.1f} GB or more, and {free:.1f} are free")
+        return None, f"needs {needed:.1f} GB or more"
+    try:
+        return time_size(config), ""
+    except torch.OutOfMemoryError:
+        say(f"  {named(config)}: the memory ran out")
+        return None, "needs more memory than there is"
+
+
+def judged(
+    timing: Timing, tokens: float, unique_tokens: float, lowest: float
+) -> tuple[bool, float, str]:
+    """Return whether a size is worth its tokens, the lowest loss so far, and the rule in words.
+
+    A small budget takes the largest with a token for each weight of its layers; from LAW_FLOPS
+    on, a size is better while the loss that Hoffmann's law expects falls.
+    """
+    config = timing.config
+    if tokens * train_flops_per_token(config, config.max_position_embeddings) < LAW_FLOPS:
+        weights = num_parameters(config, embeddings=False)
+        words = f"the largest with {TOKENS_PER_WEIGHT} tokens for each weight of its layers"
+        return tokens >= TOKENS_PER_WEIGHT * weights, lowest, words
+    loss = Law().loss(timing.parameters, tokens, unique_tokens)
+    words = (
+        "the lowest loss by Hoffmann et al. 2022, eq. 10, with the constants of "
+        "arXiv 2404.10102 and repeated tokens counted by arXiv 2305.16264"
+    )
+    return loss < lowest, min(loss, lowest), words
 
 
 def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Device) -> Plan:
@@ -263,22 +215,18 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     context = config.max_position_embeddings
     rows = micro_tokens(device) // context
     if device.device.type == "cuda":
-        most = step_law_tokens(tokens_within(budget, config, chosen.tokens_per_s))
+        most = step_law_tokens(tokens_within(budget, config, eager))
         rows, chosen = widest(chosen, rows, int(most / context), device, dtype)
     seconds = tokens_within(budget, config, chosen.tokens_per_s) / chosen.tokens_per_s
-    compiled_faster = try_compiling(chosen, rows, seconds, device, dtype)
-    use_compile = compiled_faster is not None
-    chosen = compiled_faster or chosen
+    faster = try_compiling(chosen, rows, seconds, device, dtype)
+    chosen = faster or chosen
     tokens = tokens_within(budget, config, chosen.tokens_per_s)
     wanted = step_law_tokens(tokens)
     rows, accumulation = batch_of(tokens, wanted, rows, context, budget)
     per_step = rows * context * accumulation
     steps = int(tokens / per_step)
-    weights = num_parameters(config, embeddings=False)
-    law_rate = step_law_rate(weights, tokens)
-    adam_rate = min(MOST_ADAM_RATE, max(LEAST_ADAM_RATE, law_rate))
-    epochs = steps * per_step / max(1, train_tokens)
-    return Plan(
+    law_rate = step_law_rate(num_parameters(config, embeddings=False), tokens)
+    made = Plan(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
@@ -288,27 +236,12 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
         gradient_accumulation_steps=accumulation,
         steps=steps,
         learning_rate=MUON_RATE,
-        adam_learning_rate=adam_rate,
+        adam_learning_rate=min(MOST_ADAM_RATE, max(LEAST_ADAM_RATE, law_rate)),
         dtype=dtype,
-        compile=use_compile,
+        compile=faster is not None,
         tokens_per_s=chosen.tokens_per_s,
         eager_tokens_per_s=eager,
         device=device.line,
-        reasons={
-            "size": f"{config.hidden_size} x {config.num_hidden_layers}, "
-            f"{chosen.parameters / 1e6:.2f}M parameters: {rule}",
-            "tokens": f"{steps * per_step / 1e6:.2f}M in {budget.text} at "
-            f"{chosen.tokens_per_s:,.0f} tokens/s, measured; {epochs:.2f} passes over "
-            f"{train_tokens / 1e6:.2f}M training tokens",
-            "batch": f"{per_step:,} tokens a step: the Step Law (arXiv 2503.04715) says "
-            f"{wanted:,.0f} for so many tokens, in whole micro-batches of {rows} x {context}",
-            "learning_rate": f"{MUON_RATE} for matrices, as Muon was published with; "
-            f"{adam_rate:.4f} for the rest: the Step Law says {law_rate:.4f} for AdamW, kept "
-            f"between {LEAST_ADAM_RATE} and {MOST_ADAM_RATE}",
-            "dtype": f"{dtype}: timed on a 512 x 512 product",
-            "compile": f"{'saves' if use_compile else 'does not save'} more than its "
-            f"{compile_seconds(device):.0f} s",
-        },
         parameters=chosen.parameters,
         tokens=steps * per_step,
         unique_tokens=train_tokens,
@@ -319,6 +252,31 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
             "flops": steps * per_step * train_flops_per_token(config, context),
         },
     )
+    why = reasons(made, budget, rule, wanted, law_rate, compile_seconds(device))
+    return replace(made, reasons=why)
+
+
+def reasons(
+    made: Plan, budget: Budget, rule: str, wanted: float, law_rate: float, compile_s: float
+) -> dict[str, str]:
+    """Return the rule behind each number; `wanted` and `law_rate` are what the Step Law says."""
+    rows, context = made.batch_size, made.context
+    per_step = rows * context * made.gradient_accumulation_steps
+    return {
+        "size": f"{made.hidden_size} x {made.num_hidden_layers}, "
+        f"{made.parameters / 1e6:.2f}M parameters: {rule}",
+        "tokens": f"{made.tokens / 1e6:.2f}M in {budget.text} at {made.tokens_per_s:,.0f} "
+        f"tokens/s, measured; {made.tokens / max(1, made.unique_tokens):.2f} passes over "
+        f"{made.unique_tokens / 1e6:.2f}M training tokens",
+        "batch": f"{per_step:,} tokens a step: the Step Law (arXiv 2503.04715) says "
+        f"{wanted:,.0f} for so many tokens, in whole micro-batches of {rows} x {context}",
+        "learning_rate": f"{made.learning_rate} for matrices, as Muon was published with; "
+        f"{made.adam_learning_rate:.4f} for the rest: the Step Law says {law_rate:.4f} for AdamW, "
+        f"kept between {LEAST_ADAM_RATE} and {MOST_ADAM_RATE}",
+        "dtype": f"{made.dtype}: timed on a 512 x 512 product",
+        "compile": f"{'saves' if made.compile else 'does not save'} more than its "
+        f"{compile_s:.0f} s",
+    }
 
 
 def batch_of(
@@ -352,24 +310,3 @@ def try_compiling(
     saved_s = seconds * (1 - eager.tokens_per_s / max(fast.tokens_per_s, 1e-9))
     say(f"  compiled: {fast.tokens_per_s:,.0f} tokens/s, saves {saved_s:,.0f} s")
     return fast if saved_s > cost else None
-
-
-def widest(timing: Timing, rows: int, most: int, device: Device, dtype: str) -> tuple[int, Timing]:
-    """Return the rows of a micro-batch, doubled while that is faster and fits on the GPU.
-
-    A step of `most` rows is as large as it should be: more are not laid side by side. Several
-    ranks stop before it gets tight: one that ran out alone would leave the others waiting.
-    """
-    if rows > max(1, most):
-        rows = max(1, most)
-        timing = timed(timing.config, rows, device, dtype)
-    total = torch.cuda.mem_get_info()[1]
-    while 2 * rows <= most and (here().size == 1 or 2 * timing.memory_bytes < total):
-        try:
-            wider = timed(timing.config, 2 * rows, device, dtype)
-        except torch.OutOfMemoryError:
-            break
-        if wider.tokens_per_s < 1.05 * timing.tokens_per_s:
-            break
-        rows, timing = 2 * rows, wider
-    return rows, timing

@@ -1,0 +1,99 @@
+"""Sizes timed on this machine: tokens a second and memory, and the rows that a GPU is full with.
+
+Several ranks time together what they would train together, and go by what the first one measured.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from groundup.core.device import Device
+from groundup.core.run import peak_memory_bytes, reset_peak_memory
+from groundup.model.config import ModelConfig
+from groundup.model.counts import num_parameters
+from groundup.model.decoder import Decoder
+from groundup.train.config import FitConfig
+from groundup.train.objectives import MicroBatch, NextToken
+from groundup.train.optim import make_optimizers
+from groundup.train.ranks import here
+from groundup.train.sharding import spread
+from groundup.train.step import DTYPES, accumulate, compiled
+
+TIMED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A size on this machine: its shape, tokens a second, and memory at the peak."""
+
+    config: ModelConfig
+    tokens_per_s: float
+    memory_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Return all weights, embedding included."""
+        return num_parameters(self.config)
+
+
+def timed(
+    config: ModelConfig, rows: int, device: Device, dtype: str, *, compile: bool = False
+) -> Timing:
+    """Run a micro-batch a rank a few times, forward, backward and optimizer; return the best rate.
+
+    A model that cannot be compiled has the rate 0.
+    """
+    ranks = here(device.device)
+    torch.manual_seed(0)
+    reset_peak_memory()
+    if device.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model = spread(Decoder(config), ranks, device.device, DTYPES[dtype], 0)
+    objective = NextToken()
+    optimizers = make_optimizers(model, FitConfig(steps=1), DTYPES[dtype])
+    context = config.max_position_embeddings
+    ids = torch.randint(config.vocab_size, (rows, context), device=device.device)
+    batch: list[MicroBatch] = [{"ids": ids, "targets": ids}] * ranks.size
+    forward: nn.Module | None = model
+    if compile:
+        forward = compiled(model, objective, batch[0], device.device, DTYPES[dtype])
+    if forward is None:
+        return Timing(config, 0.0, 0)
+    times = []
+    for _ in range(TIMED_STEPS + 1):  # the first one warms up
+        start = time.perf_counter()
+        accumulate(forward, objective, batch, device.device, DTYPES[dtype], ranks=ranks)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if device.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    on_gpu = device.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()
+    rate = ranks.size * rows * context / min(times[1:])
+    # the first rank holds the whole weights besides, so that it takes the most memory
+    return Timing(config, *ranks.told((rate, memory)))
+
+
+def widest(timing: Timing, rows: int, most: int, device: Device, dtype: str) -> tuple[int, Timing]:
+    """Return the rows of a micro-batch, doubled while that is faster and fits on the GPU.
+
+    A step of `most` rows is as large as it should be: more are not laid side by side. Several
+    ranks stop before it gets tight: one that ran out alone would leave the others waiting.
+    """
+    if rows > max(1, most):
+        rows = max(1, most)
+        timing = timed(timing.config, rows, device, dtype)
+    total = torch.cuda.mem_get_info()[1]
+    while 2 * rows <= most and (here().size == 1 or 2 * timing.memory_bytes < total):
+        try:
+            wider = timed(timing.config, 2 * rows, device, dtype)
+        except torch.OutOfMemoryError:
+            break
+        if wider.tokens_per_s < 1.05 * timing.tokens_per_s:
+            break
+        rows, timing = 2 * rows, wider
+    return rows, timing
