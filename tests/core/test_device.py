@@ -1,3 +1,6 @@
+import os
+import sys
+
 import pytest
 import torch
 
@@ -59,3 +62,32 @@ def test_a_choice_made_before_is_kept(fresh):
     SETTING.fp32_precision = "ieee"
     assert not device.route_products.__wrapped__()
     assert SETTING.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize(
+    ("running", "chosen", "imported", "said"),
+    [
+        ("3/107", {}, False, device.SPIN_ROUNDS),
+        ("1/107", {}, False, None),
+        ("3/107", {"GOMP_SPINCOUNT": "5"}, False, "5"),
+        ("3/107", {"OMP_WAIT_POLICY": "active"}, False, None),
+        ("3/107", {}, True, None),
+    ],
+)
+def test_waiting_threads_sleep_soon_beside_other_work(
+    running, chosen, imported, said, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(os, "environ", dict(chosen))
+    if not imported:
+        monkeypatch.delitem(sys.modules, "torch")
+    load = tmp_path / "loadavg"
+    load.write_text(f"0.00 0.01 0.05 {running} 4321\n")
+    device.sleep_beside_others(load)
+    assert os.environ.get("GOMP_SPINCOUNT") == said
+
+
+def test_a_system_that_does_not_say_what_runs_is_left_as_it_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.delitem(sys.modules, "torch")
+    device.sleep_beside_others(tmp_path / "none")
+    assert "GOMP_SPINCOUNT" not in os.environ

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
+from groundup.core.device import Device
 from groundup.core.errors import ConfigError
 from groundup.model.counts import num_parameters
+from groundup.train import plan
 from groundup.train.budget import parse_budget, parse_duration_s
-from groundup.train.plan import SIZES, Timing, choose, shape
+from groundup.train.plan import SIZES, Timing, choose, make_plan, shape
 from groundup.train.scaling import (
     REPEATED_TOKENS,
     Law,
@@ -154,3 +157,22 @@ def test_repeating_little_text_makes_for_a_smaller_model():
     _, much, _ = choose(budget, VOCAB, 1e12, 1e12, speed)
     _, little, _ = choose(budget, VOCAB, 2e7, 1e12, speed)
     assert little.parameters <= much.parameters
+
+
+@pytest.mark.parametrize(("slow_for", "rounds"), [(0, 1), (2, 2), (40, 1)])
+def test_sizes_are_timed_once_more_when_other_work_came_between(
+    slow_for, rounds, monkeypatch, capsys
+):
+    seen = []
+
+    def fake(config, rows, device, dtype, *, compile=False):
+        seen.append(config.hidden_size)
+        share = 0.05 if len(seen) <= slow_for else 1.0
+        return Timing(config, share * 4e10 / num_parameters(config, embeddings=False), 10**6)
+
+    monkeypatch.setattr(plan, "timed", fake)
+    device = Device(torch.device("cpu"), torch.bfloat16, "cpu")
+    made = make_plan(parse_budget("100s"), train_tokens=10**7, vocab_size=VOCAB, device=device)
+    assert capsys.readouterr().err.count("once more") == rounds - 1
+    assert made.hidden_size == (128 if slow_for == 40 else 192)
+    assert seen.count(128) == 2 * rounds

@@ -93,7 +93,7 @@ def dispatch(args: list[str]) -> int:
         return 0
     if args[0] not in COMMANDS:
         raise ConfigError(f"unknown command {args[0]!r}{closest(args[0], COMMANDS)}")
-    from groundup.core.device import process
+    from groundup.core.device import process, sleep_beside_others
     from groundup.core.run import load_object
 
     if process()[1] > 1 and args[0] not in TOGETHER:
@@ -101,6 +101,7 @@ def dispatch(args: list[str]) -> int:
             f"groundup {args[0]} runs in one process: start it without torchrun "
             f"({', '.join(TOGETHER)} run in several)"
         )
+    sleep_beside_others()
     load_object(COMMANDS[args[0]][1])(args[1:])
     return 0
 

@@ -6,6 +6,7 @@ many CPUs (54 times slower than fp32 on AVX2) and twice as fast as fp32 on other
 
 import os
 import platform
+import sys
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,9 @@ from groundup.core.run import peak_memory_bytes
 
 if TYPE_CHECKING:
     import torch
+
+LOOKS, BETWEEN_S = 3, 0.005  # at what runs on this machine
+SPIN_ROUNDS = "10000"  # about 0.5 ms; libgomp has 300,000
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,25 @@ class Device:
 def process() -> tuple[int, int]:
     """Return this process's number and how many were started together, as torchrun says it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def sleep_beside_others(load: Path = Path("/proc/loadavg")) -> None:
+    """Let waiting threads sleep soon where other work runs; to be called before torch is imported.
+
+    Threads of libgomp spin while they wait for each other, some 15 ms. Where another process has
+    a processor, what they wait for stands still meanwhile: a training step of the quickstart's
+    model then takes seven times as long as alone, and twice as long if they fall asleep soon
+    (docs/decisions/0082). Alone, spinning is faster.
+    """
+    chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
+    if chosen or "torch" in sys.modules or not load.is_file():
+        return
+    for _ in range(LOOKS):
+        time.sleep(BETWEEN_S)
+        running = int(load.read_text().split()[3].partition("/")[0])
+        if running < 2:  # this process alone
+            return
+    os.environ["GOMP_SPINCOUNT"] = SPIN_ROUNDS
 
 
 @cache

@@ -21,7 +21,7 @@ from groundup.train.ranks import here
 from groundup.train.sharding import spread
 from groundup.train.step import DTYPES, accumulate, compiled
 
-TIMED_STEPS = 2
+TIMED_STEPS = 3
 
 
 @dataclass(frozen=True)
