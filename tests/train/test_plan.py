@@ -11,6 +11,7 @@ from groundup.train import plan
 from groundup.train.budget import parse_budget, parse_duration_s
 from groundup.train.plan import SIZES, Timing, choose, make_plan, shape
 from groundup.train.scaling import (
+    FLOOR,
     REPEATED_TOKENS,
     Law,
     Trial,
@@ -97,26 +98,47 @@ def test_a_law_is_found_again():
     trials = [Trial(N, D, 1e12, law.loss(N, D, 1e12)) for N, D in sizes]
     found = fit_law(trials)
     assert (found.floor, found.scale) == (pytest.approx(0.9), pytest.approx(0.3))
-    expected = predict(trials, 5e7, 1e9, 1e12)
-    assert expected.loss == pytest.approx(law.loss(5e7, 1e9, 1e12))
+    expected = predict(trials, 5e8, 1e10, 1e12, 1.5)
+    assert expected.loss == pytest.approx(law.loss(5e8, 1e10, 1e12))
     assert expected.low < expected.loss < expected.high
 
 
 def test_intervals_cover_laws_with_other_exponents():
     rng = np.random.default_rng(1)
-    sizes = [(1e6, 2e7), (2e6, 4e7), (4e6, 8e7)]
+    sizes = [(1.6e7, 3.2e8), (3.2e7, 6.4e8), (6.4e7, 1.28e9)]
     hits = 0
     for _ in range(40):
         law = Law(1.0, 0.3, alpha=0.3478 + 0.02 * rng.normal(), beta=0.3658 + 0.02 * rng.normal())
         trials = [Trial(N, D, 1e12, law.loss(N, D) * (1 + 0.01 * rng.normal())) for N, D in sizes]
-        expected = predict(trials, 1.6e7, 3.2e8, 1e12)
-        hits += expected.low <= law.loss(1.6e7, 3.2e8) <= expected.high
+        expected = predict(trials, 2.56e8, 5.12e9, 1e12, 1.5)
+        hits += expected.low <= law.loss(2.56e8, 5.12e9) <= expected.high
     assert hits >= 30  # 36 are expected of 40
 
 
 def test_one_trial_still_predicts():
-    expected = predict([Trial(1e6, 1e7, 1e12, 4.0)], 1e7, 1e8, 1e12)
-    assert 0 < expected.low <= expected.loss <= expected.high < 4.0
+    for scale in (1, 1e3):
+        expected = predict([Trial(1e6, 1e7, 1e12, 4.0)], 1e7 * scale, 1e8 * scale, 1e12, 1.5)
+        assert 0 < expected.low <= expected.loss <= expected.high < 4.0
+
+
+# bits per byte of held-out text, by tokens; 0.7M, 1.13M or 2.56M parameters (docs/decisions/0006)
+SMALL_RUNS = [
+    (0.86, 0.50, {0.246: 2.098, 0.492: 1.961}, [(0.86, 0.983, 1.801)]),  # WikiText-2
+    (0.86, 0.32, {0.246: 2.205, 0.492: 2.051}, [(0.86, 0.983, 1.909)]),  # tinyshakespeare
+    (0.86, 3.00, {0.246: 2.220, 0.492: 1.994}, [(0.86, 0.983, 1.824)]),  # Python's library
+    (1.13, 2.89, {0.113: 2.418, 0.227: 2.262}, [(1.13, 0.9, 1.862), (2.56, 2.0, 1.540)]),
+    (1.13, 2.89, {0.227: 2.262, 0.45: 2.064}, [(1.13, 6.89, 1.279), (2.56, 2.0, 1.540)]),
+]
+
+
+@pytest.mark.parametrize(("size", "unique", "small", "large"), SMALL_RUNS)
+def test_small_budgets_are_foretold_from_small_runs(size, unique, small, large):
+    trials = [Trial(size * 1e6, D * 1e6, unique * 1e6, loss) for D, loss in small.items()]
+    for N, D, came in large:
+        expected = predict(trials, N * 1e6, D * 1e6, unique * 1e6, FLOOR)
+        assert expected.low < came < expected.high
+        assert expected.loss == pytest.approx(came, rel=0.2)
+        assert expected.low > FLOOR
 
 
 def speed(config):

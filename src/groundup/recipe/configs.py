@@ -91,6 +91,7 @@ class ShapeOptions:
     num_attention_heads: int | None = field(None, help="heads; unset: width / 64")
     num_key_value_heads: int | None = field(None, help="key/value heads; unset: as many as heads")
     intermediate_size: int | None = field(None, help="MLP width; unset: 8/3 of the width")
+    tie_word_embeddings: bool = field(True, help="one table for embeddings and the head")
     max_position_embeddings: int = field(512, help="context in tokens")
 
 

@@ -13,13 +13,13 @@ from groundup.figure import Series, line_plot, page
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.recipe.configs import LadderConfig
-from groundup.recipe.planning import in_bits_per_byte, run_trial
+from groundup.recipe.planning import in_bits_per_byte, nats_per_bit, run_trial
 from groundup.recipe.shared import shards_of
 from groundup.tokenizer import Tokenizer
 from groundup.train import make_plan
 from groundup.train.budget import parse_budget
 from groundup.train.plan import SIZES, shape
-from groundup.train.scaling import Prediction, Trial, fit_law, predict
+from groundup.train.scaling import FLOOR, EarlyLaw, Law, Prediction, Trial, law_for, predict
 
 RUNGS = 3
 STEP = 1.5  # each rung has at most 1 / STEP of the parameters of the one above
@@ -58,11 +58,13 @@ def ladder(config: LadderConfig, out: Path) -> dict[str, Any]:
             )
             write_json(done, asdict(trial))
         trials.append(Trial(**read_json(done)))
-    found = predict(trials, large["parameters"], large["tokens"], len(train.tokens))
+    floor = FLOOR * nats_per_bit(validation)
+    N, D, U = large["parameters"], large["tokens"], len(train.tokens)
+    found, law = predict(trials, N, D, U, floor), law_for(trials, N, D, floor)
     costs = [flops(rung, trial.tokens) for rung, trial in zip(rungs, trials, strict=True)]
     result = in_bits_per_byte(found, validation)
-    show(trials, large, found, result)
-    write_text(out / "ladder.html", picture(trials, costs, large, found, validation))
+    show(trials, large, found, result, law)
+    write_text(out / "ladder.html", picture(trials, costs, large, found, validation, law))
     say(f"  picture: {out / 'ladder.html'}")
     content = {"trials": [asdict(trial) for trial in trials], "target": large, "predicted": result}
     write_json(out / "ladder.json", content)
@@ -89,7 +91,11 @@ def flops(config: ModelConfig, tokens: float) -> float:
 
 
 def show(
-    trials: list[Trial], large: dict[str, Any], found: Prediction, result: dict[str, float]
+    trials: list[Trial],
+    large: dict[str, Any],
+    found: Prediction,
+    result: dict[str, float],
+    law: Law | EarlyLaw,
 ) -> None:
     """Print runs, fit and extrapolation."""
     rows = [
@@ -105,11 +111,9 @@ def show(
         )
     )
     show_table("Ladder", ("parameters", "tokens", "nats a token, validation", ""), rows)
-    law = fit_law(trials)
     say(
-        f"  fitted: {law.floor:.3f} + {law.scale:.4f} x ({law.A} N^-{law.alpha} + {law.B} "
-        f"D^-{law.beta}), exponents of arXiv 2404.10102; expected {result['bits_per_byte']:.3f} "
-        f"bits per byte (90 %: {result['low']:.3f} to {result['high']:.3f})"
+        f"  fitted: {law}; expected {result['bits_per_byte']:.3f} bits per byte "
+        f"(90 %: {result['low']:.3f} to {result['high']:.3f})"
     )
 
 
@@ -119,13 +123,14 @@ def picture(
     large: dict[str, Any],
     found: Prediction,
     validation: Shard,
+    law: Law | EarlyLaw,
 ) -> str:
     """Return the page: loss against FLOPs, with the large run's interval."""
 
     def bits(nats: float) -> float:
         return in_bits_per_byte(Prediction(nats, nats, nats), validation)["bits_per_byte"]
 
-    law, unique = fit_law(trials), float(large["unique_tokens"])
+    unique = float(large["unique_tokens"])
     last = float(large["predicted"]["flops"])
     x = [costs[0] * (last / costs[0]) ** (n / CURVE_POINTS) for n in range(CURVE_POINTS + 1)]
     share = [(c / last) ** 0.5 for c in x]  # N and D grow alike on the ladder

@@ -29,7 +29,7 @@ from groundup.train import FitConfig, NextToken, Plan, TokenStream, fit, make_pl
 from groundup.train.budget import Budget, parse_budget
 from groundup.train.plan import MUON_RATE, SIZES, shape
 from groundup.train.ranks import here, rows_each
-from groundup.train.scaling import Prediction, Trial, predict, step_law_tokens
+from groundup.train.scaling import FLOOR, Prediction, Trial, predict, step_law_tokens
 from groundup.train.step import DTYPES
 
 PLANNED = (
@@ -81,7 +81,8 @@ def plan_for(
         trials = small_trials(made, train, validation, device, out)
     values = asdict(made)
     if trials:
-        found = predict(trials, made.parameters, made.tokens, made.unique_tokens)
+        floor = FLOOR * nats_per_bit(validation)
+        found = predict(trials, made.parameters, made.tokens, made.unique_tokens, floor)
         values["predicted"] |= in_bits_per_byte(found, validation)
         values["trials"] = [asdict(trial) for trial in trials]
     for name, reason in made.reasons.items():
@@ -92,12 +93,17 @@ def plan_for(
 
 def in_bits_per_byte(found: Prediction, validation: Shard) -> dict[str, float]:
     """Return a predicted loss in bits per byte, with its interval."""
-    scale = len(validation.tokens) / max(1, validation.num_bytes) / math.log(2)
+    scale = nats_per_bit(validation)
     return {
-        "bits_per_byte": found.loss * scale,
-        "low": found.low * scale,
-        "high": found.high * scale,
+        "bits_per_byte": found.loss / scale,
+        "low": found.low / scale,
+        "high": found.high / scale,
     }
+
+
+def nats_per_bit(validation: Shard) -> float:
+    """Return the nats a token that a bit a byte is."""
+    return math.log(2) * validation.num_bytes / max(1, len(validation.tokens))
 
 
 def show_prediction(predicted: dict[str, float]) -> None:

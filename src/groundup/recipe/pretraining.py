@@ -170,6 +170,7 @@ def model_config(config: PretrainConfig, tok: Tokenizer) -> ModelConfig:
         num_key_value_heads=config.num_key_value_heads or heads,
         head_dim=config.hidden_size // heads,
         max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
         bos_token_id=tok.bos_token_id,
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.pad_token_id,

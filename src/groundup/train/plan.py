@@ -18,7 +18,7 @@ from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.train.budget import Budget
 from groundup.train.memory import memory_free
 from groundup.train.ranks import here
-from groundup.train.scaling import Law, step_law_rate, step_law_tokens
+from groundup.train.scaling import LAW_FLOPS, Law, step_law_rate, step_law_tokens
 from groundup.train.timing import Timing, timed, widest
 
 # (width, layers, heads, context): from a laptop's minutes to a GPU's weeks.
@@ -38,9 +38,6 @@ MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more 
 LEAST_STEPS = 20
 MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
 COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
-# Hoffmann et al. fitted runs of 6e18 FLOPs and more; their law misjudges far smaller ones (it
-# expects 12 nats a token of the quickstart's model). Below, docs/decisions/0004 has measurements.
-LAW_FLOPS = 1e18
 MEMORY_SHARE = 0.8  # of what is free; activations come on top of memory_needed
 TOKENS_PER_WEIGHT = 1.0
 STEADY = 1.5  # the smallest size's two rates differ by no more on a machine left alone

@@ -1,8 +1,9 @@
-"""Published scaling rules as plain functions, and a law fitted to small runs of one's own.
+"""Published scaling rules as plain functions, and laws fitted to small runs of one's own.
 
 N parameters, D training tokens, U unique tokens among them, C training FLOPs. Losses in nats.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,13 @@ class Law:
         """Return the N whose compute is best spent on D tokens (Hoffmann et al. 2022, eq. 4)."""
         ratio = self.alpha * self.A / (self.beta * self.B)
         return float((ratio * D**self.beta) ** (1 / self.alpha))
+
+    def __str__(self) -> str:
+        """Return the law as it is printed."""
+        return (
+            f"{self.floor:.3f} + {self.scale:.4f} x ({self.A} N^-{self.alpha} + {self.B} "
+            f"D^-{self.beta}), exponents of arXiv 2404.10102"
+        )
 
 
 # Muennighoff et al. 2023 (arXiv 2305.16264), app. A: half-lives of repeated tokens and of
@@ -92,6 +100,14 @@ class Prediction:
     high: float
 
 
+# Hoffmann et al. fitted runs of 6e18 FLOPs and more. Their law misjudges far smaller ones: of the
+# quickstart's model it expects more than guessing has (docs/decisions/0006).
+LAW_FLOPS = 1e18
+FLOOR = 0.6  # bits per byte that no model gets below: Law.floor in Hoffmann's tokens
+# What a small run's exponent is multiplied with, and the spread of its logarithm: losses fall
+# faster past the first steps. Sixteen pairs of our own runs, docs/decisions/0006.
+STEEPER, STEEPER_SD, LONE_EXPONENT = 1.3, 0.35, 0.15
+
 DRAWS = 2_000
 EXPONENT_SD = 0.02  # Besiroglu et al.'s standard error of both exponents
 NOISE = 0.01  # relative, of one run's loss from seed to seed
@@ -114,27 +130,77 @@ def fit_law(trials: Sequence[Trial], law: Law | None = None) -> Law:
     return Law(Law.floor * share, share, law.A, law.B, law.alpha, law.beta)
 
 
-def predict(trials: Sequence[Trial], N: float, D: float, U: float, *, seed: int = 0) -> Prediction:
-    """Return the loss of a larger run, with an interval from uncertain exponents and noise.
+@dataclass(frozen=True)
+class EarlyLaw:
+    """L = floor + above (C / C0)^-gamma: for budgets below those that Hoffmann's law is known for.
 
-    Every draw moves both exponents and the trials' losses by their standard errors, keeps the
-    published law's values at the trials' sizes, and fits anew.
+    A power of compute, as in Kaplan et al. 2020 (arXiv 2001.08361, eq. 1.3), over a floor.
     """
-    centre = fit_law(trials).loss(N, D, U)
+
+    floor: float
+    above: float  # the floor, at C0
+    C0: float
+    gamma: float
+
+    def loss(self, N: float, D: float, U: float) -> float:
+        """Return the loss expected of N parameters after D tokens."""
+        return self.floor + self.above * (compute(N, D, U) / self.C0) ** -self.gamma
+
+    def __str__(self) -> str:
+        """Return the law as it is printed."""
+        return f"{self.floor:.3f} + {self.above:.3f} (C / {self.C0:.3g} FLOPs)^-{self.gamma:.3f}"
+
+
+def compute(N: float, D: float, U: float) -> float:
+    """Return 6 N D, repeated tokens counted as the new ones that they are worth."""
+    return 6 * N * effective_tokens(D, U)
+
+
+def fit_early(trials: Sequence[Trial], floor: float, steeper: float = STEEPER) -> EarlyLaw:
+    """Return the law through the largest trial, with `steeper` times the exponent of them all.
+
+    The exponent is the slope of ln(L - floor) over ln(C) by least squares.
+    """
+    x = np.log([compute(t.parameters, t.tokens, t.unique) for t in trials])
+    y = np.log([max(t.loss - floor, 1e-3) for t in trials])
+    gamma, last = LONE_EXPONENT, int(np.argmax(x))
+    if len(trials) > 1 and np.ptp(x) > 0:
+        gamma = steeper * max(0.0, -float(((x - x.mean()) * y).sum() / ((x - x.mean()) ** 2).sum()))
+    return EarlyLaw(floor, math.exp(y[last]), math.exp(x[last]), gamma)
+
+
+def law_for(trials: Sequence[Trial], N: float, D: float, floor: float) -> Law | EarlyLaw:
+    """Return the law that predicts N parameters on D tokens."""
+    return fit_early(trials, floor) if 6 * N * D < LAW_FLOPS else fit_law(trials)
+
+
+def predict(
+    trials: Sequence[Trial], N: float, D: float, U: float, floor: float, *, seed: int = 0
+) -> Prediction:
+    """Return the loss of a larger run, with an interval; `floor` is FLOOR in nats a token.
+
+    Every draw moves the trials' losses and the exponents by their spread, and fits anew. Those of
+    Hoffmann's law keep its values at the trials' sizes.
+    """
     rng = np.random.default_rng(seed)
     base = Law()
     mean_N = float(np.exp(np.mean([np.log(t.parameters) for t in trials])))
     mean_D = float(np.exp(np.mean([np.log(t.tokens) for t in trials])))
     found = []
     for _ in range(DRAWS):
-        alpha, beta = np.array([base.alpha, base.beta]) + rng.normal(0, EXPONENT_SD, 2)
-        A = base.A * mean_N ** (alpha - base.alpha)
-        B = base.B * mean_D ** (beta - base.beta)
         moved = [
             Trial(t.parameters, t.tokens, t.unique, t.loss * (1 + NOISE * rng.normal()))
             for t in trials
         ]
+        if 6 * N * D < LAW_FLOPS:
+            steeper = STEEPER * math.exp(STEEPER_SD * rng.normal())
+            found.append(fit_early(moved, floor, steeper).loss(N, D, U))
+            continue
+        alpha, beta = np.array([base.alpha, base.beta]) + rng.normal(0, EXPONENT_SD, 2)
+        A = base.A * mean_N ** (alpha - base.alpha)
+        B = base.B * mean_D ** (beta - base.beta)
         law = fit_law(moved, Law(A=A, B=B, alpha=alpha, beta=beta))
         found.append(law.loss(N, D, U))
+    centre = law_for(trials, N, D, floor).loss(N, D, U)
     low, high = np.quantile(found, (0.05, 0.95))
     return Prediction(centre, float(min(low, centre)), float(max(high, centre)))
