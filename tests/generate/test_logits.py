@@ -186,6 +186,8 @@ def test_bad_words_are_never_spelt_by_any_tokens():
     assert banned(1, 2) == [4, 6]
     assert banned(7) == [6, 8]
     assert banned(7, 0) == [6]
+    process = BadWords(["sec"], pieces, silent={1})  # a special token gives no text
+    assert process([1], torch.zeros(len(pieces))).isinf().nonzero().flatten().tolist() == [6]
 
 
 def test_guidance_equals_the_papers_formula():
@@ -205,3 +207,8 @@ def test_dola_picks_the_layer_that_differs_most():
     kept = probs_V >= 0.1 * probs_V.max()
     assert torch.equal(found.isfinite(), kept)
     torch.testing.assert_close(found[kept], wanted[kept])
+
+
+def test_a_vocabulary_smaller_than_the_log_probabilities_asked_for():
+    logps_V = torch.tensor([0.2, 0.5, 0.3]).log()
+    assert list(ours.top(logps_V, 2, 20)) == [2, 1, 0]

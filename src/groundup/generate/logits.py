@@ -156,6 +156,6 @@ def top(logps_V: Tensor, token: int, count: int) -> dict[int, float]:
     """Return the log-probabilities of a token and of the `count` likeliest ids."""
     found = {token: float(logps_V[token])}
     if count:
-        values, ids = logps_V.topk(count)
+        values, ids = logps_V.topk(min(count, len(logps_V)))
         found |= dict(zip(ids.tolist(), values.tolist(), strict=True))
     return found

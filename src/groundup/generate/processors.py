@@ -16,7 +16,7 @@ from groundup.core.types import SamplingParams
 from groundup.generate import logits as fn
 from groundup.generate.constrain import Grammar
 from groundup.generate.guidance import Guidance, LayerContrast, dola_layers
-from groundup.generate.words import BadWords
+from groundup.generate.words import bad_words
 from groundup.model.decoder import Decoder
 from groundup.tokenizer import Tokenizer
 
@@ -164,7 +164,7 @@ def make_processors(
     helpers: dict[str, Any] = {}
     vocab_size = model.config.vocab_size
     if params.bad_words:
-        helpers["bad_words"] = BadWords(params.bad_words, tokenizer.token_bytes)
+        helpers["bad_words"] = bad_words(tokenizer, params.bad_words)
     if params.structured_outputs is not None:
         helpers["structured_outputs"] = Grammar.compile(
             params.structured_outputs, tokenizer, vocab_size, ends
