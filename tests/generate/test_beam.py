@@ -200,8 +200,19 @@ def test_stop_strings_end_beams(both, tok):
         ({"beam_width": 2}, {"n": 3}, "need a beam_width"),
         ({"beam_width": 2}, {"top_k": 5}, "does not sample: top_k = 5"),
         ({"beam_width": 2}, {"temperature": 0.5}, "does not sample: temperature = 0.5"),
+        ({"beam_width": 2}, {"logprobs": 3}, "by score: logprobs has no place"),
+        ({"beam_width": 2}, {"best_of": 3}, "by score: best_of has no place"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiny, tok, beams, params, message):
     with pytest.raises(ConfigError, match=message):
         LLM(tiny, tok).beam_search([[5]], BeamSearchParams(**beams), SamplingParams(**params))
+
+
+def test_a_search_that_comes_to_nothing_says_why(tiny, tok):
+    params = SamplingParams(max_tokens=5, min_tokens=3, allowed_token_ids=tok.stop_token_ids)
+    found = LLM(tiny, tok).beam_search([[5], [7]], BeamSearchParams(beam_width=2), params)
+    for output in found:
+        [answer] = output.outputs
+        assert answer.finish_reason == "error"
+        assert "min_tokens, allowed_token_ids together leave every beam" in answer.stop_reason

@@ -33,6 +33,8 @@ th, td { text-align: left; padding: .35rem .75rem .35rem 0; border-bottom: 1px s
 th { color: var(--soft); font-weight: 600; }
 td.n, th.n { text-align: right; }
 figure { margin: 1rem 0; }
+figure.wide { overflow-x: auto; }
+figure.wide svg { width: auto; min-width: 100%; max-width: none; }
 figure svg { width: 100%; height: auto; background: #ffffff; border-radius: .5rem;
   padding: .5rem; border: 1px solid var(--line); }
 pre { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; overflow-x: auto;
@@ -61,9 +63,10 @@ def code(content: str) -> str:
     return f"<pre>{escape(content)}</pre>"
 
 
-def picture(svg: str, caption: str) -> str:
-    """Return an SVG with its caption."""
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+def picture(svg: str, caption: str, *, wide: bool = False) -> str:
+    """Return an SVG with its caption; a wide one keeps its size, and is scrolled."""
+    kind = " class=wide" if wide else ""
+    return f"<figure{kind}>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def cards(items: Sequence[tuple[str, str, str]]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from groundup.core.errors import ConfigError
-from groundup.core.types import CompletionOutput
+from groundup.core.types import CompletionOutput, SamplingParams
 from groundup.generate.blocks import Holding
 from groundup.generate.branches import Branches
 from groundup.generate.config import BeamSearchParams
@@ -42,7 +42,7 @@ class Beam:
 
     def score(self, length_penalty: float) -> float:
         """Return the length-normalised score."""
-        return self.total / len(self.stopping.token_ids) ** length_penalty
+        return self.total / max(1, len(self.stopping.token_ids)) ** length_penalty
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def beam_search(
     observe: Observer | None = None,
 ) -> Search:
     """Return finished beams, the best first; `most` is the longest answer in tokens."""
-    check_no_sampling(first.processors)
+    check_params(first.processors.params)
     width = params.beam_width // params.num_beam_groups
     first.branch = Holding()
     [logits_V] = yield [first.branch], [prompt]
@@ -129,6 +129,10 @@ def beam_search(
     for beam in (beam for group in groups for beam in group.running):
         branches.drop(holding(beam))
     answers = [beam for group in groups for beam in group.finished]
+    if not answers:  # every beam came to a dead end
+        names = ", ".join(first.processors.names)
+        first.stopping.end("error", f"{names} together leave every beam without a next token")
+        answers = [first]
     return sorted(answers, key=lambda beam: -beam.score(params.length_penalty))
 
 
@@ -239,9 +243,13 @@ def holding(beam: Beam) -> Holding:
     return beam.branch
 
 
-def check_no_sampling(processors: LogitsProcessors) -> None:
-    """Raise where a parameter only makes sense for sampling."""
-    params = processors.params
+def check_params(params: SamplingParams) -> None:
+    """Raise where a parameter only makes sense for sampling, or would be passed over."""
+    for name in ("best_of", "logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            raise ConfigError(
+                f"beam search ranks and gives beams by score: {name} has no place in it"
+            )
     for name in sorted(SAMPLING_ONLY):
         value = getattr(params, name)
         if value != getattr(DEFAULTS, name) and not (name == "temperature" and value == 0):

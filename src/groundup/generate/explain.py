@@ -211,7 +211,9 @@ def tree_section(llm: LLM, story: Story) -> tuple[str, str]:
         f"The first {count} tokens: the best candidates of each step, with their sums of "
         "log-probabilities; of the dropped ones two."
     )
-    return html.section("The tree of the beam search", html.picture(decoding.tree(drawn), caption))
+    return html.section(
+        "The tree of the beam search", html.picture(decoding.tree(drawn), caption, wide=True)
+    )
 
 
 def draft_section(llm: LLM) -> tuple[str, str]:
