@@ -202,3 +202,34 @@ def test_another_vocabulary_is_refused(tiny, tok, tmp_path):
             LLM(tiny, tok, speculative=config)
     with pytest.raises(ConfigError, match="needs a model folder"):
         LLM(tiny, tok, speculative=SpeculativeConfig(method="ngram"))
+
+
+def test_guessing_requests_are_served_before_a_long_prompt(tiny, tok):
+    llm = LLM(tiny, tok, speculative=SpeculativeConfig(), max_num_batched_tokens=16)
+    engine = llm.engine
+    [writing] = engine.add([3, 3, 3, 3], GREEDY, priority=1)
+    engine.step()
+    engine.add(list(range(5, 70)), GREEDY)  # goes before the other, and fills four steps
+    for _ in range(3):
+        before = len(writing.output.token_ids)
+        engine.step()
+        assert len(writing.output.token_ids) > before
+    assert writing.output.num_draft_tokens > 0
+
+
+def test_batch_invariant_guesses_are_the_same_bits_whatever_else_runs(tiny, tok, nearby):
+    config = SpeculativeConfig(method="draft", model=nearby)
+
+    def guessed(prompts):
+        llm = LLM(tiny, tok, speculative=config, batch_invariant=True)
+        requests = [llm.engine.add(prompt, SAMPLED)[0] for prompt in prompts]
+        probs = []
+        while not requests[0].finished:
+            llm.engine.step()
+            if requests[0].draft_probs is not None:
+                probs.append(requests[0].draft_probs)
+        return probs
+
+    alone, together = guessed(PROMPTS[1:2]), guessed([PROMPTS[1], *PROMPTS, *PROMPTS[:2]])
+    assert len(alone) == len(together) > 0
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

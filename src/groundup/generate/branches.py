@@ -30,14 +30,15 @@ class Reading:
 class Branches:
     """Room for `count` sequences of at most `longest` tokens, each with its own end.
 
-    The model is a view for inference, as `view_of` makes it.
+    The model is a view for inference, as `view_of` makes it; `exact` as there.
     """
 
-    def __init__(self, model: Decoder, count: int, longest: int) -> None:
+    def __init__(self, model: Decoder, count: int, longest: int, *, exact: bool = False) -> None:
         weight = next(model.parameters())
         blocks = count * (-(-longest // BLOCK) + 1)
         self.model, self.device = model, weight.device
-        self.cache = KVCache(model.config, blocks, BLOCK, weight.device, weight.dtype)
+        shape = (model.config, blocks, BLOCK, weight.device, weight.dtype)
+        self.cache = KVCache(*shape, exact=exact)
         self.pool = BlockPool(blocks, BLOCK, sharing=False)
 
     @torch.inference_mode()

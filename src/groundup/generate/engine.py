@@ -84,10 +84,12 @@ class Engine:
         self.notice_new_weights()
         self.move: Move | None = None  # the weights of a model just loaded, on their way
         self.watch: Watch | None = None  # sees every token's logits before it is chosen
+        self.writes = True  # not where the head gives labels
         self.speculator: Speculator | None = None
         if speculative is not None:
+            exact = config.batch_invariant
             self.speculator = make_speculator(
-                speculative, model, tokenizer, self.rows, self.context
+                speculative, model, tokenizer, self.rows, self.context, exact=exact
             )
 
     def load_adapter(self, name: str, folder: str | Path) -> None:
@@ -174,7 +176,7 @@ class Engine:
             self.notice_new_weights()
         if self.flight is None:
             self.queue.make_way()
-            if self.speculator:
+            if self.speculator and not self.queue.apart:
                 self.speculator.draft(self.queue.running)
             plan = self.queue.plan()
             if not plan:

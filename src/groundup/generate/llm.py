@@ -215,7 +215,8 @@ class LLM:
         )
         at_once = max(1, min(self.engine.rows, MOST_BEAMS) // beams.beam_width)
         rows = min(at_once, len(many)) * beams.beam_width
-        branches = Branches(self.engine.model, rows, longest)
+        exact = self.engine.config.batch_invariant
+        branches = Branches(self.engine.model, rows, longest, exact=exact)
         searches = [
             beam_search(branches, Beam(stop, rules), ids, beams, most=room, observe=observe)
             for (ids, rules, stop), room in zip(ready, rooms, strict=True)

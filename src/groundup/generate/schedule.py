@@ -39,7 +39,7 @@ class Schedule:
         """Return who feeds how many tokens, the fewest first; they have the blocks for them."""
         plan: dict[Request, int] = {}
         budget = max(self.budget, self.rows)
-        for request in sorted(self.running, key=lambda r: r.ahead > 1):
+        for request in sorted(self.running, key=lambda r: r.ahead - len(r.draft) > 1):
             count = self.next_count(request, budget - sum(plan.values()))
             while count and request in self.running and not self.reserve(request, count):
                 if request.draft:

@@ -234,10 +234,12 @@ class ModelDrafter:
 
     certain = False  # neighbours must not change how many guesses are drawn
 
-    def __init__(self, model: Decoder, target: Decoder, rows: int, context: int) -> None:
+    def __init__(
+        self, model: Decoder, target: Decoder, rows: int, context: int, *, exact: bool
+    ) -> None:
         self.cost = relative_size(model, target)
         self.context = min(context, model.config.max_position_embeddings)
-        self.branches = Branches(view_of(model), rows, self.context)
+        self.branches = Branches(view_of(model, exact=exact), rows, self.context, exact=exact)
         self.readings: dict[Request, Reading] = {}
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
@@ -287,9 +289,18 @@ def relative_size(model: Decoder, target: Decoder) -> float:
 
 
 def make_speculator(
-    config: SpeculativeConfig, target: Decoder, tokenizer: Tokenizer, rows: int, context: int
+    config: SpeculativeConfig,
+    target: Decoder,
+    tokenizer: Tokenizer,
+    rows: int,
+    context: int,
+    *,
+    exact: bool = False,
 ) -> Speculator:
-    """Return what guesses for an engine; another vocabulary than the model's is a ConfigError."""
+    """Return what guesses for an engine; another vocabulary than the model's is a ConfigError.
+
+    `exact`: what a draft model guesses for a request has the same bits whatever else runs.
+    """
     if config.method == "lookup":
         return Speculator(config, PromptLookup(config.prompt_lookup_max))
     if config.model is None:
@@ -307,7 +318,7 @@ def make_speculator(
             f"the draft model {config.model} has another tokenizer than the model: its guesses "
             "would mean other text; take a draft model trained with the same tokenizer"
         )
-    return Speculator(config, ModelDrafter(draft, target, rows, context))
+    return Speculator(config, ModelDrafter(draft, target, rows, context, exact=exact))
 
 
 def ngram_folder(place: Path) -> Path:
