@@ -357,3 +357,32 @@ def test_adapters_chosen_by_request_equal_merged_ones(tiny, tok, tmp_path, setti
             assert output.outputs[0].token_ids == alone(merged.get(name, tiny), prompt)
     with pytest.raises(ConfigError, match=r"no adapter 'doro' is loaded.*'dora'"):
         llm.generate(PROMPTS, GREEDY, adapter="doro")
+
+
+def test_time_runs_out_while_waiting_too(tiny, tok):
+    engine = Engine(tiny, tok, EngineConfig(max_num_seqs=1))
+    [first] = engine.add(PROMPTS[1], GREEDY)
+    [hasty] = engine.add(PROMPTS[0], dataclasses.replace(GREEDY, max_time=1e-9))
+    assert hasty in engine.step()
+    assert (hasty.output.finish_reason, hasty.output.stop_reason) == ("length", "max_time")
+    assert hasty.output.token_ids == []
+    while engine.busy:
+        engine.step()
+    assert first.output.token_ids == alone(tiny, PROMPTS[1])
+
+
+def test_an_urgent_request_finds_the_blocks_that_it_is_promised(tiny, tok):
+    """Room for it alone is not enough: those who run keep a block each in reserve."""
+    settings = {"block_size": 8, "kv_cache_memory_bytes": 256 * 8 * 12, "max_num_seqs": 4}
+    engine = Engine(tiny, tok, EngineConfig(**settings))
+    late = [engine.add([n, *range(50, 65)], GREEDY, priority=1)[0] for n in range(5, 8)]
+    engine.step()
+    engine.step()
+    free = len(engine.pool.free)
+    [urgent] = engine.add(list(range(70, 70 + 8 * (free - 1))), GREEDY)
+    engine.step()
+    assert urgent in engine.queue.running
+    while engine.busy:
+        engine.step()
+    for request, n in zip(late, range(5, 8), strict=True):
+        assert request.output.token_ids == alone(tiny, [n, *range(50, 65)])

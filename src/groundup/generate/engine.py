@@ -166,10 +166,15 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Return whether any request is unfinished."""
-        return bool(self.queue.all)
+        return bool(self.queue.running or self.queue.waiting)
+
+    def step(self) -> list[Request]:
+        """Run one step's tokens; return the requests that got a new one or ran out of time."""
+        late = self.queue.end_late()
+        return [*late, *self.run_step()]
 
     @torch.inference_mode()
-    def step(self) -> list[Request]:
+    def run_step(self) -> list[Request]:
         """Run one step's tokens; return the requests that got a new one."""
         if not self.queue.running or not self.weights_version:
             self.flight = None

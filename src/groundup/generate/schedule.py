@@ -22,6 +22,7 @@ class Schedule:
         self.rows, self.budget, self.pool, self.apart = rows, budget, pool, apart
         self.waiting: list[Request] = []  # both sorted: the first matters most
         self.running: list[Request] = []
+        self.timed: list[Request] = []  # those with a longest time
         self.arrivals = self.preemptions = 0
 
     @property
@@ -33,6 +34,8 @@ class Schedule:
         """Let a new request wait."""
         self.arrivals += 1
         request.arrival = self.arrivals
+        if request.stopping.deadline is not None:
+            self.timed.append(request)
         bisect.insort(self.waiting, request, key=order)
 
     def plan(self) -> Plan:
@@ -82,7 +85,8 @@ class Schedule:
             first, least = self.waiting[0], self.running[-1]
             needed = -(-min(first.length, self.budget) // self.pool.size)
             has_row = len(self.running) < self.rows
-            if first.priority >= least.priority or (has_row and needed <= len(self.pool.free)):
+            has_blocks = needed + len(self.running) <= len(self.pool.free)  # as `plan` wants them
+            if first.priority >= least.priority or (has_row and has_blocks):
                 return
             self.preempt(least)
 
@@ -117,6 +121,16 @@ class Schedule:
         holding.computed += count
         if holding.computed // self.pool.size > len(holding.names):
             self.pool.name_full(holding, request.tokens(0, holding.computed))
+
+    def end_late(self) -> list[Request]:
+        """End requests whose time is over, wherever they are; return them."""
+        self.timed = [r for r in self.timed if not r.finished]
+        late = [r for r in self.timed if r.stopping.late]
+        for request in late:
+            request.end("length", "max_time")
+        if late:
+            self.release()
+        return late
 
     def release(self) -> None:
         """Give back the blocks of finished requests."""

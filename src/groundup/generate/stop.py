@@ -95,9 +95,12 @@ class Stopping:
             return self.end("length", "context")
         if rule is not None and in_a_loop(self.token_ids, rule):
             return self.end("repetition", None)
-        if self.deadline is not None and self.clock() >= self.deadline:
-            return self.end("length", "max_time")
-        return False
+        return self.late and self.end("length", "max_time")
+
+    @property
+    def late(self) -> bool:
+        """Return whether the time for the answer is over."""
+        return self.deadline is not None and self.clock() >= self.deadline
 
     def end(self, reason: FinishReason, detail: int | str | None, *, flush: bool = True) -> bool:
         """Set the reason; an unfinished character becomes U+FFFD."""
