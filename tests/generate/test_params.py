@@ -1,9 +1,12 @@
 """Bad parameters and bad requests: named in one line, and nobody else's trouble."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.types import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 from groundup.generate import LLM
 
@@ -48,6 +51,16 @@ def llm(tiny, tok):
         ({"repetition_detection": RepetitionDetectionParams(max_pattern_size=0)}, "sizes"),
         ({"structured_outputs": StructuredOutputsParams(regex="(a")}, "cannot be compiled"),
         ({"structured_outputs": StructuredOutputsParams()}, "exactly one of"),
+        ({"structured_outputs": {"regex": "a"}}, "must be of StructuredOutputsParams"),
+        ({"structured_outputs": StructuredOutputsParams(choice="yes")}, "'yes' must be of list"),
+        ({"structured_outputs": StructuredOutputsParams(regex=5)}, "regex = 5 must be of str"),
+        ({"repetition_detection": {"max_pattern_size": 2}}, "of RepetitionDetectionParams"),
+        ({"logits_processors": max}, "a list of functions"),
+        ({"ignore_eos": "no"}, "ignore_eos = 'no' must be a bool"),
+        ({"seed": -1}, "seed = -1 must be between 0"),
+        ({"seed": 2**64}, "must be between 0 and"),
+        ({"dola_layers": 1}, "dola_layers = 1 must be low, high or layers"),
+        ({"dola_layers": ("low",)}, "low, high or layers from 0 to 1"),
     ],
 )
 def test_parameters_out_of_range_are_named(llm, change, message):
@@ -83,7 +96,8 @@ def test_a_request_that_fails_midway_ends_alone(llm):
     for n in (0, 2):
         assert found[n].outputs[0].token_ids == wanted[n].outputs[0].token_ids
     failed = found[1].outputs[0]
-    assert (failed.finish_reason, failed.stop_reason) == ("error", "out of ideas")
+    wanted_reason = "logits processor breaks: ValueError: out of ideas"
+    assert (failed.finish_reason, failed.stop_reason) == ("error", wanted_reason)
     assert len(failed.token_ids) == 3
 
 
@@ -131,3 +145,97 @@ def test_sampling_is_the_processed_distribution(tiny, llm):
     assert counts.sum() == 2000
     chi_square = float(((counts - 2000 * probs) ** 2 / (2000 * probs)).sum())
     assert chi_square < 20.5  # 5 degrees of freedom: p = 0.001
+
+
+@pytest.mark.parametrize("prompt", [[5, 400], [5, -1], [5, 2.5], [5, None], 7.0, {"role": "user"}])
+def test_what_is_no_prompt_is_refused_and_leaves_nothing_behind(llm, prompt):
+    with pytest.raises(ConfigError, match=r"token ids|no prompt"):
+        llm.generate([[5], prompt], GREEDY)
+    assert not llm.engine.busy
+    with pytest.raises(ConfigError, match=r"token ids|no prompt"):
+        llm.embed([[5], prompt])
+    assert not llm.engine.busy
+
+
+def test_ids_may_come_from_arrays_and_tensors(llm):
+    wanted = llm.generate([[5, 9]], GREEDY)[0]
+    for prompts in (np.array([5, 9]), torch.tensor([5, 9]), np.array([[5, 9]]), (5, 9)):
+        [found] = llm.generate(prompts, GREEDY)
+        assert (found.prompt_token_ids, found.outputs) == ([5, 9], wanted.outputs)
+    empty = llm.generate([[]], GREEDY)[0]
+    assert empty.prompt_token_ids == [llm.tokenizer.bos_token_id]
+
+
+def test_what_peers_write_for_off_is_off(llm):
+    off = {"stop": None, "bad_words": [], "stop_token_ids": None, "logits_processors": None}
+    params = dataclasses.replace(GREEDY, top_k=-1, **off)
+    assert llm.generate([[5]], params) == llm.generate([[5]], GREEDY)
+    sampled = dataclasses.replace(GREEDY, temperature=1.0, seed=1)
+    params = dataclasses.replace(sampled, top_k=-1, **off)
+    assert llm.generate([[5]], params) == llm.generate([[5]], sampled)
+    for heat in (1e-45, 1e-30, 9e-6):  # logits over it are no numbers
+        params = dataclasses.replace(GREEDY, temperature=heat, top_p=0.9)
+        assert llm.generate([[5]], params) == llm.generate([[5]], GREEDY)
+
+
+def test_logits_that_are_no_numbers_end_their_request_alone(llm):
+    def broken(prompt, written, logits_V):
+        return logits_V * float("nan") if len(written) == 2 else logits_V
+
+    bad = dataclasses.replace(GREEDY, logits_processors=(broken,))
+    found = llm.generate([[5], [7]], [bad, GREEDY])
+    assert found[0].outputs[0].stop_reason == (
+        "after logits_processors a logit is nan: nothing to draw"
+    )
+    assert found[1].outputs == llm.generate([[7]], GREEDY)[0].outputs
+
+
+def test_interrupted_and_failing_calls_leave_nothing_behind(llm, monkeypatch):
+    run = llm.engine.run
+
+    def interrupted(plan):
+        raise KeyboardInterrupt
+
+    wanted = llm.generate([[7]], GREEDY)[0].outputs
+    calls = (llm.generate, llm.embed, lambda prompts: llm.score([[5]], prompts))
+    for call in calls:
+        monkeypatch.setattr(llm.engine, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call([[5, 6], [7, 8]])
+        assert not llm.engine.busy
+        monkeypatch.setattr(llm.engine, "run", run)
+    assert llm.generate([[7]], GREEDY)[0].outputs == wanted
+    assert len(llm.engine.pool.free) == llm.engine.pool.count
+
+
+def test_a_stream_is_of_one_answer_and_tells_of_its_failure(llm):
+    def breaks(prompt, written, logits_V):
+        return logits_V if len(written) < 3 else 1 / 0
+
+    with pytest.raises(ConfigError, match="a stream is of one answer"):
+        next(llm.stream([5], dataclasses.replace(GREEDY, n=2)))
+    assert not llm.engine.busy
+    pieces = llm.stream([5], dataclasses.replace(GREEDY, logits_processors=(breaks,)))
+    with pytest.raises(GroundupError, match="logits processor breaks: ZeroDivisionError"):
+        list(pieces)
+
+
+def test_best_of_prefers_answers_that_did_not_fail(llm):
+    def picky(prompt, written, logits_V):
+        if written and written[0] % 2:
+            raise ValueError("odd")
+        return logits_V
+
+    params = SamplingParams(n=2, best_of=8, seed=1, max_tokens=4, logits_processors=(picky,))
+    params = dataclasses.replace(params, ignore_eos=True, temperature=2.0)
+    every = dataclasses.replace(params, n=8, best_of=None)
+    reasons = [o.finish_reason for o in llm.generate([[5]], every)[0].outputs]
+    assert reasons.count("error") >= 2
+    assert reasons.count("length") >= 2
+    best = llm.generate([[5]], params)[0].outputs
+    assert [o.finish_reason for o in best] == ["length", "length"]
+
+
+def test_adapters_are_counted(llm):
+    with pytest.raises(ConfigError, match="1 adapters were given for 2 prompts"):
+        llm.generate([[5], [7]], GREEDY, adapter=[None])

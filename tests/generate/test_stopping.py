@@ -102,3 +102,20 @@ def test_loops_are_found_exactly(size, count):
             if s * count <= len(ids)
         )
         assert in_a_loop(ids, rule) == wanted
+
+
+def test_the_name_of_a_special_token_stops_at_the_token():
+    def named(**more):
+        answer = stopping(stop=("<|tool|>",), **more)
+        answer.named = {3: "<|tool|>"}
+        return answer
+
+    assert run(named(), 5, 6, 3) == ("stop", "<|tool|>", " and\ufffd")
+    assert run(named(include_stop_str_in_output=True), 5, 3) == ("stop", "<|tool|>", " and<|tool|>")
+    assert run(named(min_tokens=2, max_tokens=2), 5, 3)[0] == "length"
+
+
+def test_the_text_of_a_stop_token_is_cut_or_kept():
+    assert run(stopping(stop_token_ids=(1,)), 5, 1) == ("stop", 1, " and")
+    kept = stopping(stop_token_ids=(1,), include_stop_str_in_output=True)
+    assert run(kept, 5, 1) == ("stop", 1, " andsto")

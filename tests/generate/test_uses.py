@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM, AsyncLLM
+from groundup.generate.config import BeamSearchParams
 from groundup.model import save_model
 from groundup.model.heads import HeadedDecoder
 
@@ -18,7 +20,7 @@ PARAMS = SamplingParams(temperature=1.0, seed=4, max_tokens=12, ignore_eos=True)
 
 
 def test_importing_the_engine_does_not_import_torchs_compiler():
-    code = "import sys, groundup.generate; sys.exit('torch._dynamo' in sys.modules)"
+    code = "import sys, groundup.generate.llm; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -118,3 +120,135 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(tiny, tok, monk
     )
     assert len(again.token_ids) == 12
     assert free
+
+
+def test_settings_are_read_without_torch():
+    code = "import sys, groundup.generate.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_texts_that_fill_the_context_are_pooled_and_scored(tiny, tok):
+    llm = LLM(tiny, tok)
+    full = [5 + n % 80 for n in range(llm.context)]
+    states = tiny(torch.tensor([full]), want="hidden")[0, -1].detach()
+    found = llm.embed([full], pooling="last")[0]
+    torch.testing.assert_close(found, states / states.norm(), atol=1e-5, rtol=1e-4)
+    logps = tiny(torch.tensor([full])).log_softmax(-1)[0].detach()
+    wanted = sum(float(logps[n - 1, full[n]]) for n in range(90, llm.context))
+    assert llm.score([full[:90]], [full[90:]])[0] == pytest.approx(wanted, abs=1e-3)
+    with pytest.raises(ConfigError, match="the text has 97 tokens and the model reads 96"):
+        llm.embed([[*full, 7]])
+
+
+def test_answers_to_one_prompt_share_what_it_takes_to_read_it(tiny, tok):
+    llm = LLM(tiny, tok, block_size=4)
+    fed = []
+    inner = llm.engine.run
+    llm.engine.run = lambda plan: fed.append(sum(count for _, count in plan)) or inner(plan)
+    prompt, answers = PROMPTS[3], [[8, 9], [10], list(range(20, 29)), [8, 10]]
+    alone = [LLM(tiny, tok).score([prompt], [answer])[0] for answer in answers]
+    assert llm.score([prompt], answers) == pytest.approx(alone, abs=1e-4)
+    # Of the prompt's 40 tokens 36 are read once: the last block's logits are needed by each.
+    assert sum(fed) == 36 + sum(4 + len(answer) for answer in answers)
+
+
+def test_vectors_labels_and_scores_are_awaited(tiny, tok, tmp_path):
+    torch.manual_seed(0)
+    model = HeadedDecoder(tiny.config, task="sequence", num_labels=3).eval()
+    save_model(model, tok, tmp_path / "m")
+    plain, labels = LLM(tiny, tok), LLM(tmp_path / "m", device="cpu")
+    rows, wanted = plain.embed(PROMPTS), labels.classify(PROMPTS)
+    scores = plain.score([PROMPTS[3]], PROMPTS[:3])
+
+    async def main():
+        async with AsyncLLM(plain) as llm, AsyncLLM(labels) as head:
+            found = await asyncio.gather(*(llm.embed(prompt) for prompt in PROMPTS))
+            torch.testing.assert_close(torch.stack(found), rows)
+            found = await asyncio.gather(*(head.classify(prompt) for prompt in PROMPTS))
+            torch.testing.assert_close(torch.stack(found), wanted)
+            found = await asyncio.gather(*(llm.score(PROMPTS[3], a) for a in PROMPTS[:3]))
+            assert found == pytest.approx(scores, abs=1e-4)
+            with pytest.raises(ConfigError, match="has no head for labels"):
+                await llm.classify(PROMPTS[0])
+            with pytest.raises(ConfigError, match="the text has 97 tokens"):
+                await llm.embed([5] * 97)
+
+    asyncio.run(main())
+
+
+def test_a_head_for_labels_writes_nothing_in_any_way(tiny, tok, tmp_path):
+    model = HeadedDecoder(tiny.config, task="sequence", num_labels=3).eval()
+    save_model(model, tok, tmp_path / "m")
+    llm = LLM(tmp_path / "m", device="cpu")
+    for call in (
+        lambda: next(llm.stream([5])),
+        lambda: llm.beam_search([[5]], BeamSearchParams()),
+        lambda: llm.engine.add([5], PARAMS),
+    ):
+        with pytest.raises(ConfigError, match="writes no text"):
+            call()
+
+
+def test_an_awaited_best_of_gives_the_best(tiny, tok):
+    params = SamplingParams(n=2, best_of=5, seed=3, max_tokens=6, ignore_eos=True)
+    [wanted] = LLM(tiny, tok).generate([[5]], params)
+
+    async def main():
+        async with AsyncLLM(tiny, tok) as llm:
+            return [output async for output in llm.generate([5], params)]
+
+    [found] = asyncio.run(main())
+    assert found.finished
+    assert [o.token_ids for o in found.outputs] == [o.token_ids for o in wanted.outputs]
+
+
+def test_leaving_the_block_ends_what_is_unfinished(tiny, tok):
+    long = SamplingParams(max_tokens=90, ignore_eos=True)
+
+    async def main():
+        llm = AsyncLLM(tiny, tok)
+        with pytest.raises(ConfigError, match="async with AsyncLLM"):
+            await anext(llm.generate([3], long))
+        for _ in range(2):  # it can be entered again
+            async with llm:
+                stream = llm.generate([3], long)
+                await anext(stream)
+                rest = asyncio.create_task(collect(stream))
+                await asyncio.sleep(0)
+            outputs = await asyncio.wait_for(rest, 20)
+            assert outputs[-1].finished
+            assert outputs[-1].outputs[0].finish_reason in ("abort", "length")
+            assert not llm.llm.engine.busy
+
+    async def collect(stream):
+        return [output async for output in stream]
+
+    asyncio.run(main())
+
+
+def test_who_is_cancelled_before_the_engine_answers_leaves_nothing_in_it(tiny, tok, monkeypatch):
+    async def main():
+        async with AsyncLLM(tiny, tok) as llm:
+            engine, entered, go_on = llm.llm.engine, threading.Event(), threading.Event()
+            add, made = engine.add, []
+
+            def slow(*args, **more):
+                entered.set()
+                go_on.wait(10)
+                made.extend(add(*args, **more))
+                return made
+
+            monkeypatch.setattr(engine, "add", slow)
+            long = SamplingParams(max_tokens=90, ignore_eos=True)
+            task = asyncio.create_task(anext(llm.generate([3], long)))
+            await asyncio.to_thread(entered.wait, 10)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            go_on.set()
+            monkeypatch.setattr(engine, "add", add)
+            [*_, last] = [output async for output in llm.generate([5], PARAMS)]
+            assert last.outputs[0].finish_reason == "length"
+            assert made[0].output.finish_reason == "abort"
+
+    asyncio.run(main())

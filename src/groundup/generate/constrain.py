@@ -20,6 +20,13 @@ from groundup.tokenizer import Tokenizer
 
 # JSON: at most one space or one indented line between tokens, so that white space cannot go on
 JSON_OPTIONS = {"whitespace_pattern": r" ?|\n {0,16}"}
+KINDS: dict[str, tuple[type, ...]] = {
+    "json": (str, dict, bool),
+    "json_object": (bool,),
+    "regex": (str,),
+    "choice": (list, tuple),
+    "grammar": (str,),
+}
 TOKENIZERS: "weakref.WeakKeyDictionary[Tokenizer, dict[Any, Any]]" = weakref.WeakKeyDictionary()
 
 
@@ -53,14 +60,16 @@ def grammar_of(params: StructuredOutputsParams) -> str:
     """Return llguidance's description of a grammar; exactly one kind must be given."""
     llguidance = need("llguidance", extra="generate", purpose="constrained decoding")
     matcher = llguidance.LLMatcher
-    kinds = ("json", "json_object", "regex", "choice", "grammar")
-    given = [name for name in kinds if getattr(params, name) not in (None, False)]
+    given = [name for name in KINDS if getattr(params, name) not in (None, False)]
     if len(given) != 1:
         found = ", ".join(given) or "nothing"
         raise ConfigError(
             "structured_outputs needs exactly one of json, json_object, regex, choice, grammar; "
             f"it has {found}"
         )
+    if not isinstance(value := getattr(params, given[0]), KINDS[given[0]]):
+        wanted = " or ".join(kind.__name__ for kind in KINDS[given[0]])
+        raise ConfigError(f"{given[0]} = {value!r} must be of {wanted}")
     if params.regex is not None:
         return str(matcher.grammar_from_regex(params.regex))
     if params.grammar is not None:
@@ -115,6 +124,8 @@ class Grammar:
         """Compile; a ConfigError says what is wrong with the grammar."""
         llguidance = need("llguidance", extra="generate", purpose="constrained decoding")
         description = grammar_of(params)
+        if not ends:
+            raise ConfigError("structured_outputs end with an end token, and this model has none")
         view = compiler(tokenizer, vocab_size, ends)
         failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(description, view)
         if failed or messages:

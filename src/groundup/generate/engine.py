@@ -19,7 +19,7 @@ from groundup.generate.cache import Feed, KVCache, block_count
 from groundup.generate.config import STEP_TOKENS, EngineConfig, SpeculativeConfig
 from groundup.generate.decoding import Decoding, Flight
 from groundup.generate.paged import make_batch
-from groundup.generate.params import check, check_room, tidy
+from groundup.generate.params import check, check_prompt, check_room, tidy
 from groundup.generate.processors import LogitsProcessors, make_processors
 from groundup.generate.request import Pooling, Request
 from groundup.generate.sampling import choose
@@ -112,12 +112,14 @@ class Engine:
         priority: int = 0,
         adapter: str | None = None,
         pooling: Pooling | None = None,
+        first_scored: int = 1,
     ) -> list[Request]:
         """Queue a prompt, `n` times or `best_of`; a bad request is a ConfigError.
 
         Of two requests, the one with the lower `priority` goes first, then the earlier one.
         `adapter` names one that was loaded. With `pooling` nothing is written: the request ends
         with its prompt, and `pooled` is the last or the mean hidden state, or the last logits.
+        `prompt_logprobs` are then those from the prompt's `first_scored` token on.
         """
         if adapter is not None and adapter not in self.adapters:
             raise ConfigError(f"no adapter {adapter!r} is loaded{closest(adapter, self.adapters)}")
@@ -127,33 +129,38 @@ class Engine:
                     f"{name} looks at the model without the adapter {adapter!r}: "
                     "merge the adapter into a model of its own"
                 )
-        prompt, processors, stopping = self.prepare(prompt, params)
+        prompt, processors, stopping = self.prepare(prompt, params, writes=pooling is None)
         requests = []
         for n in range(params.best_of or params.n):
             own = (processors.fork(), stopping.fork()) if n else (processors, stopping)
             requests.append(Request(prompt, n, *own, priority=priority, adapter=adapter))
-            requests[-1].pooling = pooling
+            requests[-1].pooling, requests[-1].first_scored = pooling, first_scored
         for request in requests:
             self.queue.add(request)
         return requests
 
     def prepare(
-        self, prompt: Sequence[int], params: SamplingParams
+        self, prompt: Sequence[int], params: SamplingParams, *, writes: bool = True
     ) -> tuple[list[int], LogitsProcessors, Stopping]:
         """Check a request; return its prompt, and what shapes and ends its answer."""
-        check(params, self.model.config.vocab_size)
+        if writes and not self.writes:
+            raise ConfigError("this model has a head for labels and writes no text: use classify()")
+        vocab_size = self.model.config.vocab_size
         params = tidy(params)
+        check(params, vocab_size)
         prompt = list(prompt) or [self.tokenizer.bos_token_id]
-        check_room(prompt, params, self.context)
-        ends = (*self.ends, *params.stop_token_ids)
-        processors = make_processors(params, prompt, ends, self.tokenizer, self.model)
+        check_prompt(prompt, vocab_size)
+        check_room(prompt, params, self.context, writes=writes)
         stopping = Stopping(
             params,
             prompt_length=len(prompt),
             context=self.context,
             ends=self.ends,
-            decoder=self.tokenizer.stream_decoder(),
+            decoder=self.tokenizer.stream_decoder(behind=prompt),
+            specials=self.tokenizer.specials,
         )
+        ends = (*stopping.ends, *params.stop_token_ids)
+        processors = make_processors(params, prompt, ends, self.tokenizer, self.model)
         return prompt, processors, stopping
 
     def abort(self, requests: Sequence[Request]) -> None:

@@ -68,8 +68,9 @@ def dola_layers(wanted: str | Sequence[int], count: int, *, tied: bool) -> list[
         return list(range(start, max(start + 1, count // 2), 2))
     if wanted == "high":
         return list(range(max(start, count // 2), count, 2))
-    if isinstance(wanted, str) or not wanted or not all(0 <= n < count for n in wanted):
+    layers = list(wanted) if isinstance(wanted, list | tuple) else []
+    if not layers or not all(isinstance(n, int) and 0 <= n < count for n in layers):
         raise ConfigError(
             f"dola_layers = {wanted!r} must be low, high or layers from 0 to {count - 1}"
         )
-    return list(wanted)
+    return layers

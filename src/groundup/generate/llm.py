@@ -1,5 +1,8 @@
 """`LLM`: a model and its tokenizer behind vLLM's offline interface."""
 
+import math
+import operator
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +30,14 @@ from groundup.generate.request import Pooling, Request
 from groundup.generate.statistical import NGramDecoder
 from groundup.model.decoder import Decoder
 from groundup.model.heads import HeadedDecoder
-from groundup.model.hf import load_network, need_decoder, read_generation_ends
+from groundup.model.hf import load_network, need_decoder, read_ends
 from groundup.model.ngram import NGram, is_ngram
 from groundup.model.view import Move
 from groundup.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Adapters = str | Sequence[str | None] | None  # one for all prompts, or one or none for each
 
 
 class LLM:
@@ -67,10 +71,11 @@ class LLM:
                 decoder = NGramDecoder(NGram.load(folder), tokenizer.bos_token_id)
             else:
                 decoder = self.load_decoder(folder, device)
-                ends = read_generation_ends(folder) or None
+                ends = ends_of(folder, decoder, tokenizer)
             tokenizer.need_rows(decoder.config.vocab_size, folder)
         self.tokenizer = tokenizer
         self.engine = Engine(decoder, tokenizer, config, ends=ends, speculative=speculative)
+        self.engine.writes = not self.labels
         if decoder is not model and config.quantization is None:  # int8 views have large pages
             self.engine.move = Move(decoder)
 
@@ -99,27 +104,16 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: Params = None,
         *,
-        adapter: str | Sequence[str | None] | None = None,
+        adapter: Adapters = None,
     ) -> list[RequestOutput]:
         """Complete prompts (texts or ids), all of them batched; outputs keep their order.
 
         `adapter` names a loaded one for all prompts, or one or None for each.
         """
-        if self.labels:
-            raise ConfigError("this model has a head for labels and writes no text: use classify()")
         many = as_list(prompts)
-        named = [adapter] * len(many) if adapter is None or isinstance(adapter, str) else adapter
-        each = as_params(params, len(many))
         encoded = [self.encode(prompt) for prompt in many]
-        requests: list[list[Request]] = []
-        for number, (ids, own, low) in enumerate(zip(encoded, each, named, strict=True), start=1):
-            try:
-                requests.append(self.engine.add(ids, own, adapter=low))
-            except GroundupError as err:
-                self.engine.abort([request for group in requests for request in group])
-                raise type(err)(f"prompt {number}: {err}" if len(many) > 1 else str(err)) from err
-        while self.engine.busy:
-            self.engine.step()
+        requests = self.queue(encoded, as_params(params, len(many)), adapter)
+        self.finish([request for group in requests for request in group])
         return [
             RequestOutput(
                 request_id=str(n),
@@ -132,11 +126,47 @@ class LLM:
             for n, (prompt, ids, group) in enumerate(zip(many, encoded, requests, strict=True))
         ]
 
+    def queue(
+        self,
+        encoded: Sequence[list[int]],
+        each: Sequence[SamplingParams],
+        adapter: Adapters = None,
+        pooling: Pooling | None = None,
+        *,
+        first_scored: Sequence[int] | None = None,
+    ) -> list[list[Request]]:
+        """Queue prompts; one that cannot be answered is named, and takes the others back."""
+        add, names = self.engine.add, as_names(adapter, len(encoded))
+        firsts = first_scored or [1] * len(encoded)
+        requests: list[list[Request]] = []
+        try:
+            for ids, own, name, first in zip(encoded, each, names, firsts, strict=True):
+                requests.append(add(ids, own, adapter=name, pooling=pooling, first_scored=first))
+        except BaseException as err:
+            self.engine.abort([request for group in requests for request in group])
+            if isinstance(err, GroundupError) and len(encoded) > 1:
+                raise type(err)(f"prompt {len(requests) + 1}: {err}") from err
+            raise
+        return requests
+
+    def finish(self, requests: Sequence[Request]) -> None:
+        """Step until requests have ended; an error or Ctrl-C leaves none of them behind."""
+        try:
+            for request in requests:
+                while not request.finished:
+                    self.engine.step()
+        finally:
+            self.engine.abort(requests)
+
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["last", "mean"] = "mean"
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Literal["last", "mean"] = "mean",
+        adapter: Adapters = None,
     ) -> Tensor:
         """Return a unit vector a prompt, [prompts, hidden size]: the mean or last hidden state."""
-        states_BE = self.pooled(prompts, pooling)
+        states_BE = self.pooled(prompts, pooling, adapter)
         return torch.nn.functional.normalize(states_BE, dim=-1)
 
     def classify(self, prompts: Prompt | Sequence[Prompt]) -> Tensor:
@@ -144,32 +174,43 @@ class LLM:
 
         `labels` names the columns.
         """
+        self.need_labels()
+        return self.pooled(prompts, "logits").log_softmax(-1)
+
+    def need_labels(self) -> None:
+        """Raise unless the model has a head for labels."""
         if not self.labels:
             raise ConfigError(
                 "this model writes text and has no head for labels: score() compares answers, "
                 "`groundup classify train` makes such a head"
             )
-        return self.pooled(prompts, "logits").log_softmax(-1)
 
-    def pooled(self, prompts: Prompt | Sequence[Prompt], pooling: Pooling) -> Tensor:
+    def pooled(
+        self, prompts: Prompt | Sequence[Prompt], pooling: Pooling, adapter: Adapters = None
+    ) -> Tensor:
         """Return what the engine pools of each prompt, one row each."""
-        one = SamplingParams(max_tokens=1)
-        ids = [self.encode(prompt) for prompt in as_list(prompts)]
-        requests = [self.engine.add(row, one, pooling=pooling)[0] for row in ids]
-        while self.engine.busy:
-            self.engine.step()
+        encoded = [self.encode(prompt) for prompt in as_list(prompts)]
+        if not encoded:
+            raise ConfigError("no prompts were given: there is nothing to pool")
+        groups = self.queue(encoded, [SamplingParams()] * len(encoded), adapter, pooling)
+        requests = [request for [request] in groups]
+        self.finish(requests)
         rows = [request.pooled for request in requests if request.pooled is not None]
         assert len(rows) == len(requests)
         return torch.stack(rows)
 
     def score(
-        self, prompts: Prompt | Sequence[Prompt], answers: Prompt | Sequence[Prompt]
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        answers: Prompt | Sequence[Prompt],
+        *,
+        adapter: Adapters = None,
     ) -> list[float]:
         """Return the log-probability of each answer behind its prompt; one prompt serves many.
 
         What prompts begin with is shared, so that many answers to one prompt cost little more.
         """
-        ends = [list(self.answer_ids(answer)) for answer in as_list(answers)]
+        ends = [self.answer_ids(answer) for answer in as_list(answers)]
         starts = [self.encode(prompt) for prompt in as_list(prompts)]
         if len(starts) == 1:
             starts *= len(ends)
@@ -178,18 +219,17 @@ class LLM:
                 f"{len(starts)} prompts and {len(ends)} answers: give one prompt, or one for each "
                 "answer, and no empty answer"
             )
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
         rows = [start + end for start, end in zip(starts, ends, strict=True)]
-        outputs = self.generate(rows, params)
-        scores = []
-        for row, end, output in zip(rows, ends, outputs, strict=True):
-            found = (output.prompt_logprobs or [])[-len(end) :]
-            scores.append(sum((p or {})[i] for i, p in zip(row[-len(end) :], found, strict=True)))
-        return scores
+        params = [SamplingParams(prompt_logprobs=0)] * len(rows)
+        firsts = [len(start) for start in starts]
+        groups = self.queue(rows, params, adapter, "logits", first_scored=firsts)
+        requests = [request for [request] in groups]
+        self.finish(requests)
+        return [answer_score(r, end) for r, end in zip(requests, ends, strict=True)]
 
-    def answer_ids(self, answer: Prompt) -> Sequence[int]:
+    def answer_ids(self, answer: Prompt) -> list[int]:
         """Return an answer's ids, without the token that begins a document."""
-        return self.tokenizer.encode(answer) if isinstance(answer, str) else answer
+        return self.tokenizer.encode(answer) if isinstance(answer, str) else ids_of(answer)
 
     def beam_search(
         self,
@@ -238,20 +278,33 @@ class LLM:
         ]
 
     def chat(
-        self, conversations: Sequence[Message] | Sequence[Sequence[Message]], params: Params = None
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: Params = None,
+        *,
+        adapter: Adapters = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many."""
         one = bool(conversations) and isinstance(conversations[0], dict)
         many = [conversations] if one else conversations
-        return self.generate([self.chat_ids(messages) for messages in many], params)  # type: ignore[arg-type]
+        ids = [self.chat_ids(messages) for messages in many]  # type: ignore[arg-type]
+        return self.generate(ids, params, adapter=adapter)
 
     def stream(
-        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+        self,
+        prompt: Prompt | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Iterator[str]:
-        """Yield the text of one answer as it comes; together it is what `generate` returns."""
-        is_chat = bool(prompt) and isinstance(prompt[0], dict)
-        ids = self.chat_ids(prompt) if is_chat else self.encode(prompt)  # type: ignore[arg-type]
-        [request] = self.engine.add(ids, params or SamplingParams())
+        """Yield the text of one answer as it comes; together it is what `generate` returns.
+
+        An answer that fails on its way is a GroundupError, behind the text that there was.
+        """
+        params = params or SamplingParams()
+        if params.n != 1 or params.best_of not in (None, 1):
+            raise ConfigError("a stream is of one answer: n and best_of must be 1")
+        [[request]] = self.queue([self.prompt_ids(prompt)], [params], adapter)
         try:
             while not request.finished:
                 self.engine.step()
@@ -259,12 +312,20 @@ class LLM:
                     yield text
         finally:
             self.engine.abort([request])
+        if request.output.finish_reason == "error":
+            raise GroundupError(str(request.output.stop_reason))
+
+    def prompt_ids(self, prompt: Prompt | Sequence[Message]) -> list[int]:
+        """Return the ids of a prompt or a conversation."""
+        if len(prompt) and isinstance(prompt[0], dict):
+            return self.chat_ids(prompt)  # type: ignore[arg-type]
+        return self.encode(prompt)  # type: ignore[arg-type]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's ids, behind the token that begins a document where it is text."""
         if isinstance(prompt, str):
             return [self.tokenizer.bos_token_id, *self.tokenizer.encode(prompt)]
-        return list(prompt)
+        return ids_of(prompt) or [self.tokenizer.bos_token_id]
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return a conversation's ids, ready for the assistant's turn."""
@@ -279,18 +340,46 @@ def best(group: Sequence[Request]) -> list[CompletionOutput]:
         return outputs
 
     for output in outputs:
-        output.score = (output.cumulative_logprob or 0.0) / max(1, len(output.token_ids))
-    ranked = sorted(outputs, key=lambda output: -(output.score or 0.0))[: params.n]
+        if output.finish_reason not in ("error", "abort"):  # these come last, without a score
+            count = max(1, len(output.token_ids))
+            output.score = (output.cumulative_logprob or 0.0) / count
+    ranked = sorted(outputs, key=lambda o: math.inf if o.score is None else -o.score)[: params.n]
     for index, output in enumerate(ranked):
         output.index = index
     return ranked
 
 
+def ends_of(folder: Path, model: Decoder, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that end answers: generation_config.json's, or config's and tokenizer's."""
+    size = model.config.vocab_size
+    if found := read_ends(folder / "generation_config.json", size):
+        return found
+    return list(
+        dict.fromkeys((*read_ends(folder / "config.json", size), *tokenizer.stop_token_ids))
+    )
+
+
+def answer_score(request: Request, answer: Sequence[int]) -> float:
+    """Return the log-probability of the last ids of a prompt, its answer."""
+    found = (request.prompt_logprobs or [])[-len(answer) :]
+    return sum((row or {})[i] for i, row in zip(answer, found, strict=True))
+
+
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return one prompt or many as a list."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+    """Return one prompt or many as a list; ids may be an array's or a tensor's."""
+    first = prompts[0] if len(prompts) else None
+    if isinstance(prompts, str) or isinstance(first, int) or getattr(first, "ndim", None) == 0:
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def ids_of(prompt: Sequence[int]) -> list[int]:
+    """Return token ids as a list of ints; anything else is a ConfigError."""
+    try:
+        return list(map(operator.index, prompt))
+    except TypeError as err:
+        shown = reprlib.repr(prompt)
+        raise ConfigError(f"{shown} is no prompt: give text, or a list of token ids") from err
 
 
 def as_params(params: Params, count: int) -> list[SamplingParams]:
@@ -300,3 +389,12 @@ def as_params(params: Params, count: int) -> list[SamplingParams]:
     if len(params) != count:
         raise ConfigError(f"{len(params)} sampling parameters were given for {count} prompts")
     return list(params)
+
+
+def as_names(adapter: Adapters, count: int) -> list[str | None]:
+    """Return one adapter's name or None a prompt."""
+    if adapter is None or isinstance(adapter, str):
+        return [adapter] * count
+    if len(adapter) != count:
+        raise ConfigError(f"{len(adapter)} adapters were given for {count} prompts")
+    return list(adapter)

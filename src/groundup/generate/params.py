@@ -7,11 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from groundup.core.errors import ConfigError
-from groundup.core.types import SamplingParams
+from groundup.core.types import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 
 MOST_LOGPROBS = 20
+COLDEST = 1e-5  # below it, vLLM too takes the likeliest token: logits over it could overflow
+LARGEST_SEED = 2**63 - 1
 INTEGERS = ("n", "top_k", "no_repeat_ngram_size", "min_tokens")
 OPTIONAL_INTEGERS = ("best_of", "seed", "max_tokens", "logprobs", "prompt_logprobs")
+LISTS = ("stop", "bad_words", "stop_token_ids", "logits_processors")
+PARTS = {
+    "repetition_detection": RepetitionDetectionParams,
+    "structured_outputs": StructuredOutputsParams,
+}
+SWITCHES = ("ignore_eos", "include_stop_str_in_output")
 REALS = (
     *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "guidance_scale"),
@@ -19,9 +27,22 @@ REALS = (
 
 
 def tidy(params: SamplingParams) -> SamplingParams:
-    """Return the parameters with `stop` as a tuple of strings."""
-    stop = (params.stop,) if isinstance(params.stop, str) else params.stop
-    return dataclasses.replace(params, stop=tuple(stop)) if params.stop else params
+    """Return the parameters in one form: one string as a list of it, None as no list at all.
+
+    vLLM's other names for off are taken too: `top_k=-1`, and a temperature next to 0.
+    """
+    changed: dict[str, Any] = {}
+    if isinstance(params.stop, str) and params.stop:
+        changed["stop"] = (params.stop,)
+    for name in LISTS:
+        value = changed.get(name, getattr(params, name))
+        if value is None or isinstance(value, list):
+            changed[name] = tuple(value or ())
+    if is_number(params.temperature) and 0 < params.temperature < COLDEST:
+        changed["temperature"] = 0.0
+    if is_integer(params.top_k) and params.top_k == -1:
+        changed["top_k"] = 0
+    return dataclasses.replace(params, **changed) if changed else params
 
 
 def check(params: SamplingParams, vocab_size: int) -> None:
@@ -79,6 +100,7 @@ def check_ranges(params: SamplingParams) -> None:
         ("min_tokens", params.min_tokens >= 0, "0 or above"),
         ("min_tokens", most is None or params.min_tokens <= most, f"at most max_tokens = {most}"),
         ("max_time", params.max_time is None or params.max_time > 0, "above 0 seconds"),
+        ("seed", 0 <= (params.seed or 0) <= LARGEST_SEED, "between 0 and 2**63 - 1, or None"),
     )
     for name, sound, wanted in rules:
         require(name, getattr(params, name), sound, wanted)
@@ -101,8 +123,7 @@ def check_lists(params: SamplingParams, vocab_size: int) -> None:
         )
         require(name, value, sound, f"token ids from 0 to {vocab_size - 1:,}")
 
-    if not isinstance(params.stop, str) or not params.stop:
-        texts("stop", params.stop or ())
+    texts("stop", params.stop)
     texts("bad_words", params.bad_words)
     ids("stop_token_ids", params.stop_token_ids)
     if params.allowed_token_ids is not None:
@@ -120,8 +141,14 @@ def check_choices(params: SamplingParams) -> None:
     from groundup.generate.processors import ORDERS
 
     require("order", params.order, params.order in ORDERS, f"one of {', '.join(ORDERS)}")
-    callables = all(callable(processor) for processor in params.logits_processors)
-    require("logits_processors", params.logits_processors, callables, "functions")
+    for name in SWITCHES:
+        require(name, getattr(params, name), isinstance(getattr(params, name), bool), "a bool")
+    given = params.logits_processors
+    callables = isinstance(given, list | tuple) and all(map(callable, given))
+    require("logits_processors", given, callables, "a list of functions")
+    for name, kind in PARTS.items():
+        value = getattr(params, name)
+        require(name, value, value is None or isinstance(value, kind), f"of {kind.__name__}")
     repeated = params.repetition_detection
     if repeated is not None:
         sound = 1 <= repeated.min_pattern_size <= repeated.max_pattern_size
@@ -131,9 +158,26 @@ def check_choices(params: SamplingParams) -> None:
         raise ConfigError("negative_prompt needs a guidance_scale other than 1")
 
 
-def check_room(prompt: Sequence[int], params: SamplingParams, context: int) -> None:
+def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raise where a prompt holds an id that the model has no embedding for."""
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        place, wrong = next((n, i) for n, i in enumerate(prompt) if not 0 <= i < vocab_size)
+        raise ConfigError(
+            f"the prompt holds {wrong} at place {place}: token ids go from 0 to {vocab_size - 1:,}"
+        )
+
+
+def check_room(
+    prompt: Sequence[int], params: SamplingParams, context: int, *, writes: bool = True
+) -> None:
     """Raise where prompt and answer do not fit into the context."""
     used = len(prompt)
+    if not writes:
+        if used > context:
+            raise ConfigError(
+                f"the text has {used:,} tokens and the model reads {context:,}: shorten it"
+            )
+        return
     if used >= context:
         raise ConfigError(
             f"the prompt has {used:,} tokens and the model reads {context:,}, "

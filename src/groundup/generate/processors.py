@@ -6,6 +6,7 @@ top-k and top-p. The default is transformers'. Greedy decoding leaves out what o
 Shape suffix: V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -80,8 +81,11 @@ class LogitsProcessors:
         logits_V = logits_V.float()
         for _, changed_V in self.trace(logits_V, written):
             logits_V = changed_V
-        if self.names and logits_V.max() == fn.NEVER:
+        best = float(logits_V.max()) if self.names else 0.0  # NaN where any logit is
+        if best == fn.NEVER:
             raise NothingAllowed(f"{', '.join(self.names)} together allow no token")
+        if not math.isfinite(best):
+            raise GroundupError(f"after {', '.join(self.names)} a logit is {best}: nothing to draw")
         return logits_V
 
     def trace(self, logits_V: Tensor, written: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
@@ -122,9 +126,12 @@ def ban_ends(logits_V: Tensor, of: LogitsProcessors, written: Sequence[int]) -> 
 def run_custom(logits_V: Tensor, of: LogitsProcessors, written: Sequence[int]) -> Tensor:
     """Call the user's own processors."""
     for processor in of.params.logits_processors:
-        changed_V = processor(list(of.prompt), list(written), logits_V.clone())
+        name = getattr(processor, "__name__", type(processor).__name__)
+        try:
+            changed_V = processor(list(of.prompt), list(written), logits_V.clone())
+        except Exception as err:  # a user's own may raise anything
+            raise GroundupError(f"logits processor {name}: {type(err).__name__}: {err}") from err
         if not isinstance(changed_V, Tensor) or changed_V.shape != logits_V.shape:
-            name = getattr(processor, "__name__", type(processor).__name__)
             raise GroundupError(f"logits processor {name} must return logits of the same shape")
         logits_V = changed_V
     return logits_V

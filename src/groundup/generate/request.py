@@ -52,6 +52,7 @@ class Request:
         self.arrival = 0
         self.draft: list[int] = []  # guesses fed behind the newest token in this step
         self.draft_probs: Tensor | None = None
+        self.first_scored = 1  # of the prompt, where its log-probabilities are wanted
         self.pooling: Pooling | None = None
         self.pooled: Tensor | None = None
 
@@ -76,11 +77,6 @@ class Request:
         return (self.output.token_ids or self.prompt)[-1]
 
     @property
-    def reads_all(self) -> bool:
-        """Return whether it needs every position of its prompt computed for itself."""
-        return self.params.prompt_logprobs is not None or self.pooling == "mean"
-
-    @property
     def scores(self) -> bool:
         """Return whether log-probabilities of the prompt are wanted and not all there."""
         found = self.prompt_logprobs
@@ -93,6 +89,14 @@ class Request:
             some = torch.rand(AT_ONCE, generator=self.generator, dtype=torch.float64)
             self.drawn = some.flip(0).tolist()
         return self.drawn.pop()
+
+    def shareable(self) -> list[int]:
+        """Return the tokens from the first on that others may have computed for it."""
+        if self.pooling == "mean":
+            return []
+        if self.params.prompt_logprobs is not None:
+            return self.prompt[: self.first_scored]
+        return self.tokens(0, self.length)
 
     def tokens(self, start: int, count: int) -> list[int]:
         """Return tokens of prompt and answer."""
@@ -129,7 +133,7 @@ class Request:
     def score_prompt(self, logits_TV: Tensor) -> None:
         """Add log-probabilities of the prompt's tokens behind those just read."""
         if self.prompt_logprobs is None:
-            self.prompt_logprobs = [None]
+            self.prompt_logprobs = [None] * self.first_scored
         found, first = self.prompt_logprobs, self.holding.computed + 1
         for n, logps_V in enumerate(logits_TV.float().log_softmax(-1), start=first):
             if n == len(found) < len(self.prompt):  # after preemption some are there already

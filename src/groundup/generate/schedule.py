@@ -56,9 +56,9 @@ class Schedule:
             left = budget - sum(plan.values())
             if not left or len(self.running) == self.rows:
                 break
-            if self.pool.sharing and not request.reads_all:
-                self.pool.find(request.holding, request.tokens(0, request.length))
-                if self.shares_soon(request):
+            if self.pool.sharing and (tokens := request.shareable()):
+                self.pool.find(request.holding, tokens)
+                if self.shares_soon(request, tokens):
                     self.pool.give_back(request.holding)
                     continue
             count = self.next_count(request, left)
@@ -102,12 +102,12 @@ class Schedule:
         bisect.insort(self.waiting, request, key=order)
         self.preemptions += 1
 
-    def shares_soon(self, request: Request) -> bool:
+    def shares_soon(self, request: Request, tokens: list[int]) -> bool:
         """Return whether a running request is about to compute the next block of this one."""
         end = request.holding.computed + self.pool.size
-        if end >= request.length:
+        if end >= len(tokens):
             return False
-        wanted = request.tokens(0, end)
+        wanted = tokens[:end]
         return any(
             other.holding.computed < end <= other.length
             and other.holding.root == request.holding.root

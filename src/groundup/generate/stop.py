@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from groundup.core.types import FinishReason, RepetitionDetectionParams, SamplingParams
 from groundup.tokenizer.stream import StreamDecoder
@@ -45,7 +45,8 @@ class Stopping:
 
     `text` is final but for its last characters that could still become a stop string; `detail`
     names the end token, the stop string or the limit. Waiting counts towards `max_time`. A grammar
-    ends with an end token, which `ignore_eos` cannot ignore.
+    ends with an end token, which `ignore_eos` cannot ignore. `specials` are ids by name: they give
+    no text, so a stop string that names one stops at its id.
     """
 
     def __init__(
@@ -56,10 +57,15 @@ class Stopping:
         context: int,
         ends: Sequence[int],
         decoder: StreamDecoder,
+        specials: Mapping[str, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.params, self.ends, self.decoder, self.clock = params, ends, decoder, clock
+        goes_on = params.ignore_eos and params.structured_outputs is None
+        self.ends: tuple[int, ...] = () if goes_on else tuple(ends)
+        self.params, self.decoder, self.clock = params, decoder, clock
         self.stops: tuple[str, ...] = tuple(params.stop)
+        known = specials or {}
+        self.named = {known[stop]: stop for stop in self.stops if stop in known}
         self.room = context - prompt_length
         self.deadline = None if params.max_time is None else clock() + params.max_time
         self.text = ""
@@ -70,18 +76,20 @@ class Stopping:
     def push(self, token: int) -> bool:
         """Take the next token; return whether it was the last."""
         self.token_ids.append(token)
-        goes_on = self.params.ignore_eos and self.params.structured_outputs is None
-        is_end = token in self.ends and not goes_on
-        if is_end or token in self.params.stop_token_ids:
+        keeps = self.params.include_stop_str_in_output
+        if token in self.ends or token in self.params.stop_token_ids:
+            self.text += self.decoder.push(token) if keeps else ""
             return self.end("stop", token)
+        if token in self.named and len(self.token_ids) > self.params.min_tokens:
+            self.text += self.decoder.flush() + (self.named[token] if keeps else "")
+            return self.end("stop", self.named[token], flush=False)
         searched = len(self.text)
         self.text += self.decoder.push(token)
         if self.stops and len(self.token_ids) > self.params.min_tokens:
             found = find_stop(self.text, self.stops, searched)
             if found:
                 at, stop = found
-                kept = len(stop) if self.params.include_stop_str_in_output else 0
-                self.text = self.text[: at + kept]
+                self.text = self.text[: at + (len(stop) if keeps else 0)]
                 return self.end("stop", stop, flush=False)
         return self.at_a_limit()
 

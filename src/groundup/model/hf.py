@@ -1,7 +1,6 @@
 """Hugging Face model folders, both ways; never a pickle, never code from a checkpoint."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -352,10 +351,14 @@ def outputs_apart(model: Network, copy: Network) -> Tensor:
     return (found - wanted).flatten(0, -2).norm(dim=-1) / wanted.flatten(0, -2).norm(dim=-1)
 
 
-def read_generation_ends(folder: Path) -> list[int]:
-    """Return the ids in generation_config.json that end an answer; empty when none are named."""
-    try:
-        ends = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, json.JSONDecodeError):
-        return []
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+def read_ends(where: Path, vocab_size: int) -> list[int]:
+    """Return the ids that end an answer by a config file; empty when it names none."""
+    values = read_json(where) if where.is_file() else None
+    ends = values.get("eos_token_id") if isinstance(values, dict) else None
+    found = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in found):
+        raise CheckpointError(
+            f"{where}: eos_token_id = {ends!r} is no id, or a list of ids, from 0 to "
+            f"{vocab_size - 1:,}"
+        )
+    return found

@@ -379,12 +379,16 @@ class Tokenizer:
         unknown = {UNKNOWN, self.content["model"].get("unk_token")}
         return bytes_of_tokens(vocab, self.vocab_size, self.kind, self.added, unknown)
 
-    def stream_decoder(self) -> StreamDecoder:
-        """Return a decoder that takes ids one by one and never emits half a character."""
+    def stream_decoder(self, *, behind: Sequence[int] = ()) -> StreamDecoder:
+        """Return a decoder that takes ids one by one and never emits half a character.
+
+        `behind` are ids before the first one: where they end in text, its space is of the text.
+        """
+        begins = not behind or behind[-1] in self.silent
         return StreamDecoder(
             self.token_bytes,
             skip=self.silent,
-            drop_first_space=self.drops_first_space,
+            drop_first_space=self.drops_first_space and begins,
         )
 
     @cached_property
