@@ -88,14 +88,21 @@ class API:
         prompts = self.prompt_ids(body)
         longest = max(map(len, prompts))
         params = protocol.params_of(body, chat=False, room=self.llm.context - longest - 1)
-        groups = [await self.worker.submit(ids, params) for ids in prompts]
-        count = sum(map(len, prompts))
-        if body.get("stream"):
-            return self.stream(body, groups, count, chat=False)
+        groups: list[Any] = []
+        streams, count = False, sum(map(len, prompts))
+        try:
+            for ids in prompts:
+                groups.append(await self.worker.submit(ids, params))
+            if streams := bool(body.get("stream")):
+                return self.stream(body, groups, count, chat=False)
+            for requests, events in groups:
+                async for _ in self.worker.events(requests, events):
+                    pass
+        finally:
+            if not streams:  # after a bad prompt or a client gone, the others would run on
+                self.worker.abort([request for requests, _ in groups for request in requests])
         choices: list[dict[str, Any]] = []
-        for ids, (requests, events) in zip(prompts, groups, strict=True):
-            async for _ in self.worker.events(requests, events):
-                pass
+        for ids, (requests, _) in zip(prompts, groups, strict=True):
             for request in requests:
                 before = self.llm.tokenizer.decode(ids[1:]) if body.get("echo") else ""
                 choices.append(
@@ -125,11 +132,14 @@ class API:
 
         for index in range(len(everyone) if chat else 0):
             yield event(index, {"role": "assistant", "content": ""}, None)
-        for requests, events in groups:
-            async for request, text, reason in self.worker.events(requests, events):
-                index = everyone.index(request)
-                content = {"content": text} if chat else {"text": text}
-                yield event(index, content, reason)
+        try:
+            for requests, events in groups:
+                async for request, text, reason in self.worker.events(requests, events):
+                    index = everyone.index(request)
+                    content = {"content": text} if chat else {"text": text}
+                    yield event(index, content, reason)
+        finally:
+            self.worker.abort(everyone)  # the client may have gone
         if (body.get("stream_options") or {}).get("include_usage"):
             counts: dict[str, Any] = {
                 "choices": [],
@@ -228,7 +238,7 @@ def make_app(llm: LLM, name: str, card: dict[str, Any]) -> Any:
     async def lifespan(app: Any) -> AsyncIterator[None]:
         api.worker.start()
         yield
-        api.worker.stop()
+        await api.worker.stop()
 
     routes = [
         Route("/", index),
