@@ -75,6 +75,13 @@ def test_rows_bring_parameters_and_a_bad_row_disturbs_no_other(model, tmp_path, 
         {"prompt": "word " * 200},
         {"messages": [{"role": "user", "content": "Hi"}], "params": {"max_tokens": 3}},
         {"prompt": "def alpha(", "params": {"stop": [1]}},
+        {"messages": [{"role": "user"}]},
+        {"messages": [5]},
+        {"prompt": "half a pair: \ud83d"},
+        {"prompt": "def alpha(", "params": {"bad_words": ["\ud83d"], "logit_bias": {"7": 99}}},
+        {"prompt": "def alpha(", "adapter": "none"},
+        {"prompt": "def alpha(", "params": {"seed": 10**30}},
+        {"prompt": "def alpha("},
     ]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out.jsonl"
@@ -91,6 +98,11 @@ def test_rows_bring_parameters_and_a_bad_row_disturbs_no_other(model, tmp_path, 
     assert "shorten it" in found[3]["error"]
     assert len(found[4]["outputs"][0]["token_ids"]) <= 3
     assert "stop" in found[5]["error"]
+    assert all("error" in found[n] for n in (6, 7, 8, 10, 11))
+    assert set(found[9]["outputs"][0]["token_ids"]) == {7}
+    assert found[8]["prompt"] == rows[8]["prompt"]
+    assert "no adapter 'none' is loaded" in found[10]["error"]
+    assert found[12]["outputs"] == found[0]["outputs"]
 
 
 @pytest.mark.slow
@@ -189,6 +201,21 @@ def test_explanations_tell_the_answer_that_would_be_given(model, tmp_path, capsy
         (("--prompt", "x", "--length-penalty", "2"), "--length-penalty needs --beam-width"),
         (("--prompt", "x", "--order", "sglang"), "order"),
         (("--prompt", "x", "--logits-processors", "nowhere:f"), "cannot import"),
+        (
+            ("--data", "f", "--out", "o", "--beam-width", "2"),
+            "--beam-width does not go with --data",
+        ),
+        (("--data", "f", "--out", "o", "--explain"), "--explain does not go with --data"),
+        (("--data", "f", "--out", "o", "--chat"), 'give rows "messages"'),
+        (("--prompt", "x", "--explain", "--n", "3"), "--explain tells of one answer"),
+        (("--prompt", "x", "--beam-width", "2", "--speculative", "lookup"), "not for beams"),
+        (("--prompt", "x", "--beam-width", "2", "--logprobs", "1"), "logprobs has no place"),
+        (("--prompt", "x", "--json-schema", "types.jso"), "is no file"),
+        (("--prompt", "x", "--repetition-detection", "0"), "repetition_detection"),
+        (("--prompt", "x", "--lora-modules", "nowhere"), "write NAME=FOLDER"),
+        (("--prompt", "x", "--adapter", "nowhere"), "nowhere"),
+        (("--prompt", "x", "--block-size", "0"), "block_size = 0 must be at least 1"),
+        (("--prompt", "x", "--block-size", "a"), "block_size = 'a'"),
         (("--prompts", "nowhere.txt"), "cannot read nowhere.txt"),
     ],
 )
@@ -197,3 +224,78 @@ def test_bad_input_is_one_clear_line(model, capsys, args, message):
     assert code == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_every_prompt_that_fails_is_named(model, capsys):
+    args = ("--prompt", "x " * 200, "x", "y " * 300, "--max-tokens", "4", "--json")
+    code, out, error = run(capsys, model, *args)
+    assert code == 2
+    assert [("error" in json.loads(line)) for line in out.splitlines()] == [True, False, True]
+    assert "prompt 1: the prompt has" in error
+    assert "prompt 3: the prompt has" in error
+
+
+def test_prompts_are_split_at_line_ends_alone(model, tmp_path, capsys):
+    prompts = ["a\u2028b", "c\x0cd", "e\x85f"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    _, out, _ = run(capsys, model, "--prompts", tmp_path / "p.txt", "--max-tokens", "2", "--json")
+    assert [json.loads(line)["prompt"] for line in out.split("\n") if line] == prompts
+
+
+def test_a_long_schema_may_be_given_in_place(model, capsys):
+    schema = json.dumps({"enum": ["yes"], "description": "a word " * 60})
+    code, out, _ = run(capsys, model, "--prompt", "x", "--json-schema", schema, "--json")
+    assert code == 0
+    assert json.loads(json.loads(out)["outputs"][0]["text"]) == "yes"
+
+
+def test_adapters_and_settings_of_the_engine(model, tmp_path, capsys):
+    import torch
+
+    from groundup.model import load_model
+    from groundup.model.adapter import save_adapter
+    from groundup.model.lora import LoraConfig, apply_lora
+
+    adapted, config = load_model(model), LoraConfig(r=2)
+    torch.manual_seed(2)
+    apply_lora(adapted, config)
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data += torch.randn_like(weight)
+    save_adapter(adapted, config, "base", tmp_path / "low")
+    common = ("--temperature", "0", "--max-tokens", "8", "--device", "cpu", "--ignore-eos")
+    common += ("--batch-invariant", "--block-size", "8", "--max-num-batched-tokens", "64")
+
+    def answers(*args):
+        code, out, _ = run(capsys, model, *args, *common, "--json")
+        assert code == 0
+        return [json.loads(line)["outputs"] for line in out.splitlines()]
+
+    [plain], [low] = (
+        answers("--prompt", "x"),
+        answers("--prompt", "x", "--adapter", tmp_path / "low"),
+    )
+    assert plain != low
+    rows = [{"prompt": "x"}, {"prompt": "x", "adapter": "a"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ("--data", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
+    run(capsys, model, *files, *common, "--lora-modules", f"a={tmp_path / 'low'}")
+    assert [row["outputs"] for row in rows_of(tmp_path / "out.jsonl")] == [plain, low]
+
+
+def test_log_probabilities_of_the_prompt_are_given(model, capsys):
+    args = ("--prompt", "def alpha(", "--max-tokens", "2", "--json", "--prompt-logprobs", "1")
+    code, out, _ = run(capsys, model, *args)
+    found = json.loads(out)["prompt_logprobs"]
+    assert code == 0
+    assert found[0] is None
+    assert all(1 <= len(row) <= 2 for row in found[1:])
+
+
+def test_explaining_an_answer_that_fails_says_so(model, tmp_path, capsys):
+    (tmp_path / "own.py").write_text("def fails(prompt, written, logits_V):\n    return 1 / 0\n")
+    args = ("--prompt", "x", "--explain", tmp_path / "e.html")
+    named = f"{tmp_path / 'own.py'}:fails"
+    code, _, error = run(capsys, model, *args, "--logits-processors", named)
+    assert code == 2
+    assert "logits processor fails: ZeroDivisionError" in error

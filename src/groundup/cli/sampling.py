@@ -1,6 +1,8 @@
 """Flags of sampling parameters, shared by the commands that generate."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ MORE_NUMBERS: dict[str, tuple[type, str]] = {
     "min_tokens": (int, "shortest answer in tokens"),
     "max_time": (float, "longest time for an answer in seconds"),
     "logprobs": (int, "log-probabilities of so many likeliest tokens (--json)"),
+    "prompt_logprobs": (int, "the same for the prompt's tokens (--json)"),
     "guidance_scale": (float, "above 1: away from what follows --negative-prompt"),
 }
 TEXTS = {
@@ -47,6 +50,7 @@ SWITCHES = {
     "ignore_eos": "go on behind end tokens",
     "include_stop_str_in_output": "keep the stop string",
 }
+IN_PLACE = {"json_schema": r"\s*(\{|true\s*$|false\s*$)", "grammar": "[^:]*:"}
 LANGUAGES = {
     "json_schema": "JSON schema, or the file that holds it",
     "regex": "regular expression",
@@ -102,7 +106,7 @@ def sampling(args: Any, **defaults: Any) -> SamplingParams:
         given["logit_bias"] = biases(args.logit_bias)
     if layers := getattr(args, "dola_layers", None):
         given["dola_layers"] = layers[0] if layers[0] in ("low", "high") else layers
-    if size := getattr(args, "repetition_detection", None):
+    if (size := getattr(args, "repetition_detection", None)) is not None:
         given["repetition_detection"] = {"max_pattern_size": size}
     values = defaults | {name: value for name, value in given.items() if value is not None}
     functions = getattr(args, "logits_processors", None) or ()
@@ -113,20 +117,27 @@ def sampling(args: Any, **defaults: Any) -> SamplingParams:
 def language(args: Any) -> dict[str, Any] | None:
     """Return what constrains the answers, None where nothing does."""
     found: dict[str, Any] = {
-        "json": text_or_file(getattr(args, "json_schema", None)),
+        "json": text_or_file(getattr(args, "json_schema", None), "json_schema"),
         "regex": getattr(args, "regex", None),
-        "grammar": text_or_file(getattr(args, "grammar", None)),
+        "grammar": text_or_file(getattr(args, "grammar", None), "grammar"),
         "json_object": getattr(args, "json_object", None),
         "choice": getattr(args, "choice", None),
     }
     return {name: value for name, value in found.items() if value is not None} or None
 
 
-def text_or_file(value: str | None) -> str | None:
+def text_or_file(value: str | None, name: str) -> str | None:
     """Return a text given in place, or the text of the file that it names."""
-    if value is None or "\n" in value or not Path(value).is_file():
+    if value is None or "\n" in value:
         return value
-    return Path(value).read_text(encoding="utf-8")
+    if not os.path.isfile(value):  # Path.is_file() fails for a text that is too long for a path
+        if not re.match(IN_PLACE[name], value):
+            raise ConfigError(f"{flag(name)} {value!r} is no file, nor what one would hold")
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"cannot read {value}: {err}") from err
 
 
 def biases(entries: list[str]) -> dict[int, float]:

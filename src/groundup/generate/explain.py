@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from groundup.core.errors import GroundupError
 from groundup.core.files import write_text
 from groundup.core.types import SamplingParams
 from groundup.figure import decoding
@@ -38,7 +39,7 @@ class Step:
     def candidates(self, count: int) -> list[int]:
         """Return the likeliest ids before and after the parameters, and the chosen one."""
         first, last = next(iter(self.stages.values())), list(self.stages.values())[-1]
-        ids = first.topk(count).indices.tolist()
+        ids = first.topk(min(count, len(first))).indices.tolist()
         ids += [i for i in last.topk(min(3, len(last))).indices.tolist() if i not in ids]
         if self.token is not None and self.token not in ids:
             ids.append(self.token)
@@ -57,8 +58,11 @@ class Story:
         logits_V = logits_V.float().clone()
         stages = {"model": logits_V.softmax(-1)}
         written = list(request.output.token_ids)
-        for name, changed_V in request.processors.trace(logits_V, written):
-            stages[name] = changed_V.softmax(-1)
+        try:
+            for name, changed_V in request.processors.trace(logits_V, written):
+                stages[name] = changed_V.softmax(-1)
+        except Exception:  # choosing the token meets it too, and ends the answer
+            return
         self.steps.append(Step(logits_V, written, stages))
 
 
@@ -68,6 +72,7 @@ def explain(
     params: SamplingParams,
     beams: BeamSearchParams | None = None,
     *,
+    adapter: str | None = None,
     out: Path,
 ) -> Iterator[str]:
     """Generate one answer; yield lines that tell of every step, and write a page of pictures."""
@@ -79,7 +84,7 @@ def explain(
         llm.engine.watch = story.watch
         try:
             one = dataclasses.replace(params, n=1, best_of=None)
-            [output] = llm.generate([prompt], one)
+            [output] = llm.generate([prompt], one, adapter=adapter)
         finally:
             llm.engine.watch = None
         for step, token in zip(story.steps, output.outputs[0].token_ids, strict=False):
@@ -97,6 +102,8 @@ def explain(
         sections.append(draft_section(llm))
     title = "How the answer came about"
     write_text(out, html.page(title, shorten(llm.tokenizer.decode(prompt), 300), sections))
+    if answer.finish_reason == "error":
+        raise GroundupError(str(answer.stop_reason))
 
 
 def step_lines(llm: LLM, step: Step) -> Iterator[str]:
@@ -222,8 +229,8 @@ def draft_section(llm: LLM) -> tuple[str, str]:
     assert speculator is not None
     lines = []
     for number, (_, draft, kept) in enumerate(speculator.history, start=1):
-        held = [(llm.tokenizer.decode([i]), "good") for i in draft[:kept]]
-        lost = [(llm.tokenizer.decode([i]), "bad") for i in draft[kept:]]
+        held = [(text_of(llm, i), "good") for i in draft[:kept]]
+        lost = [(text_of(llm, i), "bad") for i in draft[kept:]]
         lines.append(html.marked(f"{number}", [*held, *lost]))
     rate = f"{speculator.num_accepted_tokens} of {speculator.num_draft_tokens} guesses were kept"
     body = html.text(f"{rate} ({speculator.acceptance_rate:.0%}); a line is one forward.")
@@ -232,7 +239,12 @@ def draft_section(llm: LLM) -> tuple[str, str]:
 
 def show(llm: LLM, token: int) -> str:
     """Return a token's text so that spaces and line ends are seen."""
-    return shorten(repr(llm.tokenizer.decode([token])), 18)
+    return shorten(repr(text_of(llm, token)), 18)
+
+
+def text_of(llm: LLM, token: int) -> str:
+    """Return a token's text, a space at its beginning too."""
+    return llm.tokenizer.decode_bytes([token]).decode("utf-8", errors="replace")
 
 
 def shorten(text: str, size: int) -> str:

@@ -25,18 +25,29 @@ Row = dict[str, Any]
 
 
 def complete_file(
-    llm: LLM, data: Path, out: Path, params: SamplingParams, *, model: str
+    llm: LLM,
+    data: Path,
+    out: Path,
+    params: SamplingParams,
+    *,
+    model: str,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Answer every row of `data` ("prompt" or "messages"; "params" of its own) into `out`.
 
+    A row may name an "adapter" that is loaded, in place of `adapter`.
     A row that cannot be answered gets an "error" and disturbs no other. Returns the summary.
     """
     partial = out.with_name(f".{out.name}.partial")
     notes = out.with_name(f".{out.name}.partial.json")
+    given = params.logits_processors
     identity = {
         "model": model,
         "data": hash_file(data) if data.is_file() else "",
-        "params": configs.dump(params) | {"logits_processors": []},
+        "params": configs.dump(params) | {"logits_processors": list(map(name_of, given))},
+        "quantization": llm.engine.config.quantization,
+        "weights": stamp_of(Path(model)),
+        "adapter": adapter,
     }
     llm.engine.prepare([], params)  # what is wrong for every row is said at once
     with exclusive(out), storage_errors(out):
@@ -49,14 +60,35 @@ def complete_file(
         started = time.monotonic()
         counts: Counter[str] = Counter()
         with open(partial, "ab") as handle:
-            for row in track(answer_rows(llm, rows[done:], params), "rows", total=len(rows) - done):
+            answers = answer_rows(llm, rows[done:], params, adapter=adapter)
+            for row in track(answers, "rows", total=len(rows) - done):
                 count(counts, row)
-                handle.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                handle.write(line_of(row))
                 handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, out)
         notes.unlink(missing_ok=True)
     return summarise(counts, len(rows), done, time.monotonic() - started)
+
+
+def name_of(function: Any) -> str:
+    """Return where a user's function comes from."""
+    return f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def stamp_of(folder: Path) -> list[list[Any]]:
+    """Return what changes when a model is written anew: its files, their sizes and times."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    own = [f for f in files if f.is_file() and f.name[0] != "." and f.suffix != ".jsonl"]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in own]
+
+
+def line_of(row: Row) -> bytes:
+    """Return a row as a line of UTF-8."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can say
+        return json.dumps(row).encode() + b"\n"
 
 
 def resume(partial: Path, notes: Path, identity: dict[str, Any]) -> int:
@@ -81,7 +113,9 @@ def resume(partial: Path, notes: Path, identity: dict[str, Any]) -> int:
     return content.count(b"\n")
 
 
-def answer_rows(llm: LLM, rows: Sequence[Row], params: SamplingParams) -> Iterator[Row]:
+def answer_rows(
+    llm: LLM, rows: Sequence[Row], params: SamplingParams, *, adapter: str | None = None
+) -> Iterator[Row]:
     """Yield each row with its answers, in order; a few more than can run are under way."""
     engine = llm.engine
     ahead = 2 * engine.rows
@@ -92,15 +126,20 @@ def answer_rows(llm: LLM, rows: Sequence[Row], params: SamplingParams) -> Iterat
             row = waiting.popleft()
             try:
                 ids, own = request_of(llm, row, params)
-                under_way.append((row, engine.add(ids, own)))
-            except GroundupError as err:
-                under_way.append((row | {"error": str(err)}, []))
+                named = row.get("adapter", adapter)
+                under_way.append((row, engine.add(ids, own, adapter=named)))
+            except Exception as err:  # whatever is wrong with a row is told in its place
+                known = isinstance(err, GroundupError)
+                error = str(err) if known else f"{type(err).__name__}: {err}"
+                under_way.append((row | {"error": error}, []))
         if any(not request.finished for request in under_way[0][1]):
             engine.step()
             continue
         row, requests = under_way.popleft()
         if requests:
             row = row | {"outputs": [as_json(output) for output in best(requests)]}
+            if requests[0].prompt_logprobs is not None:
+                row["prompt_logprobs"] = requests[0].prompt_logprobs
         yield row
 
 
