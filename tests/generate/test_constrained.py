@@ -80,6 +80,30 @@ def test_samples_of_regex_choice_and_grammar_belong_to_them(tok):
         assert text is None or isinstance(json.loads(text), dict)
 
 
+def test_choices_may_be_many_and_hold_any_character(tok):
+    odd = [
+        "a\0b",
+        "\x7f",
+        "\n",
+        "\\d",
+        '"q"',
+        "{x}",
+        "/a/",
+        "-^$.|",
+        "\u2028",
+        "\U0001f600",
+        "ab",
+        "a",
+    ]
+    for texts in (odd, [f"w{n}" for n in range(5000)]):
+        grammar = compiled(tok, choice=tuple(texts))
+        for text in (*texts[:20], texts[-1]):
+            assert accepts(grammar, tok, text.encode()), text
+        assert not accepts(grammar, tok, b"w")
+        grammar.matcher.reset()
+        assert sample(grammar, tok, 1) in texts
+
+
 def test_the_grammar_follows_any_change_of_what_is_written(tok):
     grammar, V = compiled(tok, json=PERSON), tok.vocab_size
     one, other = tok.encode('{"name":"ab","age":'), tok.encode('{ "name": "xy"')

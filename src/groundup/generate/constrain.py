@@ -78,9 +78,16 @@ def grammar_of(params: StructuredOutputsParams) -> str:
         texts = [text for text in params.choice if isinstance(text, str) and text]
         if not texts or len(texts) != len(params.choice):
             raise ConfigError(f"choice = {params.choice!r} must be non-empty strings")
-        options = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
-        return str(matcher.grammar_from_lark(f"start: {options}"))
+        return str(matcher.grammar_from_regex("|".join(map(literal, texts))))
     return json_grammar({"type": "object"} if params.json_object else params.json)
+
+
+def literal(text: str) -> str:
+    """Return the regular expression of one text, whatever characters it has."""
+    plain = (c.isascii() and c.isalnum() for c in text)
+    return "".join(
+        c if is_plain else f"\\x{{{ord(c):x}}}" for c, is_plain in zip(text, plain, strict=True)
+    )
 
 
 def json_grammar(schema: Any) -> str:
