@@ -10,10 +10,11 @@ import openai
 import pytest
 import uvicorn
 
-from groundup.core.errors import ServeError
+from groundup.core.errors import ConfigError, ServeError
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM
 from groundup.serve import make_app, serve
+from groundup.serve.app import API
 
 QUESTION = [{"role": "user", "content": "Hi"}]
 CARD = {"title": "tiny", "lines": ["One line."], "questions": ["What?"]}
@@ -159,3 +160,32 @@ def test_a_port_in_use_is_one_line(tiny, tok):
         port = taken.getsockname()[1]
         with pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1:{port}"):
             serve(LLM(tiny, tok), "tiny", CARD, host="127.0.0.1", port=port)
+
+
+def test_a_bad_prompt_or_a_client_gone_takes_the_other_requests_back(tiny, tok, monkeypatch):
+    llm, made = LLM(tiny, tok), []
+    add = llm.engine.add
+    monkeypatch.setattr(llm.engine, "add", lambda *a, **k: made.append(add(*a, **k)) or made[-1])
+    long = {"max_tokens": 90, "ignore_eos": True}
+
+    async def ended():
+        requests = [request for group in made for request in group]
+        deadline = time.monotonic() + 20
+        while not all(r.finished for r in requests) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        made.clear()
+        return [request.output.finish_reason for request in requests]
+
+    async def main():
+        api = API(llm, "tiny", CARD)
+        api.worker.start()
+        with pytest.raises(ConfigError, match="does not fit"):
+            await api.complete({"prompt": [[5], [7], [8] * 50], **long})
+        assert await ended() == ["abort"] * 2
+        stream = await api.complete({"prompt": [[5], [7]], "stream": True, **long})
+        await anext(stream)
+        await stream.aclose()
+        assert await ended() == ["abort"] * 2
+        await api.worker.stop()
+
+    asyncio.run(main())
