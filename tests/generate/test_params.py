@@ -9,6 +9,7 @@ import torch
 from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.types import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 from groundup.generate import LLM
+from groundup.generate.config import BeamSearchParams, SpeculativeConfig
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -56,6 +57,9 @@ def llm(tiny, tok):
         ({"structured_outputs": StructuredOutputsParams(regex=5)}, "regex = 5 must be of str"),
         ({"repetition_detection": {"max_pattern_size": 2}}, "of RepetitionDetectionParams"),
         ({"logits_processors": max}, "a list of functions"),
+        ({"logit_bias": [5]}, r"logit_bias = \[5\] must be finite numbers by token id"),
+        ({"guidance_scale": 2.0, "negative_prompt": 5}, "negative_prompt = 5 must be of str"),
+        ({"repetition_detection": RepetitionDetectionParams(max_pattern_size=2.5)}, "whole"),
         ({"ignore_eos": "no"}, "ignore_eos = 'no' must be a bool"),
         ({"seed": -1}, "seed = -1 must be between 0"),
         ({"seed": 2**64}, "must be between 0 and"),
@@ -145,6 +149,32 @@ def test_sampling_is_the_processed_distribution(tiny, llm):
     assert counts.sum() == 2000
     chi_square = float(((counts - 2000 * probs) ** 2 / (2000 * probs)).sum())
     assert chi_square < 20.5  # 5 degrees of freedom: p = 0.001
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.generate(None), "None is no prompt"),
+        (lambda llm: llm.generate({"prompt": "x"}), "no prompt: give text"),
+        (lambda llm: llm.generate(b"abc"), "b'abc' is no prompt"),
+        (lambda llm: llm.generate("x", {"n": 2}), "{'n': 2} must be SamplingParams"),
+        (lambda llm: llm.generate(["x"], [{"n": 2}]), "must be SamplingParams"),
+        (lambda llm: llm.chat("hello"), "no conversation"),
+        (lambda llm: llm.embed([]), "no prompts were given"),
+        (lambda llm: llm.embed("x", pooling="first"), "pooling = 'first'.*choose from last"),
+        (lambda llm: llm.generate("x", adapter="a"), "'a' is loaded: load_adapter"),
+        (lambda llm: llm.beam_search("x", 4), "beams = 4 must be BeamSearchParams"),
+        (lambda llm: BeamSearchParams(beam_width="4"), "beam_width = '4' must be a whole number"),
+        (lambda llm: BeamSearchParams(length_penalty=float("nan")), "length_penalty = nan"),
+        (lambda llm: SpeculativeConfig(method="eagle"), "method = 'eagle'.*draft, lookup, ngram"),
+        (lambda llm: SpeculativeConfig(num_speculative_tokens=0), "at least 1"),
+        (lambda llm: LLM(llm.engine.source, llm.tokenizer, speculative="x"), "must be a Specul"),
+    ],
+)
+def test_what_is_asked_in_another_form_is_one_clear_line(llm, call, message):
+    with pytest.raises(ConfigError, match=message):
+        call(llm)
+    assert not llm.engine.busy
 
 
 @pytest.mark.parametrize("prompt", [[5, 400], [5, -1], [5, 2.5], [5, None], 7.0, {"role": "user"}])

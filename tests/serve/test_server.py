@@ -96,6 +96,8 @@ def test_text_completions_stream_and_come_in_lists(client):
         ({"messages": []}, "'messages' must be a list"),
         ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\]"),
         ({"messages": [{"role": "user", "content": "x " * 500}]}, "shorten it"),
+        ({"messages": [{"role": "user", "content": [5]}]}, "only parts of type text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "parts of type text"),
         ({"response_format": {"type": "json_object"}}, "'response_format' is not supported"),
         ({"max_tokens": "many"}, "max_tokens"),
     ],

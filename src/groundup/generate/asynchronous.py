@@ -9,7 +9,8 @@ from torch import Tensor
 
 from groundup.core.errors import GroundupError
 from groundup.core.types import Message, RequestOutput, SamplingParams
-from groundup.generate.llm import LLM, Prompt, answer_score, best
+from groundup.generate.asked import Prompt
+from groundup.generate.llm import LLM, answer_score, best
 from groundup.generate.request import Request
 from groundup.generate.worker import Worker
 from groundup.model.decoder import Decoder

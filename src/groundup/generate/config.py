@@ -1,13 +1,23 @@
 """How an engine runs: vLLM's names where it has them. Imports no torch."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from groundup.core.config import field
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, closest
 
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}  # of one step, where the config does not say
+
+
+GUESSERS = Literal["lookup", "draft", "ngram"]
+
+
+def need_count(name: str, value: object) -> None:
+    """Raise unless a value is a whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} = {value!r} must be a whole number, at least 1")
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class EngineConfig:
 class SpeculativeConfig:
     """Who guesses how answers go on; what is answered stays the same."""
 
-    method: Literal["lookup", "draft", "ngram"] = field(
+    method: GUESSERS = field(
         "lookup", help="from the text so far, a draft model, or an n-gram model"
     )
     model: Path | None = field(None, help="folder of the draft or n-gram model")
@@ -58,9 +68,10 @@ class SpeculativeConfig:
     prompt_lookup_max: int = field(3, help="longest n-gram that lookup compares")
 
     def __post_init__(self) -> None:
+        if self.method not in (known := get_args(GUESSERS)):
+            raise ConfigError(f"method = {self.method!r}{closest(str(self.method), known)}")
         for name in ("num_speculative_tokens", "prompt_lookup_max"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
+            need_count(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -76,11 +87,15 @@ class BeamSearchParams:
     diversity_penalty: float = field(0.0, help="taken from tokens that earlier groups chose")
 
     def __post_init__(self) -> None:
-        if self.beam_width < 1:
-            raise ConfigError(f"beam_width = {self.beam_width} must be at least 1")
+        for name in ("beam_width", "num_beam_groups"):
+            need_count(name, getattr(self, name))
+        for name in ("length_penalty", "diversity_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"{name} = {value!r} must be a finite number")
         if self.early_stopping not in (True, False, "never"):
             raise ConfigError(f"early_stopping = {self.early_stopping!r}: true, false or never")
-        if self.num_beam_groups < 1 or self.beam_width % self.num_beam_groups:
+        if self.beam_width % self.num_beam_groups:
             raise ConfigError(
                 f"num_beam_groups = {self.num_beam_groups} does not divide beam_width = "
                 f"{self.beam_width}"

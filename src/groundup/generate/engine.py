@@ -8,6 +8,7 @@ There is one forward, the model's; the engine owns the cache, and of the weights
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -122,7 +123,12 @@ class Engine:
         `prompt_logprobs` are then those from the prompt's `first_scored` token on.
         """
         if adapter is not None and adapter not in self.adapters:
-            raise ConfigError(f"no adapter {adapter!r} is loaded{closest(adapter, self.adapters)}")
+            hint = (
+                closest(adapter, self.adapters) if self.adapters else ": load_adapter() reads one"
+            )
+            raise ConfigError(f"no adapter {adapter!r} is loaded{hint}")
+        if pooling not in (None, *get_args(Pooling)):
+            raise ConfigError(f"pooling = {pooling!r}{closest(str(pooling), get_args(Pooling))}")
         for name in ("guidance_scale", "dola_layers") if adapter is not None else ():
             if getattr(params, name) not in (None, 1.0):
                 raise ConfigError(

@@ -1,9 +1,8 @@
 """`LLM`: a model and its tokenizer behind vLLM's offline interface."""
 
 import math
-import operator
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,15 @@ from groundup.core import device as devices
 from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.run import resolve_model
 from groundup.core.types import CompletionOutput, Message, RequestOutput, SamplingParams
+from groundup.generate.asked import (
+    Adapters,
+    Params,
+    Prompt,
+    as_list,
+    as_names,
+    as_params,
+    ids_of,
+)
 from groundup.generate.beam import (
     MOST_BEAMS,
     Beam,
@@ -35,10 +43,6 @@ from groundup.model.ngram import NGram, is_ngram
 from groundup.model.view import Move
 from groundup.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams] | None
-Adapters = str | Sequence[str | None] | None  # one for all prompts, or one or none for each
-
 
 class LLM:
     """Generate with a model folder, a run folder, or a model in memory.
@@ -54,9 +58,13 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         *,
         device: str | None = None,
-        speculative: SpeculativeConfig | None = None,
+        speculative: SpeculativeConfig | Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
+        if isinstance(speculative, Mapping):
+            speculative = configs.load(SpeculativeConfig, speculative, where="speculative")
+        if not isinstance(speculative, SpeculativeConfig | None):
+            raise ConfigError(f"speculative = {speculative!r} must be a SpeculativeConfig")
         config = configs.load(EngineConfig, settings, where="LLM")
         self.labels: tuple[str, ...] = ()
         ends: Sequence[int] | None = None
@@ -243,6 +251,8 @@ class LLM:
 
         All of `params` hold but those of sampling. `observe` sees every candidate.
         """
+        if not isinstance(beams, BeamSearchParams):
+            raise ConfigError(f"beams = {beams!r} must be BeamSearchParams")
         params = params or SamplingParams()
         if params.n > beams.beam_width:
             raise ConfigError(f"n = {params.n} answers need a beam_width of as many")
@@ -329,6 +339,9 @@ class LLM:
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return a conversation's ids, ready for the assistant's turn."""
+        if isinstance(messages, str) or not all(isinstance(m, dict) for m in messages):
+            shown = reprlib.repr(messages)
+            raise ConfigError(f'{shown} is no conversation: give [{{"role": ..., "content": ...}}]')
         return self.tokenizer.render(messages, add_generation_prompt=True).ids
 
 
@@ -363,38 +376,3 @@ def answer_score(request: Request, answer: Sequence[int]) -> float:
     """Return the log-probability of the last ids of a prompt, its answer."""
     found = (request.prompt_logprobs or [])[-len(answer) :]
     return sum((row or {})[i] for i, row in zip(answer, found, strict=True))
-
-
-def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Return one prompt or many as a list; ids may be an array's or a tensor's."""
-    first = prompts[0] if len(prompts) else None
-    if isinstance(prompts, str) or isinstance(first, int) or getattr(first, "ndim", None) == 0:
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def ids_of(prompt: Sequence[int]) -> list[int]:
-    """Return token ids as a list of ints; anything else is a ConfigError."""
-    try:
-        return list(map(operator.index, prompt))
-    except TypeError as err:
-        shown = reprlib.repr(prompt)
-        raise ConfigError(f"{shown} is no prompt: give text, or a list of token ids") from err
-
-
-def as_params(params: Params, count: int) -> list[SamplingParams]:
-    """Return one set of parameters a prompt."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise ConfigError(f"{len(params)} sampling parameters were given for {count} prompts")
-    return list(params)
-
-
-def as_names(adapter: Adapters, count: int) -> list[str | None]:
-    """Return one adapter's name or None a prompt."""
-    if adapter is None or isinstance(adapter, str):
-        return [adapter] * count
-    if len(adapter) != count:
-        raise ConfigError(f"{len(adapter)} adapters were given for {count} prompts")
-    return list(adapter)

@@ -16,6 +16,7 @@ INTEGERS = ("n", "top_k", "no_repeat_ngram_size", "min_tokens")
 OPTIONAL_INTEGERS = ("best_of", "seed", "max_tokens", "logprobs", "prompt_logprobs")
 LISTS = ("stop", "bad_words", "stop_token_ids", "logits_processors")
 PARTS = {
+    "negative_prompt": str,
     "repetition_detection": RepetitionDetectionParams,
     "structured_outputs": StructuredOutputsParams,
 }
@@ -131,6 +132,8 @@ def check_lists(params: SamplingParams, vocab_size: int) -> None:
         some = bool(params.allowed_token_ids)
         require("allowed_token_ids", (), some, "at least one token id")
     if params.logit_bias is not None:
+        by_id = isinstance(params.logit_bias, dict)
+        require("logit_bias", params.logit_bias, by_id, "finite numbers by token id")
         ids("logit_bias", params.logit_bias)
         sound = all(is_number(value) for value in params.logit_bias.values())
         require("logit_bias", params.logit_bias, sound, "finite numbers by token id")
@@ -151,8 +154,10 @@ def check_choices(params: SamplingParams) -> None:
         require(name, value, value is None or isinstance(value, kind), f"of {kind.__name__}")
     repeated = params.repetition_detection
     if repeated is not None:
-        sound = 1 <= repeated.min_pattern_size <= repeated.max_pattern_size
-        require("repetition_detection", repeated, sound, "of sizes 1 <= min <= max")
+        least, most = repeated.min_pattern_size, repeated.max_pattern_size
+        whole = all(map(is_integer, (least, most, repeated.min_count)))
+        require("repetition_detection", repeated, whole, "of whole numbers")
+        require("repetition_detection", repeated, 1 <= least <= most, "of sizes 1 <= min <= max")
         require("repetition_detection", repeated, repeated.min_count >= 2, "of min_count 2 or more")
     if params.negative_prompt is not None and params.guidance_scale == 1:
         raise ConfigError("negative_prompt needs a guidance_scale other than 1")

@@ -38,7 +38,7 @@ class API:
                 raise ServeError(f"messages[{number}] must have a role and content")
             content = message.get("content")
             if isinstance(content, list):  # OpenAI's list of parts; text is all that is read
-                if any(part.get("type") != "text" for part in content):
+                if not all(is_text(part) for part in content):
                     raise ServeError(f"messages[{number}]: only parts of type text are read")
                 message["content"] = "".join(part["text"] for part in content)
             elif content is not None and not isinstance(content, str):
@@ -188,6 +188,13 @@ class API:
         """Return one token with its log-probability and bytes."""
         content = self.llm.tokenizer.decode_bytes([token])
         return {"token": self.token_text(token), "logprob": logprob, "bytes": list(content)}
+
+
+def is_text(part: Any) -> bool:
+    """Return whether a part of a message is text, in OpenAI's shape."""
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 def make_app(llm: LLM, name: str, card: dict[str, Any]) -> Any:

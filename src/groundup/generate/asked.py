@@ -1,0 +1,53 @@
+"""What is asked of an `LLM`, in one form: prompts as lists of ids, one of everything a prompt."""
+
+import operator
+import reprlib
+from collections.abc import Mapping, Sequence
+
+from groundup.core.errors import ConfigError
+from groundup.core.types import SamplingParams
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
+Adapters = str | Sequence[str | None] | None  # one for all prompts, or one or none for each
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Return one prompt or many as a list; ids may be an array's or a tensor's."""
+    if not hasattr(prompts, "__len__") or isinstance(prompts, Mapping | bytes):
+        raise ConfigError(f"{reprlib.repr(prompts)} is no prompt: give text, token ids, or a list")
+    first = prompts[0] if len(prompts) else None
+    if isinstance(prompts, str) or isinstance(first, int) or getattr(first, "ndim", None) == 0:
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def ids_of(prompt: Sequence[int]) -> list[int]:
+    """Return token ids as a list of ints; anything else is a ConfigError."""
+    try:
+        return list(map(operator.index, prompt))
+    except TypeError as err:
+        shown = reprlib.repr(prompt)
+        raise ConfigError(f"{shown} is no prompt: give text, or a list of token ids") from err
+
+
+def as_params(params: Params, count: int) -> list[SamplingParams]:
+    """Return one set of parameters a prompt."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if not isinstance(params, list | tuple) or not all(
+        isinstance(own, SamplingParams) for own in params
+    ):
+        raise ConfigError(f"{reprlib.repr(params)} must be SamplingParams, or a list of them")
+    if len(params) != count:
+        raise ConfigError(f"{len(params)} sampling parameters were given for {count} prompts")
+    return list(params)
+
+
+def as_names(adapter: Adapters, count: int) -> list[str | None]:
+    """Return one adapter's name or None a prompt."""
+    if adapter is None or isinstance(adapter, str):
+        return [adapter] * count
+    if len(adapter) != count:
+        raise ConfigError(f"{len(adapter)} adapters were given for {count} prompts")
+    return list(adapter)
