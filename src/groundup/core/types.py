@@ -82,12 +82,12 @@ class RepetitionDetectionParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to sample one request: the names, defaults and meanings of vLLM and OpenAI.
+    """How to sample one request: the names and meanings of vLLM and OpenAI.
 
     Names that vLLM lacks are transformers'. `top_k=0` and a mass of 1 switch filters off;
-    `temperature=0` is greedy. `order` says whose order the parameters are applied in.
-    `logits_processors` are called with (prompt ids, written ids, logits_V) and return logits_V;
-    `max_time` is in seconds.
+    `temperature=0` is greedy, and so is one below 1e-5, as in vLLM. `order` says whose order the
+    parameters are applied in. `logits_processors` are called with (prompt ids, written ids,
+    logits_V) and return logits_V; `max_time` is in seconds.
     """
 
     n: int = 1
@@ -132,9 +132,10 @@ FinishReason = Literal["stop", "length", "repetition", "abort", "error"]
 class CompletionOutput:
     """One generated answer. `logprobs[i]` maps token ids to natural log-probabilities at step i.
 
-    `stop_reason` is the end token or stop string; "max_tokens", "context" or "max_time" where
-    the length ended it; what went wrong after an error. `score` is what beams and `best_of`
-    are ranked by. Of the draft tokens of speculative decoding, the accepted ones were kept.
+    They are the model's own, before any parameter has changed them. `stop_reason` is the end token
+    or stop string; "max_tokens", "context" or "max_time" where the length ended it; what went wrong
+    after an error. `score` is what beams and `best_of` are ranked by. Of the draft tokens of
+    speculative decoding, the accepted ones were kept.
     """
 
     index: int
