@@ -299,3 +299,18 @@ def test_explaining_an_answer_that_fails_says_so(model, tmp_path, capsys):
     code, _, error = run(capsys, model, *args, "--logits-processors", named)
     assert code == 2
     assert "logits processor fails: ZeroDivisionError" in error
+
+
+def test_rows_behind_a_long_one_are_answered_meanwhile(model):
+    from groundup.core.types import SamplingParams
+    from groundup.generate import LLM
+    from groundup.recipe.completions import answer_rows
+
+    llm, steps = LLM(model, device="cpu", max_num_seqs=2), []
+    step = llm.engine.step
+    llm.engine.step = lambda: steps.append(1) or step()
+    rows = [{"prompt": "x", "params": {"max_tokens": 80}}]
+    rows += [{"prompt": f"y{n}", "params": {"max_tokens": 5}} for n in range(16)]
+    found = list(answer_rows(llm, rows, SamplingParams(temperature=0, ignore_eos=True)))
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
+    assert len(steps) < 90  # the others' 80 tokens beside the first one's

@@ -22,6 +22,7 @@ from groundup.generate import LLM, Request
 from groundup.generate.llm import best
 
 Row = dict[str, Any]
+BEHIND = 64  # rows a place that may be done before one that takes long, and are lost by a kill
 
 
 def complete_file(
@@ -116,13 +117,16 @@ def resume(partial: Path, notes: Path, identity: dict[str, Any]) -> int:
 def answer_rows(
     llm: LLM, rows: Sequence[Row], params: SamplingParams, *, adapter: str | None = None
 ) -> Iterator[Row]:
-    """Yield each row with its answers, in order; a few more than can run are under way."""
+    """Yield each row with its answers, in order; a few more than can run are under way.
+
+    Rows behind a long one are answered while it is, and wait for it to be yielded.
+    """
     engine = llm.engine
-    ahead = 2 * engine.rows
+    ahead, most, queue = 2 * engine.rows, BEHIND * engine.rows, engine.queue
     under_way: deque[tuple[Row, list[Request]]] = deque()
     waiting = deque(rows)
     while waiting or under_way:
-        while waiting and len(under_way) < ahead:
+        while waiting and len(under_way) < most and len(queue.all) < ahead:
             row = waiting.popleft()
             try:
                 ids, own = request_of(llm, row, params)
