@@ -6,6 +6,7 @@ from typing import Any
 
 from groundup.figure.plots import COLOURS, FAINT, INK, label_axes, to_svg
 
+LETTER, LINES = 0.072, 0.4  # inches: a letter of a tree's words, and the lines between steps
 FATES = {"finished": COLOURS[2], "kept": COLOURS[0], "dropped": FAINT}
 
 
@@ -53,25 +54,29 @@ def tree(nodes: Sequence[Node]) -> str:
 
     steps = max(node.step for node in nodes) + 1
     rows = max(node.row for node in nodes) + 1
-    widest = max(len(node.text) for node in nodes)
-    step_inches = max(1.25, 0.09 * widest + 0.45)  # the words of a step, and lines to the next
-    size = (max(6.0, step_inches * (steps + 0.4) + 0.6), 0.26 * rows + 1.1)
+    words = [0.0] * steps  # inches that the longest words of each step take
+    for node in nodes:
+        words[node.step] = max(words[node.step], LETTER * len(node.text) + 0.1)
+    places = [sum(words[:step]) + LINES * step for step in range(steps + 1)]
+    size = (max(6.0, places[-1] + 0.3), 0.26 * rows + 1.1)
     figure = Figure(figsize=size, layout="constrained")
     axes: Any = figure.add_subplot()
-    for node in nodes:
+    for node in sorted(nodes, key=lambda node: node.fate != "dropped"):  # those lie below
         colour = FATES[node.fate]
-        if node.parent is not None:
-            start = node.parent.step + (0.09 * widest + 0.1) / step_inches
-            xs = [start, (start + node.step) / 2, node.step]
-            axes.plot(xs, [node.parent.row, node.row, node.row], color=colour, linewidth=1.1)
+        x, parent = places[node.step], node.parent
+        if parent is not None:
+            column = x - LINES
+            xs = [places[parent.step] + LETTER * len(parent.text) + 0.1, column, x - LINES / 2, x]
+            ys = [parent.row, parent.row, node.row, node.row]
+            axes.plot(xs, ys, color=colour, linewidth=1.1)
         weight = "normal" if node.fate == "dropped" else "bold"
         shade = "#999999" if node.fate == "dropped" else INK
         place = {"va": "center", "fontsize": 8, "color": shade, "fontweight": weight}
-        axes.text(node.step + 0.05, node.row, node.text, **place)
-    axes.set_xlim(-0.1, steps + 0.3)
+        axes.text(x + 0.05, node.row, node.text, **place)
+    axes.set_xlim(-0.1, max(places[-1], size[0] - 0.3))
     axes.set_ylim(rows - 0.4, -0.6)
     axes.set_yticks([])
-    axes.set_xticks(range(steps), [str(n + 1) for n in range(steps)])
+    axes.set_xticks(places[:steps], [str(n + 1) for n in range(steps)])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=8, color=FAINT)
