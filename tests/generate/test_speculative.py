@@ -233,3 +233,11 @@ def test_batch_invariant_guesses_are_the_same_bits_whatever_else_runs(tiny, tok,
     alone, together = guessed(PROMPTS[1:2]), guessed([PROMPTS[1], *PROMPTS, *PROMPTS[:2]])
     assert len(alone) == len(together) > 0
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_nothing_is_guessed_behind_a_text_that_is_only_read(tiny, tok):
+    settings = {"max_num_batched_tokens": 8, "max_num_seqs": 4}
+    texts = [[3] * 9, [3] * 17]  # the last token of each is read alone
+    llm = LLM(tiny, tok, speculative=SpeculativeConfig(), **settings)
+    torch.testing.assert_close(llm.embed(texts), LLM(tiny, tok).embed(texts))
+    assert llm.engine.speculator.num_draft_tokens == 0
