@@ -215,3 +215,18 @@ def test_stop_strings_end_where_transformers_do(both):
         )
         assert found.outputs[0].stop_reason == stop
         assert found.outputs[0].token_ids == wanted[0, len(prompt) :].tolist()
+
+
+def test_a_folder_runs_in_the_dtype_asked_for(tiny, tok, tmp_path):
+    folder = save_model(tiny, tok, tmp_path / "m")
+    llm = LLM(folder, device="cpu", dtype="bfloat16")
+    assert {weight.dtype for weight in llm.engine.source.parameters()} == {torch.bfloat16}
+    assert llm.engine.cache.keys[0].dtype == torch.bfloat16
+    wanted = LLM(tiny.bfloat16(), tok).generate(PROMPTS, GREEDY)
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == tokens(wanted)
+    with pytest.raises(ConfigError, match="dtype is for folders"):
+        LLM(tiny, tok, dtype="float32")
+    with pytest.raises(ConfigError, match="int8 is for fp32 models"):
+        LLM(folder, device="cpu", dtype="bfloat16", quantization="int8")
+    with pytest.raises(ConfigError, match="dtype = 'fp4'"):
+        LLM(folder, dtype="fp4")

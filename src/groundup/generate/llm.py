@@ -71,6 +71,8 @@ class LLM:
         if isinstance(model, Decoder):
             if tokenizer is None:
                 raise ConfigError("a model in memory needs its tokenizer: LLM(model, tokenizer)")
+            if config.dtype is not None:
+                raise ConfigError("a model in memory is used as it is: dtype is for folders")
             decoder = model
         else:
             folder = resolve_model(model)
@@ -78,7 +80,7 @@ class LLM:
             if is_ngram(folder):
                 decoder = NGramDecoder(NGram.load(folder), tokenizer.bos_token_id)
             else:
-                decoder = self.load_decoder(folder, device)
+                decoder = self.load_decoder(folder, device, config.dtype)
                 ends = ends_of(folder, decoder, tokenizer)
             tokenizer.need_rows(decoder.config.vocab_size, folder)
         self.tokenizer = tokenizer
@@ -87,12 +89,13 @@ class LLM:
         if decoder is not model and config.quantization is None:  # int8 views have large pages
             self.engine.move = Move(decoder)
 
-    def load_decoder(self, folder: Path, device: str | None) -> Decoder:
+    def load_decoder(self, folder: Path, device: str | None, dtype: str | None) -> Decoder:
         """Return a folder's network; a head for labels names them."""
         devices.route_products()
         place = devices.place(device)
-        dtype = devices.fastest_dtype(place) if place.type == "cuda" else torch.float32
-        network = load_network(folder, device=place, dtype=dtype)
+        usual = devices.fastest_dtype(place) if place.type == "cuda" else torch.float32
+        wanted = usual if dtype is None else getattr(torch, dtype)
+        network = load_network(folder, device=place, dtype=wanted)
         if isinstance(network, HeadedDecoder) and network.task == "sequence":
             self.labels = network.labels or tuple(map(str, range(network.num_labels)))
             network = network.as_decoder()
