@@ -235,7 +235,7 @@ def test_cancelled_requests_leave_their_blocks_and_their_neighbours_alone(tiny, 
 def test_a_cache_too_small_shortens_the_context_or_is_refused(tiny, tok):
     llm = LLM(tiny, tok, kv_cache_memory_bytes=256 * 48)
     assert llm.context == 48
-    with pytest.raises(ConfigError, match="the prompt has 60 tokens and the model reads 48"):
+    with pytest.raises(ConfigError, match="60 tokens and the model reads 48 of 96 with a cache of"):
         llm.generate([[5] * 60])
     with pytest.raises(ConfigError, match="kv_cache_memory_bytes = 100 is less than one block"):
         LLM(tiny, tok, kv_cache_memory_bytes=100)

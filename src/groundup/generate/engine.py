@@ -156,7 +156,8 @@ class Engine:
         check(params, vocab_size)
         prompt = list(prompt) or [self.tokenizer.bos_token_id]
         check_prompt(prompt, vocab_size)
-        check_room(prompt, params, self.context, writes=writes)
+        whole = self.model.config.max_position_embeddings
+        check_room(prompt, params, self.context, whole, writes=writes)
         stopping = Stopping(
             params,
             prompt_length=len(prompt),

@@ -173,23 +173,22 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
 
 
 def check_room(
-    prompt: Sequence[int], params: SamplingParams, context: int, *, writes: bool = True
+    prompt: Sequence[int], params: SamplingParams, context: int, whole: int, *, writes: bool = True
 ) -> None:
-    """Raise where prompt and answer do not fit into the context."""
-    used = len(prompt)
+    """Raise where prompt and answer do not fit into the context, of `whole` without the cache."""
+    used, reads = len(prompt), f"the model reads {context:,}"
+    if context < whole:
+        reads += f" of {whole:,} with a cache of this size (kv_cache_memory_bytes)"
     if not writes:
         if used > context:
-            raise ConfigError(
-                f"the text has {used:,} tokens and the model reads {context:,}: shorten it"
-            )
+            raise ConfigError(f"the text has {used:,} tokens and {reads}: shorten it")
         return
     if used >= context:
         raise ConfigError(
-            f"the prompt has {used:,} tokens and the model reads {context:,}, "
-            "answer included: shorten it"
+            f"the prompt has {used:,} tokens and {reads}, answer included: shorten it"
         )
     if params.max_tokens is not None and used + params.max_tokens > context:
         raise ConfigError(
             f"max_tokens = {params.max_tokens:,} does not fit: the prompt has {used:,} tokens and "
-            f"the model reads {context:,}, answer included: at most {context - used:,}, or None"
+            f"{reads}, answer included: at most {context - used:,}, or None"
         )

@@ -47,6 +47,7 @@ def complete_file(
         "data": hash_file(data) if data.is_file() else "",
         "params": configs.dump(params) | {"logits_processors": list(map(name_of, given))},
         "quantization": llm.engine.config.quantization,
+        "dtype": llm.engine.config.dtype,
         "weights": stamp_of(Path(model)),
         "adapter": adapter,
     }
