@@ -1,5 +1,7 @@
 """Every parameter against transformers' processors, and the orders against each other."""
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -212,3 +214,12 @@ def test_dola_picks_the_layer_that_differs_most():
 def test_a_vocabulary_smaller_than_the_log_probabilities_asked_for():
     logps_V = torch.tensor([0.2, 0.5, 0.3]).log()
     assert list(ours.top(logps_V, 2, 20)) == [2, 1, 0]
+
+
+def test_repeated_ngrams_are_all_found():
+    for ids in itertools.product((1, 2), repeat=7):
+        for size in (1, 2, 3, 4, 8, 9):
+            past = ids[len(ids) - size + 1 :] if size > 1 else ()
+            starts = range(len(ids) - size + 1)
+            wanted = [ids[n + size - 1] for n in starts if ids[n : n + size - 1] == past]
+            assert ours.repeated_ngram_ids(list(ids), size) == wanted

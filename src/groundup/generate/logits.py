@@ -50,9 +50,18 @@ def bias(logits_V: Tensor, added: dict[int, float]) -> Tensor:
 
 def repeated_ngram_ids(seen: Sequence[int], size: int) -> list[int]:
     """Return the ids that would complete an n-gram which `seen` holds already."""
-    past = tuple(seen[len(seen) - size + 1 :])
-    starts = range(len(seen) - size + 1)
-    return [seen[n + size - 1] for n in starts if tuple(seen[n : n + size - 1]) == past]
+    if size == 1 or len(seen) < size:
+        return list(seen) if size == 1 else []
+    found: list[int] = []
+    past, at = seen[1 - size :], size - 2
+    while True:  # from one place of the last id to the next: most places are of others
+        try:
+            at = seen.index(past[-1], at, len(seen) - 1)
+        except ValueError:
+            return found
+        if seen[at - size + 2 : at + 1] == past:
+            found.append(seen[at + 1])
+        at += 1
 
 
 def temperature(logits_V: Tensor, t: Number) -> Tensor:
