@@ -144,3 +144,34 @@ def test_second_looks_refuse_an_adapter(tiny, tok, adapted):
     dola = SamplingParams(temperature=0, max_tokens=4, dola_layers="low")
     with pytest.raises(ConfigError, match="dola_layers looks at the model without the adapter"):
         llm.generate([7], dola, adapter="one")
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_invariant": True}])
+def test_every_use_of_an_adapter_is_that_of_the_merged_model(tiny, tok, adapted, settings):
+    folder, merged = adapted
+    llm, wanted = LLM(tiny, tok, **settings), LLM(merged, tok)
+    llm.load_adapter("one", folder)
+    plain = LLM(tiny, tok, **settings)
+    beams, few = BeamSearchParams(beam_width=3), SamplingParams(max_tokens=8, n=3)
+
+    def searched(llm, **more):
+        found = llm.beam_search(PROMPTS, beams, few, **more)
+        return [output.outputs[0].score for output in found]
+
+    adapted_scores, plain_scores = searched(llm, adapter="one"), searched(plain)
+    assert adapted_scores == pytest.approx(searched(wanted), abs=1e-3)
+    assert searched(llm) == plain_scores
+    apart = [abs(a - b) for a, b in zip(adapted_scores, plain_scores, strict=True)]
+    assert max(apart) > 0.1  # it makes a difference
+    answers = [[5, 6], [9]] * 2 + [[8]]
+    found = llm.score(PROMPTS, answers, adapter="one")
+    assert found == pytest.approx(wanted.score(PROMPTS, answers), abs=3e-3)
+    names = ["one", None] * 2 + ["one"]
+    both = [wanted.embed(PROMPTS), plain.embed(PROMPTS)]
+    rows = torch.stack([both[name is None][n] for n, name in enumerate(names)])
+    torch.testing.assert_close(llm.embed(PROMPTS, adapter=names), rows, atol=1e-4, rtol=1e-3)
+    if not settings:
+        streamed = "".join(llm.stream(LOOPING, GREEDY, adapter="one"))
+        assert streamed == wanted.generate(LOOPING, GREEDY)[0].outputs[0].text
+    with pytest.raises(ConfigError, match="no adapter 'two'"):
+        llm.beam_search([7], beams, few, adapter="two")

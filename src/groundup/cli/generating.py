@@ -72,8 +72,6 @@ def check_together(args: Any) -> None:
         )
     if args.beam_width is not None and args.speculative:
         raise ConfigError("--speculative guesses for sampled and greedy answers, not for beams")
-    if args.adapter and args.beam_width is not None:
-        raise ConfigError("--adapter does not go with --beam-width: merge it into a model first")
 
 
 def load_adapters(llm: Any, args: Any) -> str | None:
@@ -186,7 +184,7 @@ def answer(llm: Any, args: Any, params: SamplingParams, search: Any, adapter: st
     answers: Iterator[dict[str, Any]]
     if search is not None:
         ids = [prompt_ids(llm, args, prompt) for prompt in prompts]
-        found = llm.beam_search(ids, search, params)
+        found = llm.beam_search(ids, search, params, adapter=adapter)
         answers = iter([{"outputs": [as_json(o) for o in output.outputs]} for output in found])
     elif args.chat:
         rows = [{"messages": as_message(p)} for p in prompts]

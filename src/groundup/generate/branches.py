@@ -4,7 +4,7 @@ Beam search, guidance and speculation hold branches of the paged cache; full blo
 by forks, so that a fork copies one block at most. Shape suffixes: T tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,13 +30,22 @@ class Reading:
 class Branches:
     """Room for `count` sequences of at most `longest` tokens, each with its own end.
 
-    The model is a view for inference, as `view_of` makes it; `exact` as there.
+    The model is a view for inference, as `view_of` makes it; `exact` as there. `prepare` is told
+    before each forward how many tokens it has.
     """
 
-    def __init__(self, model: Decoder, count: int, longest: int, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        count: int,
+        longest: int,
+        *,
+        exact: bool = False,
+        prepare: Callable[[int], None] | None = None,
+    ) -> None:
         weight = next(model.parameters())
         blocks = count * (-(-longest // BLOCK) + 1)
-        self.model, self.device = model, weight.device
+        self.model, self.device, self.prepare = model, weight.device, prepare
         shape = (model.config, blocks, BLOCK, weight.device, weight.dtype)
         self.cache = KVCache(*shape, exact=exact)
         self.pool = BlockPool(blocks, BLOCK, sharing=False)
@@ -56,6 +65,8 @@ class Branches:
         order = sorted(range(len(ids)), key=lambda n: len(ids[n]))  # as Batch wants them
         feeds = [Feed(branches[n].blocks, branches[n].computed, ids[n]) for n in order]
         batch = make_batch(self.cache, feeds)
+        if self.prepare is not None:
+            self.prepare(batch.ids_1T.shape[1])
         at = torch.tensor([len(ids[n]) for n in order], device=self.device).cumsum(0) - 1
         logits = self.model(
             batch.ids_1T, positions=batch.positions_1T, cache=batch, at=at, want=want

@@ -122,19 +122,9 @@ class Engine:
         with its prompt, and `pooled` is the last or the mean hidden state, or the last logits.
         `prompt_logprobs` are then those from the prompt's `first_scored` token on.
         """
-        if adapter is not None and adapter not in self.adapters:
-            hint = (
-                closest(adapter, self.adapters) if self.adapters else ": load_adapter() reads one"
-            )
-            raise ConfigError(f"no adapter {adapter!r} is loaded{hint}")
+        self.check_adapter(adapter, params)
         if pooling not in (None, *get_args(Pooling)):
             raise ConfigError(f"pooling = {pooling!r}{closest(str(pooling), get_args(Pooling))}")
-        for name in ("guidance_scale", "dola_layers") if adapter is not None else ():
-            if getattr(params, name) not in (None, 1.0):
-                raise ConfigError(
-                    f"{name} looks at the model without the adapter {adapter!r}: "
-                    "merge the adapter into a model of its own"
-                )
         prompt, processors, stopping = self.prepare(prompt, params, writes=pooling is None)
         requests = []
         for n in range(params.best_of or params.n):
@@ -144,6 +134,20 @@ class Engine:
         for request in requests:
             self.queue.add(request)
         return requests
+
+    def check_adapter(self, name: str | None, params: SamplingParams) -> None:
+        """Raise where an adapter was not loaded, or something looks at the model without it."""
+        if name is None:
+            return
+        if name not in self.adapters:
+            hint = closest(name, self.adapters) if self.adapters else ": load_adapter() reads one"
+            raise ConfigError(f"no adapter {name!r} is loaded{hint}")
+        for look in ("guidance_scale", "dola_layers"):
+            if getattr(params, look) not in (None, 1.0):
+                raise ConfigError(
+                    f"{look} looks at the model without the adapter {name!r}: "
+                    "merge the adapter into a model of its own"
+                )
 
     def prepare(
         self, prompt: Sequence[int], params: SamplingParams, *, writes: bool = True
@@ -343,6 +347,15 @@ class Engine:
         if ready:
             self.sample(ready, logits_NV if len(rows) == len(logits_NV) else logits_NV[rows])
         return [*ready, *done]
+
+    def through(self, adapter: str | None) -> tuple[Decoder, Callable[[int], None]]:
+        """Return a model, and what sends all tokens of its next forward through one adapter."""
+
+        def send(tokens: int) -> None:
+            if adapter is not None:
+                self.mix.places = {adapter: torch.arange(tokens, device=self.device)}
+
+        return self.model if adapter is None else self.mixed, send
 
     def model_for(self, plan: Plan) -> Decoder:
         """Return the model for a step, and tell it whose tokens go through which adapter."""

@@ -78,7 +78,9 @@ def explain(
     """Generate one answer; yield lines that tell of every step, and write a page of pictures."""
     story = Story()
     if beams is not None:
-        [output] = llm.beam_search([prompt], beams, params, observe=story.candidates.append)
+        [output] = llm.beam_search(
+            [prompt], beams, params, adapter=adapter, observe=story.candidates.append
+        )
         yield from beam_lines(llm, story)
     else:
         llm.engine.watch = story.watch

@@ -248,6 +248,7 @@ class LLM:
         beams: BeamSearchParams,
         params: SamplingParams | None = None,
         *,
+        adapter: str | None = None,
         observe: Observer | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt by beam search; the best `params.n` beams, scores included.
@@ -259,6 +260,7 @@ class LLM:
         params = params or SamplingParams()
         if params.n > beams.beam_width:
             raise ConfigError(f"n = {params.n} answers need a beam_width of as many")
+        self.engine.check_adapter(adapter, params)
         self.engine.notice_new_weights()
         many = as_list(prompts)
         ready = [self.engine.prepare(self.encode(prompt), params) for prompt in many]
@@ -268,8 +270,8 @@ class LLM:
         )
         at_once = max(1, min(self.engine.rows, MOST_BEAMS) // beams.beam_width)
         rows = min(at_once, len(many)) * beams.beam_width
-        exact = self.engine.config.batch_invariant
-        branches = Branches(self.engine.model, rows, longest, exact=exact)
+        (model, prepare), exact = self.engine.through(adapter), self.engine.config.batch_invariant
+        branches = Branches(model, rows, longest, exact=exact, prepare=prepare)
         searches = [
             beam_search(branches, Beam(stop, rules), ids, beams, most=room, observe=observe)
             for (ids, rules, stop), room in zip(ready, rooms, strict=True)
