@@ -269,3 +269,12 @@ def test_best_of_prefers_answers_that_did_not_fail(llm):
 def test_adapters_are_counted(llm):
     with pytest.raises(ConfigError, match="1 adapters were given for 2 prompts"):
         llm.generate([[5], [7]], GREEDY, adapter=[None])
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_p=0.9), SamplingParams(n=2)])
+def test_a_model_that_computes_no_numbers_says_so(llm, params):
+    with torch.no_grad():
+        llm.engine.source.lm_head.weight[7, 0] = float("nan")
+    for answer in llm.generate([5, 9], params)[0].outputs:
+        assert (answer.finish_reason, answer.token_ids) == ("error", [])
+        assert answer.stop_reason == "the model's logits hold nan: its weights are broken"

@@ -6,6 +6,7 @@ blocks run out, the request that matters least gives its own back and is compute
 There is one forward, the model's; the engine owns the cache, and of the weights only views.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -375,6 +376,10 @@ class Engine:
         if self.watch:
             for request, logits_V in zip(ready, logits_BV, strict=True):
                 self.watch(request, logits_V)
+        if self.device.type == "cpu":  # on a GPU the host would wait for it
+            for request, best in zip(ready, logits_BV.amax(-1).tolist(), strict=True):
+                if not math.isfinite(best):
+                    request.end("error", f"the model's logits hold {best}: its weights are broken")
         tokens = choose(logits_BV, ready)
         asked = [n for n, r in enumerate(ready) if r.output.cumulative_logprob is not None]
         if asked:
