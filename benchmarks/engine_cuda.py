@@ -1,6 +1,6 @@
 """The engine on one GPU: a random Qwen3-0.6B in bf16, beside transformers' continuous batching.
 
-python benchmarks/engine_cuda.py [--sections one many exact beside peer attention rows]
+python benchmarks/engine_cuda.py [--sections one many exact beside peer attention rows cuts]
     [--scale 0.5] [--profile] [--peer-seconds 60]
 
 The model has 28 layers, hidden size 1,024, 16 heads and 8 key/value heads of 128, a gated MLP of
@@ -8,8 +8,10 @@ The model has 28 layers, hidden size 1,024, 16 heads and 8 key/value heads of 12
 nano-vllm's benchmark: 256 sequences, prompts of 100 to 1,024 tokens, answers of 100 to 1,024, at
 temperature 0.6; `--scale` shrinks all lengths. `peer` is transformers' `generate_batch` on that
 load's prompts with answers of one length, cut off when its time is up; with `beside`, ours at the
-same, the ratio is printed. Shares of the roofline are of what memory gives when it is copied: a
-step reads the weights once, and the keys and values of all its sequences.
+same, the ratio is printed. `cuts` draws at temperature 0.6 behind Qwen3's top-k of 20 and top-p of
+0.95, and behind others, beside the temperature alone. Shares of the roofline are of what memory
+gives when it is copied: a step reads the weights once, and the keys and values of all its
+sequences.
 """
 
 import argparse
@@ -45,6 +47,12 @@ SHAPE = {
 SEQUENCES, SHORTEST, LONGEST = 256, 100, 1024
 HEAT = 0.6
 MEMORY = {"kv_cache_memory_bytes": 40 * 10**9}
+CUTS: dict[str, dict[str, Any]] = {
+    "temperature alone": {},
+    "top-k 20, top-p 0.95": {"top_k": 20, "top_p": 0.95},  # Qwen3's own
+    "top-p 0.95": {"top_p": 0.95},
+    "min-p 0.05": {"min_p": 0.05},
+}
 Load = tuple[list[list[int]], list[int]]
 
 
@@ -114,10 +122,10 @@ def roofline_seconds(work: Load, speed: float) -> float:
     return moved / speed
 
 
-def params_for(counts: Sequence[int], heat: float) -> list[SamplingParams]:
+def params_for(counts: Sequence[int], heat: float, **cut: Any) -> list[SamplingParams]:
     """Return parameters for answers of given lengths."""
     return [
-        SamplingParams(temperature=heat, max_tokens=n, ignore_eos=True, seed=i)
+        SamplingParams(temperature=heat, max_tokens=n, ignore_eos=True, seed=i, **cut)
         for i, n in enumerate(counts)
     ]
 
@@ -285,6 +293,35 @@ def rows(llm: LLM, speed: float) -> None:
             print(f"{M} rows, {name}: {', '.join(shares)}")
 
 
+def cuts(llm: LLM) -> None:
+    """Measure decoding, and a step's draws by themselves, behind what cuts the distribution."""
+    from groundup.model import gpu, gpu_draw
+
+    rng, options = random.Random(2), gpu.options(torch.device("cuda"))
+    for rows in (1, SEQUENCES):
+        prompts = [[rng.randint(1000, 150_000) for _ in range(128)] for _ in range(rows)]
+        logits = torch.randn(rows, SHAPE["vocab_size"], device="cuda", dtype=torch.bfloat16) * 3
+        tokens = torch.zeros(rows, dtype=torch.int64, device="cuda")
+        plain = None
+        for name, cut in CUTS.items():
+            seconds = []
+            for count in (1, 257, 1, 257):  # the first two make graphs
+                llm.engine.pool.forget()
+                params = params_for([count] * rows, HEAT, **cut)
+                seconds.append(timed(lambda p=prompts, own=params: llm.generate(p, own)))
+            step = (seconds[3] - seconds[2]) / 256
+            plain = plain or step
+            k, p, least = cut.get("top_k", 0), cut.get("top_p", 1.0), cut.get("min_p", 0.0)
+            given = torch.tensor([[0.5, HEAT, k, p, least]] * rows, dtype=torch.float64)
+            u, heat, k_B, p_B, least_B = given.T.contiguous().cuda()
+            made = gpu_draw.Cuts(k_B, p_B, least_B.log()) if cut else None
+            alone = replayed(partial(gpu_draw.draw, logits, heat, u, tokens, options, made))
+            print(
+                f"{rows} sequences, {name}: {rows / step:,.0f} tokens/s, {step * 1000:.3f} ms a "
+                f"step, {plain / step:.2f} of the rate without a cut; draws {alone * 1e6:.0f} us"
+            )
+
+
 def replayed(run: Callable[[], Any]) -> float:
     """Return the seconds of a run as a CUDA graph, the best of 5 means over 5."""
     run()
@@ -366,7 +403,7 @@ def noting(seconds: list[float]) -> Callable[[Any], None]:
 
 def main() -> None:
     """Measure the sections asked for."""
-    known = ("one", "many", "exact", "beside", "peer", "attention", "rows")
+    known = ("one", "many", "exact", "beside", "peer", "attention", "rows", "cuts")
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument(
         "--sections", nargs="+", choices=known, default=["one", "many", "exact", "beside", "peer"]
@@ -400,6 +437,7 @@ def main() -> None:
         "many": lambda: many(ours(), speed, args.scale),
         "profile": lambda: profile(ours(), args.scale),
         "rows": lambda: rows(ours(), speed),
+        "cuts": lambda: cuts(ours()),
         "beside": lambda: rates.extend(beside(ours(), args.scale, speed)),
         "exact": lambda: (
             one(same(), speed, "batch_invariant, batch 1"),

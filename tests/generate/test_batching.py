@@ -11,10 +11,6 @@ from groundup.core.types import SamplingParams
 from groundup.generate import LLM, Engine, EngineConfig
 from groundup.generate.blocks import BlockPool, Holding
 from groundup.generate.cache import Batch, Feed, KVCache
-from groundup.generate.processors import LogitsProcessors
-from groundup.generate.request import Request
-from groundup.generate.sampling import choose, draw_truncated, truncate
-from groundup.generate.stop import Stopping
 from groundup.model import Decoder, save_model, view
 from groundup.model.adapter import save_adapter
 from groundup.model.lora import LoraConfig, apply_lora, merge_lora
@@ -261,75 +257,6 @@ def test_blocks_are_found_by_their_whole_beginning_and_reused_oldest_first():
     assert pool.extend(other, 6)  # three blocks: the unnamed ones, then the end of the beginning
     pool.find(again, [1, 2, 3, 4, 5])
     assert again.computed == 2
-
-
-def request_for(tok, params):
-    decoder = tok.stream_decoder()
-    stopping = Stopping(params, prompt_length=1, context=9, ends=(), decoder=decoder)
-    return Request([1], 0, LogitsProcessors(params, [1], ()), stopping)
-
-
-def requests_for(tok, params, count):
-    return [request_for(tok, dataclasses.replace(params, seed=n)) for n in range(count)]
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(top_k=5),
-        SamplingParams(top_p=0.6, temperature=0.7),
-        SamplingParams(min_p=0.05),
-        SamplingParams(top_k=300, top_p=0.9),
-        SamplingParams(top_k=40, top_p=0.8, min_p=0.02, temperature=1.5),
-        SamplingParams(top_p=0.999, temperature=5.0),  # more candidates than are looked at first
-    ],
-)
-def test_rows_filtered_together_equal_the_definition(params):
-    torch.manual_seed(0)
-    logits = torch.randn(6, 1000) * 3
-    warm = logits / params.temperature
-    for count in (256, 1000):
-        values, ids = warm.topk(count)
-        probs, enough = truncate(warm, values, [params] * 6)
-        for row in enough.nonzero()[:, 0].tolist():
-            defined = LogitsProcessors(params, [1], ())(logits[row], []).softmax(-1)
-            found = torch.zeros(1000).index_put((ids[row],), probs[row].float())
-            torch.testing.assert_close(found / found.sum(), defined, atol=1e-6, rtol=1e-5)
-    assert bool(enough.all())
-
-
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=8, temperature=0.8)])
-def test_draws_follow_the_distribution(tok, params):
-    torch.manual_seed(0)
-    logits = torch.randn(12)
-    count = 6000
-    tokens = choose(logits.expand(count, 12), requests_for(tok, params, count))
-    seen = torch.bincount(torch.tensor(tokens), minlength=12).double()
-    expected = LogitsProcessors(params, [1], ())(logits, []).softmax(-1).double() * count
-    possible = expected > 0
-    assert not seen[~possible].any()
-    chi2 = ((seen - expected)[possible] ** 2 / expected[possible]).sum()
-    assert float(chi2) < 35  # the 0.1 % quantile of 11 degrees of freedom is 31.3
-
-
-def test_a_row_draws_the_same_whatever_its_neighbours_do(tok):
-    torch.manual_seed(0)
-    logits = torch.randn(4, 2000)
-    kinds = [
-        SamplingParams(top_p=0.9, seed=1),
-        SamplingParams(top_p=0.9999, temperature=3.0, seed=2),
-        SamplingParams(seed=3, presence_penalty=1.0),
-        SamplingParams(seed=4),
-    ]
-    together = choose(logits, [request_for(tok, p) for p in kinds])
-    for n, params in enumerate(kinds):
-        assert choose(logits[n : n + 1], [request_for(tok, params)]) == [together[n]]
-
-
-def test_the_largest_u_draws_the_last_candidate_left():
-    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
-    almost = torch.tensor([[1 - 2**-53]], dtype=torch.float64)
-    assert draw_truncated(logits, [SamplingParams(top_k=2)], almost).tolist() == [3]
 
 
 @pytest.mark.parametrize("settings", [{}, {"batch_invariant": True}])

@@ -136,11 +136,36 @@ def test_an_end_token_ends_a_request_whose_next_step_is_on_its_way(tok):
 
 def test_sampling_is_each_requests_own(tok):
     model = make(tok, initializer_range=0.2)
-    params = [SamplingParams(temperature=0.9, seed=n, max_tokens=4) for n in range(4)]
+    cuts = [{}, {"top_k": 20, "top_p": 0.95}, {"min_p": 0.1}, {"top_p": 0.7}]
+    params = [
+        SamplingParams(temperature=0.9, seed=n, max_tokens=4, **cut) for n, cut in enumerate(cuts)
+    ]
     llm = LLM(model, tok)
     together = tokens(llm, params=params)
     assert together == [tokens(llm, [p], s)[0] for p, s in zip(PROMPTS, params, strict=True)]
     assert len({tuple(x) for x in tokens(llm, [PROMPTS[0]] * 4, params)}) > 1
+
+
+def test_steps_of_cut_requests_go_on_before_the_last_one_is_read(tok):
+    model = make(tok, initializer_range=0.2)
+    qwen3 = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    params = [
+        SamplingParams(**qwen3, seed=n, max_tokens=6, ignore_eos=True) for n in range(len(PROMPTS))
+    ]
+    llm, ahead = LLM(model, tok), []
+    land = llm.engine.land
+
+    def noting(flight):
+        done = land(flight)
+        ahead.append(llm.engine.flight is not None)
+        return done
+
+    llm.engine.land = noting
+    found = tokens(llm, params=params)
+    assert ahead.count(True) >= 4
+    watched = LLM(model, tok)  # who watches sees every token's logits before it is drawn
+    watched.engine.watch = lambda request, logits_V: None
+    assert tokens(watched, params=params) == found
 
 
 def test_whatever_else_a_request_asks_for_works_on_the_graphs_logits(tok):
@@ -212,6 +237,8 @@ def test_graphs_equal_steps_launched_one_by_one(tok, exact):
     eager.engine.decoding.captures = False
     wanted = tokens(eager)
     assert tokens(llm) == wanted
+    cut = SamplingParams(temperature=0.9, top_k=40, top_p=0.9, seed=3, max_tokens=COUNT)
+    assert tokens(llm, params=cut) == tokens(eager, params=cut)
     held = [torch.full((n,), -1, device="cuda") for n in range(1, 200)]  # memory that was free
     assert tokens(llm) == wanted
     assert all((x == -1).all() for x in held)

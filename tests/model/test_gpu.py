@@ -12,7 +12,8 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 pytest.importorskip("triton")
 
-from groundup.model import gpu, gpu_attention, gpu_layers  # noqa: E402
+from groundup.generate.sampling import draw_cut  # noqa: E402
+from groundup.model import gpu, gpu_attention, gpu_draw, gpu_layers  # noqa: E402
 from groundup.model.gpu_attention import Pages, Shape  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -70,7 +71,7 @@ def test_draws_follow_the_share_of_cumulated_mass():
     u = torch.rand(64, dtype=torch.float64).to(DEVICE)
     u[4:8] = 1 - 1e-12
     tokens = torch.zeros(64, dtype=torch.int64, device=DEVICE)
-    gpu_layers.draw(logits, heat, u, tokens, OPTIONS)
+    gpu_draw.draw(logits, heat, u, tokens, OPTIONS)
     assert tokens[:4].equal(logits[:4].argmax(-1))
     mass = (logits.double() / heat.clamp(min=1e-3)[:, None]).softmax(-1).cumsum(-1)
     at = tokens[4:, None]
@@ -79,6 +80,119 @@ def test_draws_follow_the_share_of_cumulated_mass():
     assert (low - 1e-5 <= u[4:, None]).all()
     assert (u[4:, None] <= high + 1e-5).all()
     assert (high > low).all()  # never one that is banned
+
+
+CUTS = [  # temperature, top-k, top-p, min-p
+    (0.0, 5, 0.5, 0.1),  # greedy
+    (1.3, 0, 1.0, 0.0),
+    (0.6, 20, 0.95, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (0.7, 9, 1.0, 0.0),
+    (2.0, 0, 0.8013, 0.0),
+    (5.0, 0, 0.9937, 0.0),  # nearly all stay
+    (0.9, 0, 0.0017, 0.0),
+    (1.1, 0, 1.0, 0.21),
+    (1.7, 131, 0.7071, 0.03),
+    (0.8, 9999, 0.9003, 0.0),
+]
+
+
+def columns(dials, device):
+    """Return temperatures, and what is kept of each row."""
+    numbers = torch.tensor(dials, dtype=torch.float64, device=device)
+    heat, k, p, least = numbers.T.contiguous()
+    return heat, gpu_draw.Cuts(k, p, least.log())
+
+
+def drawn(logits, dials, u):
+    """Return the kernels' tokens."""
+    heat, cuts = columns(dials, DEVICE)
+    tokens = torch.zeros(len(dials), dtype=torch.int64, device=DEVICE)
+    gpu_draw.draw(logits, heat, u.to(DEVICE), tokens, OPTIONS, cuts)
+    return tokens.cpu()
+
+
+def defined(logits, dials, u):
+    """Return the CPU's tokens, and whether a share of mass a little off gives the same."""
+    heat, cuts = columns(dials, "cpu")
+    greedy = heat == 0
+    warm = logits.cpu().float() / heat.float().where(~greedy, 1.0)[:, None]
+    k, p, floor = cuts.k_B[:, None], cuts.p_B[:, None], cuts.floor_B.float()[:, None]
+    shares = ((u + x).clamp(0, 1 - 1e-9)[:, None] for x in (0, -1e-5, 1e-5))
+    tokens, *near = (draw_cut(warm, k, p, floor, share) for share in shares)
+    tokens[greedy] = logits.cpu().float().argmax(-1)[greedy]
+    return tokens, greedy | ((tokens == near[0]) & (tokens == near[1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ties", [False, True])
+def test_draws_behind_cuts_are_those_of_the_cpu(monkeypatch, dtype, ties):
+    monkeypatch.setattr(gpu_draw, "PIECE", 128)
+    logits = torch.randn(len(CUTS), 150) * 2
+    logits = (logits * 4).round() / 4 if ties else logits
+    logits[3:, 100:110] = -torch.inf  # banned
+    logits = logits.to(DEVICE, dtype)
+    same = 0
+    for share in (0.3217, 0.9871):
+        u = torch.full((len(CUTS),), share, dtype=torch.float64)
+        wanted, sure = defined(logits, CUTS, u)
+        assert drawn(logits, CUTS, u)[sure].equal(wanted[sure])
+        same += int(sure.sum())
+    assert same > 1.7 * len(CUTS)
+
+
+@pytest.mark.parametrize("cut", [(0.7, 12, 1.0, 0.0), (1.0, 0, 0.7003, 0.0), (1.0, 30, 0.9, 0.2)])
+def test_every_token_that_is_kept_can_be_drawn_and_no_other(monkeypatch, cut):
+    monkeypatch.setattr(gpu_draw, "PIECE", 32)
+    logits = (torch.randn(40) * 2).round() / 2  # of the tokens at the edge some stay
+    u = torch.linspace(0.0005, 0.9995, 20, dtype=torch.float64)
+    rows, dials = logits.half().expand(len(u), -1).contiguous().to(DEVICE), [cut] * len(u)
+    wanted, sure = defined(rows, dials, u)
+    assert drawn(rows, dials, u)[sure].equal(wanted[sure])
+    assert len(wanted[sure].unique()) > 5
+
+
+def test_a_draw_behind_cuts_reads_nothing_on_the_host(monkeypatch):
+    launched = []
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *given, **settings: launched.append(self.name)
+
+    kernels = ("weigh_kernel", "search_kernel", "settle_kernel", "draw_kernel")
+    for name in kernels:
+        monkeypatch.setattr(gpu_draw, name, Kernel(name))
+    logits = torch.empty(256, 151_936, dtype=torch.bfloat16, device="meta")
+    u, heat, *cuts = torch.empty(5, 256, dtype=torch.float64, device="meta")
+    tokens = torch.empty(256, dtype=torch.int64, device="meta")  # its numbers cannot be read
+    gpu_draw.draw(logits, heat, u, tokens, {"PDL": False}, gpu_draw.Cuts(*cuts))
+    assert launched == [kernels[0], *[kernels[1]] * 8, *kernels[2:]]
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU here")
+@pytest.mark.parametrize("rows", [1, 64])
+def test_draws_behind_cuts_over_a_large_vocabulary_and_in_a_graph(rows):
+    logits = (torch.randn(rows, 151_936, device=DEVICE) * 3).bfloat16()
+    dials = [CUTS[n % len(CUTS)] for n in range(2, 2 + rows)]
+    u = torch.rand(rows, dtype=torch.float64)
+    wanted, sure = defined(logits, dials, u)
+    assert drawn(logits, dials, u)[sure].equal(wanted[sure])
+    (heat, cuts), graph = columns(dials, DEVICE), torch.cuda.CUDAGraph()
+    tokens, share = torch.zeros(rows, dtype=torch.int64, device=DEVICE), u.to(DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gpu_draw.draw(logits, heat, share, tokens, OPTIONS, cuts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    tokens.zero_()
+    with torch.cuda.graph(graph):
+        gpu_draw.draw(logits, heat, share, tokens, OPTIONS, cuts)
+    graph.replay()
+    assert tokens.cpu()[sure].equal(wanted[sure])
 
 
 def paged(lengths, counts, shape, dtype, *, exact=False):

@@ -24,10 +24,11 @@ from groundup.generate.request import Request
 from groundup.model import gpu
 from groundup.model.decoder import Decoder
 
-FIELDS = 8
-U, HEAT, POSITION, SEAT, SOURCE, ID, CELL, BLOCK = range(FIELDS)  # rows of a step's inputs
+FIELDS = 11
+# Rows of a step's inputs; the first are real numbers, a row's share of mass and its `dials`.
+U, HEAT, TOP_K, TOP_P, FLOOR, POSITION, SEAT, SOURCE, ID, CELL, BLOCK = range(FIELDS)
 SIZES = (1, 2, 4, 8, 16, 24)  # rows that graphs are made for, and then every multiple of 32
-IDLE = np.array([0, 0, -1, 0, -1, 0, -1, 0])[:, None]  # inputs of a row of padding
+IDLE = np.array([0, 0, 0, 0, 0, -1, 0, -1, 0, -1, 0])[:, None]  # inputs of a row of padding
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Buffers:
     inputs: Tensor  # [FIELDS, rows] on the device
     hosts: list[Tensor]  # the same on the host, twice: one may still be on its way
     pages: Any  # kept: a graph reads its tensors where they lie, and does not hold them
+    cuts: bool  # whether tokens are drawn behind top-k, top-p and min-p
     run: Callable[[], None]
     logits_BV: Tensor | None = None
 
@@ -78,7 +80,7 @@ class Decoding:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.seats: dict[Request, Seat] = {}
         self.free = list(range(rows))
-        self.buffers: dict[int, Buffers] = {}
+        self.buffers: dict[tuple[int, bool], Buffers] = {}
         self.turn, self.captures = 0, self.device.type == "cuda"
         self.pool: Any = None
         self.seconds = 0.0  # spent on making graphs
@@ -97,7 +99,8 @@ class Decoding:
 
         `draws` has the next tokens drawn on the device; else the logits are what is wanted.
         """
-        buffers = self.prepared(size_for(len(requests)))
+        cuts = draws and any(request.cuts for request in requests)
+        buffers = self.prepared(size_for(len(requests)), cuts=cuts)
         self.turn = 1 - self.turn
         if self.events[self.turn] is not None:  # one that nobody read may still be on its way
             self.events[self.turn].synchronize()
@@ -119,7 +122,7 @@ class Decoding:
         host = buffers.hosts[self.turn]
         table = host.numpy()
         table[:] = IDLE
-        real = table[: HEAT + 1].view(np.float64)
+        real = table[:POSITION].view(np.float64)
         cells: list[int] = []
         blocks: list[int] = []
         columns: list[tuple[int, int, int, int]] = []
@@ -137,8 +140,8 @@ class Decoding:
             else:
                 columns.append((at, seat.index, -1, request.last_token))
             seat.row = row
-            if draws and (heat := request.params.temperature) > 0:
-                real[U, row], real[HEAT, row] = request.uniform(), heat
+            if draws and request.dials[0] > 0:
+                real[:, row] = request.uniform(), *request.dials
         n, fits = len(requests), min(len(cells), table.shape[1])
         table[POSITION : ID + 1, :n] = np.array(columns).T
         table[CELL, :fits], table[BLOCK, :fits] = cells[:fits], blocks[:fits]
@@ -162,19 +165,19 @@ class Decoding:
             seat = self.seats[request] = Seat(index, request.holding.blocks)
         return seat
 
-    def prepared(self, size: int) -> Buffers:
+    def prepared(self, size: int, *, cuts: bool) -> Buffers:
         """Return the buffers of steps of so many rows, made when they are first needed."""
-        if size not in self.buffers:
+        if (size, cuts) not in self.buffers:
             start = time.perf_counter()
-            self.buffers[size] = self.prepare(min(size, self.rows))
+            self.buffers[size, cuts] = self.prepare(min(size, self.rows), cuts=cuts)
             self.seconds += time.perf_counter() - start
-        return self.buffers[size]
+        return self.buffers[size, cuts]
 
-    def prepare(self, size: int) -> Buffers:
+    def prepare(self, size: int, *, cuts: bool) -> Buffers:
         """Make the buffers of a number of rows and capture a graph, or say why there is none."""
         idle = torch.from_numpy(np.repeat(IDLE, size, axis=1)).to(self.device)
         hosts = [self.pinned(FIELDS, size) for _ in range(2)]
-        made = Buffers(idle, hosts, self.pages_of(idle), no_run)
+        made = Buffers(idle, hosts, self.pages_of(idle), cuts, no_run)
         made.run = partial(self.step, made)
         if not self.captures:
             return made
@@ -226,14 +229,15 @@ class Decoding:
 
     def step(self, buffers: Buffers) -> None:
         """Run a step over the inputs in some buffers."""
-        from groundup.model import gpu_layers
+        from groundup.model import gpu_draw, gpu_layers
 
         inputs, pages, options = buffers.inputs, buffers.pages, gpu.options(self.device)
-        u_B, heat_B = inputs[U].view(torch.float64), inputs[HEAT].view(torch.float64)
+        u_B, heat_B, *dials = inputs[:POSITION].view(torch.float64)
+        cuts = gpu_draw.Cuts(*dials) if buffers.cuts else None
         ids_B = gpu_layers.take(inputs[SOURCE:], self.tokens, self.table, options)
         at_1B, view = pages.position_T[None], Paged(self.cache, pages)
         buffers.logits_BV = self.model(ids_B[None], positions=at_1B, cache=view)[0]
-        gpu_layers.draw(buffers.logits_BV, heat_B, u_B, self.tokens, options)
+        gpu_draw.draw(buffers.logits_BV, heat_B, u_B, self.tokens, options, cuts)
 
 
 def size_for(rows: int) -> int:

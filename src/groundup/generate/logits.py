@@ -80,17 +80,30 @@ def top_k(logits_V: Tensor, k: int | Tensor) -> Tensor:
 
 
 def top_p(logits_V: Tensor, p: Number) -> Tensor:
-    """Keep the smallest set of likeliest ids that holds mass p (Holtzman et al. 2020, eq. 2)."""
-    ascending_V, order_V = logits_V.sort()
-    drop_V = ascending_V.softmax(-1).cumsum(-1) <= 1 - p
-    drop_V[..., -1] = False
-    return logits_V.masked_fill(drop_V.scatter(-1, order_V, drop_V), NEVER)
+    """Keep the smallest set of likeliest ids that holds mass p (Holtzman et al. 2020, eq. 2).
+
+    Of ids that tie with the least likely one kept, the highest stay, as many as the mass needs.
+    """
+    ascending_V, V = logits_V.sort().values, logits_V.shape[-1]
+    mass_V = ascending_V.softmax(-1, dtype=torch.float64).cumsum(-1)
+    dropped = (mass_V <= 1 - p).sum(-1, keepdim=True).clamp(max=V - 1)
+    edge = ascending_V.gather(-1, dropped)
+    ties = V - dropped - (ascending_V > edge).sum(-1, keepdim=True)
+    return logits_V.masked_fill(~reached(logits_V, edge, ties), NEVER)
+
+
+def reached(logits_V: Tensor, edge: Tensor, ties: Tensor) -> Tensor:
+    """Return whether ids are above the edge, or among the last so many at it."""
+    at_V = logits_V == edge
+    last_V = at_V.flip(-1).cumsum(-1).flip(-1) <= ties
+    return (logits_V > edge) | (at_V & last_V)
 
 
 def min_p(logits_V: Tensor, p: Number) -> Tensor:
     """Drop ids less likely than p times the likeliest (Nguyen et al. 2024, arXiv 2407.01082)."""
-    probs_V = logits_V.softmax(-1)
-    return logits_V.masked_fill(probs_V < p * probs_V.amax(-1, keepdim=True), NEVER)
+    floor = torch.as_tensor(p, dtype=torch.float64, device=logits_V.device).log()
+    behind_V = logits_V - logits_V.amax(-1, keepdim=True)
+    return logits_V.masked_fill(behind_V < floor.to(logits_V.dtype), NEVER)
 
 
 def typical_p(logits_V: Tensor, mass: Number) -> Tensor:

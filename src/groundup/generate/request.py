@@ -1,5 +1,6 @@
 """One answer in the making: its text as it grows, and when it ends."""
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from groundup.core.types import CompletionOutput, FinishReason
+from groundup.core.types import CompletionOutput, FinishReason, SamplingParams
 from groundup.generate.blocks import Holding
 from groundup.generate.logits import top
 from groundup.generate.processors import LogitsProcessors
@@ -16,6 +17,8 @@ from groundup.generate.stop import Stopping
 Pooling = Literal["last", "mean", "logits"]
 AT_ONCE = 64  # numbers drawn of a generator: one at a time costs 20 times as much
 TOGETHER = {"temperature", "top_k", "top_p", "min_p"}  # applied to all rows at once
+Dials = tuple[float, float, float, float]  # temperature, k, p, and the logarithm of min-p's p
+UNCUT = 1.0, 0.0, 1.0, -math.inf
 
 
 class Request:
@@ -43,9 +46,10 @@ class Request:
         self.generator = torch.Generator().manual_seed(seed + index)
         self.drawn: list[float] = []  # numbers of the generator that wait to be used
         self.simple = params.order == "transformers" and TOGETHER.issuperset(processors.names)
-        cuts = TOGETHER.intersection(processors.names) - {"temperature"}
+        self.dials = dials_of(params) if self.simple else UNCUT
+        self.cuts = self.dials[1:] != UNCUT[1:]
         scored = self.output.cumulative_logprob is not None
-        self.plain = self.simple and not cuts and not scored  # a kernel draws its tokens
+        self.plain = self.simple and not scored  # nothing but its token is wanted of a step
         self.prompt_logprobs: list[dict[int, float] | None] | None = None
         self.taken = 0
         self.holding = Holding(root=adapter)  # other adapters have other keys and values
@@ -161,3 +165,11 @@ class Request:
         output, stopping = self.output, self.stopping
         output.text = stopping.text
         output.finish_reason, output.stop_reason = stopping.reason, stopping.detail
+
+
+def dials_of(params: SamplingParams) -> Dials:
+    """Return what is applied to all rows at once; a greedy request cuts nothing."""
+    if params.temperature == 0:
+        return 0.0, *UNCUT[1:]
+    floor = math.log(params.min_p) if params.min_p else -math.inf
+    return params.temperature, params.top_k, params.top_p, floor

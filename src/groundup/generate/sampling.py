@@ -1,8 +1,9 @@
 """Choosing tokens for all rows of a batch at once, each row by its own parameters and seed.
 
-Rows that only temper and truncate are filtered together; whatever else a request asks for goes
-through its `processors`, the definition of every parameter, row by row. What a row draws depends
-on its own logits and generator alone. Shape suffixes: B rows, V vocabulary, C candidates.
+Rows that only temper and cut (top-k, top-p, min-p) are drawn together, by their `dials`; whatever
+else a request asks for goes through its `processors`, the definition of every parameter, row by
+row. What a row draws depends on its own logits and generator alone: the first token, by id, at
+which the mass of those kept exceeds a share. Shape suffixes: B rows, V vocabulary, C candidates.
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from groundup.core.types import SamplingParams
-from groundup.generate.request import Request
+from groundup.generate.logits import reached
+from groundup.generate.request import UNCUT, Dials, Request
 from groundup.model import gpu
 
 CANDIDATES = 256  # where the likeliest so many decide, the others are not sorted
@@ -29,46 +30,39 @@ def choose(logits_BV: Tensor, requests: Sequence[Request]) -> list[int]:
             except Exception as err:  # a user's own processor may raise anything
                 requests[n].end("error", str(err) or type(err).__name__)
     tokens_B = logits_BV.argmax(-1)
-    hot = [n for n, r in enumerate(requests) if r.params.temperature > 0]
-    few = [n for n in hot if requests[n].simple and truncates(requests[n].params)]
-    many = [n for n in hot if n not in few]
-    if many:
-        heat = [r.params.temperature if r.simple else 1.0 for r in (requests[n] for n in many)]
-        u_B1 = uniforms(requests, many).to(logits_BV.device)
-        tokens_B[many] = draw(logits_BV[many], column(heat, logits_BV), u_B1)
-    if few:
-        params = [requests[n].params for n in few]
-        warm_BV = logits_BV[few] / column([p.temperature for p in params], logits_BV)
-        u_B1 = uniforms(requests, few).to(logits_BV.device)
-        tokens_B[few] = draw_truncated(warm_BV, params, u_B1)
+    hot = [n for n, request in enumerate(requests) if request.params.temperature > 0]
+    kinds = [[n for n in hot if requests[n].cuts == cuts] for cuts in (False, True)]
+    for rows in kinds if not gpu.usable(logits_BV.device) else [hot]:
+        if rows:
+            dials = [requests[n].dials for n in rows]
+            u_B1 = column([requests[n].uniform() for n in rows], logits_BV.device)
+            tokens_B[rows] = draw(logits_BV[rows], dials, u_B1)
     return tokens_B.tolist()
 
 
-def draw(logits_BV: Tensor, heat_B1: Tensor, u_B1: Tensor) -> Tensor:
-    """Draw from all tokens at a temperature."""
+def draw(logits_BV: Tensor, dials: Sequence[Dials], u_B1: Tensor) -> Tensor:
+    """Draw each row's token at its temperature, from what its cuts leave."""
+    heat_B1, k_B1, p_B1, floor_B1 = (
+        column(values, logits_BV.device) for values in zip(*dials, strict=True)
+    )
+    cuts = any(own[1:] != UNCUT[1:] for own in dials)
     if gpu.usable(logits_BV.device):
-        from groundup.model import gpu_layers
+        from groundup.model import gpu_draw
 
         tokens_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
+        made = gpu_draw.Cuts(k_B1[:, 0], p_B1[:, 0], floor_B1[:, 0]) if cuts else None
         options = gpu.options(logits_BV.device)
-        gpu_layers.draw(logits_BV, heat_B1[:, 0], u_B1[:, 0], tokens_B, options)
+        gpu_draw.draw(logits_BV, heat_B1[:, 0], u_B1[:, 0], tokens_B, options, made)
         return tokens_B
-    return invert((logits_BV / heat_B1).softmax(-1), u_B1)
+    warm_BV = logits_BV / heat_B1.float()
+    if not cuts:
+        return invert(warm_BV.softmax(-1), u_B1)
+    return draw_cut(warm_BV, k_B1, p_B1, floor_B1.float(), u_B1)
 
 
-def truncates(params: SamplingParams) -> bool:
-    """Return whether some candidates are dropped."""
-    return bool(params.top_k) or params.top_p < 1 or params.min_p > 0
-
-
-def uniforms(requests: Sequence[Request], rows: Sequence[int]) -> Tensor:
-    """Return one number in [0, 1) of each row's own generator."""
-    return torch.tensor([requests[n].uniform() for n in rows], dtype=torch.float64)[:, None]
-
-
-def column(values: Sequence[float], like: Tensor) -> Tensor:
-    """Return one value a row, in the dtype and on the device of `like`."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+def column(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return one number a row."""
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
 
 def invert(probs_BC: Tensor, u_B1: Tensor) -> Tensor:
@@ -79,41 +73,55 @@ def invert(probs_BC: Tensor, u_B1: Tensor) -> Tensor:
     return torch.minimum(places_B1, last_B1)[:, 0]
 
 
-def draw_truncated(logits_BV: Tensor, params: Sequence[SamplingParams], u_B1: Tensor) -> Tensor:
+def draw_cut(warm_BV: Tensor, k_B1: Tensor, p_B1: Tensor, floor_B1: Tensor, u_B1: Tensor) -> Tensor:
     """Draw from what top-k, top-p and min-p leave; rows that need it are sorted whole."""
-    size = min(CANDIDATES, logits_BV.shape[-1])
-    sorted_BC, ids_BC = logits_BV.topk(size)
-    probs_BC, enough_B = truncate(logits_BV, sorted_BC, params)
+    given = k_B1, p_B1, floor_B1
+    top_BC, ids_BC = warm_BV.topk(min(CANDIDATES, warm_BV.shape[-1]))
+    edge_B1, ties_B1, enough_B = edges(warm_BV, top_BC, *given)
+    ids_BC, order_BC = ids_BC.sort()
+    probs_BC = kept(top_BC.gather(1, order_BC), edge_B1, ties_B1, floor_B1)
     tokens_B = ids_BC.gather(1, invert(probs_BC, u_B1)[:, None])[:, 0]
-    rest = (~enough_B).nonzero()[:, 0].tolist()
-    if rest:
-        sorted_BV, ids_BV = logits_BV[rest].sort(dim=-1, descending=True, stable=True)
-        probs_BV, _ = truncate(logits_BV[rest], sorted_BV, [params[n] for n in rest])
-        tokens_B[rest] = ids_BV.gather(1, invert(probs_BV, u_B1[rest])[:, None])[:, 0]
+    rest = (~enough_B).nonzero()[:, 0]
+    if len(rest):
+        rest_BV = warm_BV[rest]
+        sorted_BV = rest_BV.sort(descending=True).values
+        edge_B1, ties_B1, _ = edges(rest_BV, sorted_BV, *(x[rest] for x in given))
+        probs_BV = kept(rest_BV, edge_B1, ties_B1, floor_B1[rest])
+        tokens_B[rest] = invert(probs_BV, u_B1[rest])
     return tokens_B
 
 
-def truncate(
-    logits_BV: Tensor, sorted_BC: Tensor, params: Sequence[SamplingParams]
-) -> tuple[Tensor, Tensor]:
-    """Return the candidates' probabilities, 0 where dropped, and whether they were enough.
+def kept(values_BC: Tensor, edge_B1: Tensor, ties_B1: Tensor, floor_B1: Tensor) -> Tensor:
+    """Return candidates' masses, in the order of ids; 0 where they are dropped."""
+    behind_BC = values_BC - values_BC.amax(-1, keepdim=True)
+    stay_BC = reached(values_BC, edge_B1, ties_B1) & (behind_BC >= floor_B1)
+    return behind_BC.double().exp().masked_fill(~stay_BC, 0)
 
-    `sorted_BC` are the likeliest logits, descending. Top-k, then top-p of what is left, then
-    min-p, as in `logits.process`; ties with the k-th are kept.
+
+def edges(
+    warm_BV: Tensor, top_BC: Tensor, k_B1: Tensor, p_B1: Tensor, floor_B1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the least logit that top-k and then top-p keep, how many at it, and if that is known.
+
+    `top_BC` are the likeliest logits, descending. Ties with the k-th are kept. Where min-p, whose
+    logarithm is `floor_B1`, drops all that are not among the candidates, the edge does not matter.
     """
-    V, C = logits_BV.shape[-1], sorted_BC.shape[-1]
-    k_B1 = column([min(p.top_k or V, V) for p in params], sorted_BC).long()
-    p_B1 = column([p.top_p for p in params], sorted_BC.double())
-    floor_B1 = sorted_BC[:, :1] + column([p.min_p for p in params], sorted_BC).log()
-    probs_BC = (sorted_BC - logits_BV.logsumexp(-1, keepdim=True)).double().exp()
-    mass_B1 = probs_BC.sum(-1, keepdim=True)
-    kth_B1 = sorted_BC.gather(1, k_B1.clamp(max=C) - 1)
-    by_k_B1 = (k_B1 < C) & (kth_B1 > sorted_BC[:, -1:])
-    by_mass_B1 = (k_B1 == V) & ((mass_B1 > p_B1) | (sorted_BC[:, -1:] < floor_B1))
-    enough_B = (by_k_B1 | by_mass_B1)[:, 0] if C < V else by_k_B1.new_ones(len(params))
-    probs_BC = probs_BC.masked_fill(sorted_BC < kth_B1, 0)
-    total_B1 = torch.where(k_B1 < V, probs_BC.sum(-1, keepdim=True), 1.0)
-    before_BC = probs_BC.cumsum(-1) - probs_BC
-    dropped_BC = ((before_BC >= p_B1 * total_B1) & (p_B1 < 1)) | (sorted_BC < floor_B1)
-    dropped_BC[:, 0] = False
-    return probs_BC.masked_fill(dropped_BC, 0), enough_B
+    V, C = warm_BV.shape[-1], top_BC.shape[-1]
+    first_B1, last_B1 = top_BC[:, :1], top_BC[:, -1:]
+    all_B1 = (k_B1 == 0) | (k_B1 >= V)
+    kth_B1 = top_BC.gather(1, (k_B1.clamp(1, C) - 1).long())
+    kth_B1 = kth_B1.masked_fill(all_B1 | (k_B1 > C), float("-inf"))
+    mass_BC = (top_BC - first_B1).double().exp().masked_fill(top_BC < kth_B1, 0)
+    total_B1 = mass_BC.sum(-1, keepdim=True)
+    if C < V and bool((all_B1 & (p_B1 < 1)).any()):
+        whole_B1 = (warm_BV - first_B1).double().exp().sum(-1, keepdim=True)
+        total_B1 = total_B1.where(~all_B1, whole_B1)
+    before_BC = mass_BC.cumsum(-1) - mass_BC
+    inside_BC = (top_BC >= kth_B1) & (before_BC < p_B1 * total_B1)
+    count_B1 = inside_BC.sum(-1, keepdim=True).clamp(min=1)
+    edge_B1 = top_BC.gather(1, count_B1 - 1).where(p_B1 < 1, kth_B1)
+    ties_B1 = (count_B1 - (top_BC > edge_B1).sum(-1, keepdim=True)).where(p_B1 < 1, V)
+    summed_B1 = all_B1 | (kth_B1 > last_B1) | (p_B1 >= 1)  # what top-p takes its share of is known
+    found_B1 = (edge_B1 > last_B1) | (last_B1 - first_B1 < floor_B1)
+    enough_B = (summed_B1 & found_B1)[:, 0] if C < V else torch.ones_like(all_B1)[:, 0]
+    return edge_B1, ties_B1, enough_B

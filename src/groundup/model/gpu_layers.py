@@ -1,11 +1,11 @@
-"""A layer's other kernels on a GPU, in Triton: norms, gates, products of few rows, draws.
+"""A layer's other kernels on a GPU, in Triton: norms, gates, products of few rows.
 
 Few rows are bound by reading the weights, so `matvec` reads each weight once, with the norm or
 the gate before it and the residual behind it. Rounding is where the modules round. With PDL a
 kernel may start, and read weights, before the one ahead of it has ended (Hopper's programmatic
 dependent launch); then each waits before it touches anything else.
 
-Shape suffixes: B rows, N outputs, V vocabulary, C pieces of it.
+Shape suffixes: B rows, N outputs.
 """
 
 from typing import Any
@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-PIECE = 4096  # logits of one program
 TILE = {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}  # of exact products
 SPREAD = 256  # programs that a product of few rows has at least: 2 a multiprocessor
 WEIGHTS = 8192  # that one reads: 64 a thread, all on their way at once
@@ -177,65 +176,6 @@ def matmul_kernel(
 
 
 @triton.jit
-def weigh_kernel(logits, heat_B, parts, V, stride, C, PIECE: tl.constexpr, PDL: tl.constexpr):
-    """Find a piece's maximum, where it is, and its mass, for one row."""
-    first_wait(PDL)
-    row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    v = piece * PIECE + tl.arange(0, PIECE)
-    x = tl.load(logits + row * stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
-    heat = tl.load(heat_B + row).to(tl.float32)
-    most = tl.max(x, 0)
-    place = tl.min(tl.where((x == most) & (v < V), v, V), 0)
-    base = tl.where(most == float("-inf"), 0.0, most)  # all of a piece may be banned
-    mass = tl.sum(tl.exp((x - base) / tl.where(heat > 0, heat, 1.0)), 0)
-    target = parts + (row * C + piece) * 3
-    tl.store(target, most)
-    tl.store(target + 1, place.to(tl.float32))
-    tl.store(target + 2, mass)
-
-
-@triton.jit
-def draw_kernel(
-    logits,
-    heat_B,
-    u_B,
-    parts,
-    tokens,
-    V,
-    stride,
-    C,
-    PIECE: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Take a row's likeliest token, or the first whose cumulated mass exceeds the share u."""
-    first_wait(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, WIDE)
-    there = c < C
-    most_C = tl.load(parts + (row * C + c) * 3, mask=there, other=float("-inf"))
-    highest = tl.max(most_C, 0)
-    best = tl.min(tl.where((most_C == highest) & there, c, WIDE), 0)
-    token = tl.load(parts + (row * C + best) * 3 + 1).to(tl.int64)
-    heat = tl.load(heat_B + row).to(tl.float32)
-    if heat > 0:
-        mass_C = tl.load(parts + (row * C + c) * 3 + 2, mask=there, other=0.0)
-        mass_C = mass_C * tl.exp((most_C - highest) / heat)
-        behind_C = tl.cumsum(mass_C, 0)
-        wanted = tl.load(u_B + row).to(tl.float32) * tl.sum(mass_C, 0)
-        last = tl.max(tl.where(mass_C > 0, c, 0), 0)
-        piece = tl.minimum(tl.sum((there & (behind_C <= wanted)).to(tl.int32), 0), last)
-        before = tl.sum(tl.where(c < piece, mass_C, 0.0), 0)
-        v = piece * PIECE + tl.arange(0, PIECE)
-        x = tl.load(logits + row * stride + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        p = tl.exp((x - highest) / heat)
-        passed = tl.sum((tl.cumsum(p, 0) + before <= wanted).to(tl.int32), 0)
-        last_v = tl.max(tl.where(p > 0, tl.arange(0, PIECE), 0), 0)
-        token = (piece * PIECE + tl.minimum(passed, last_v)).to(tl.int64)
-    tl.store(tokens + row, token)
-
-
-@triton.jit
 def take_kernel(inputs, tokens, ids_B, table, B, WIDE: tl.constexpr, PDL: tl.constexpr):
     """Take each row's id, given or drawn in the step before; write new blocks into the table."""
     first_wait(PDL)
@@ -349,30 +289,6 @@ def matmul(
         **(TILE | options),
     )
     return out
-
-
-def draw(
-    logits_BV: Tensor, heat_B: Tensor, u_B: Tensor, tokens_B: Tensor, options: dict[str, Any]
-) -> None:
-    """Write each row's token: the likeliest where its temperature is 0, else drawn at share u."""
-    B, V = logits_BV.shape
-    C = triton.cdiv(V, PIECE)
-    parts = logits_BV.new_empty(B, C, 3, dtype=torch.float32)
-    stride = logits_BV.stride(0)
-    weigh_kernel[(B, C)](logits_BV, heat_B, parts, V, stride, C, PIECE=PIECE, **options)
-    draw_kernel[(B,)](
-        logits_BV,
-        heat_B,
-        u_B,
-        parts,
-        tokens_B,
-        V,
-        stride,
-        C,
-        PIECE=PIECE,
-        WIDE=triton.next_power_of_2(C),
-        **options,
-    )
 
 
 def take(inputs_4B: Tensor, tokens: Tensor, table: Tensor, options: dict[str, Any]) -> Tensor:
