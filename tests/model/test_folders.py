@@ -295,6 +295,24 @@ def test_numbers_that_are_none_or_lack_their_scales_are_named(folder, capsys):
     assert main(["generate", str(folder), "--prompt", "x"]) == 2
 
 
+def test_one_thread_looks_at_every_number(folder, monkeypatch):
+    seen, total = set(), torch.Tensor.sum
+
+    def noting(tensor, *given, **settings):
+        seen.add(torch.get_num_threads())
+        return total(tensor, *given, **settings)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        monkeypatch.setattr(torch.Tensor, "sum", noting)
+        folders.check_numbers(read_weights(folder), folder)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}
+
+
 def test_files_of_no_model_are_one_line(folder, tmp_path, capsys):
     stopped = tmp_path / "run" / "checkpoints" / "step-5"
     shutil.copytree(folder, stopped)
