@@ -47,7 +47,7 @@ def make_model(name: str, folder: Path, tokenizer: Tokenizer) -> Path:
         num_attention_heads=heads,
         num_key_value_heads=narrow,
         head_dim=64,
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
         tie_word_embeddings=False,
         initializer_range=0.05,
         **SHAPES[name],
@@ -194,6 +194,12 @@ ROWS = {
     "prefill": Row(
         "125M, prefill 512", "125M", [512], [1], "int8", {"llama.cpp": 2.0}, prefill=True
     ),
+    **{
+        f"read{n}": Row(
+            f"125M, prefill {n}, fp32", "125M", [n], [1], None, {"transformers": 1.0}, prefill=True
+        )
+        for n in (64, 512, 2048)
+    },
     "small": Row(
         "25M, decode, batch 1",
         "25M",
@@ -213,6 +219,8 @@ def contestants(row: Row, folder: Path, threads: int) -> dict[str, Run]:
     if row.title == ROWS["mixed"].title:
         paged = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         makers["transformers generate_batch"] = continuous(paged)
+    elif "llama.cpp" not in row.goals:
+        pass
     elif row.quantization:
         for count in sorted({1, threads}):
             file = gguf(folder, "q8_0")

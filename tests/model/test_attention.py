@@ -66,6 +66,23 @@ def test_equals_torch(reach, q_dtype, v_dtype, tolerance, heads, groups, size):
 
 
 @needs_kernels
+@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize("T", [1, 40, 100])
+def test_queries_behind_a_past_see_what_a_mask_shows_them(T, window):
+    torch.manual_seed(0)
+    S = 130
+    q, k, v = (torch.randn(1, n, size, 32).transpose(1, 2) for n, size in ((T, 4), (S, 2), (S, 2)))
+    at_T, places_S = torch.arange(S - T, S), torch.arange(S)
+    mask = places_S <= at_T[:, None]
+    first = None
+    if window is not None:
+        mask &= at_T[:, None] - places_S < window
+        first = (at_T - window + 1).clamp(min=0).int()[None]
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(causal_attention(q, k, v, first, 0.3), wanted, atol=2e-6, rtol=2e-6)
+
+
+@needs_kernels
 def test_threads_change_no_bit():
     torch.manual_seed(0)
     q, k, v = (head(3, 32, torch.float32) for _ in range(3))

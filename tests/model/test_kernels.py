@@ -11,7 +11,7 @@ from torch import nn
 from groundup.core.errors import ConfigError
 from groundup.generate.cache import Batch, Feed, KVCache
 from groundup.model import Decoder, ModelConfig, kernels, native, quant
-from groundup.model.view import FastLayer, FastStack, view_of
+from groundup.model.view import FastLayer, FastStack, NarrowMLP, NarrowNorm, view_of
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no g++ here")
 SHAPES = [(1, 16, 4), (3, 33, 70), (5, 100, 65), (9, 48, 128), (17, 7, 3)]
@@ -125,7 +125,9 @@ def test_norm_and_gate_equal_torchs():
         torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-6, shift=shift), wanted)
     x = torch.cat([torch.randn(9, 70) * 30, torch.tensor([[-200.0, 200.0] * 35])])
     gate, up = x.chunk(2, -1)
-    torch.testing.assert_close(kernels.silu_mul(x), F.silu(gate) * up, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        kernels.silu_mul(*x.chunk(2, -1)), F.silu(gate) * up, atol=1e-6, rtol=1e-5
+    )
 
 
 FAMILIES = {
@@ -182,6 +184,24 @@ def test_an_fp32_view_follows_its_model_in_place():
         for weight in model.parameters():
             weight.mul_(1.5)
         torch.testing.assert_close(view(ids), model(ids))
+
+
+@needs_kernels
+def test_a_view_in_bf16_has_fewer_passes_and_the_same_logits():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    model = Decoder(ModelConfig(model_type="qwen3", **sizes)).bfloat16().eval()
+    made, ids = view_of(model), torch.randint(64, (1, 50))
+    layer = made.model.layers[0]
+    assert type(layer.mlp) is NarrowMLP
+    assert type(layer.self_attn.q_norm) is NarrowNorm
+    with torch.no_grad():
+        exact = Decoder(model.config)
+        exact.load_state_dict(model.state_dict())
+        wanted, found, before = exact(ids), made(ids), model(ids)
+    assert found.dtype == torch.bfloat16
+    error, ours = (before - wanted).norm(), (found - wanted).norm()
+    assert ours < 1.2 * error
 
 
 def test_int8_off_the_cpu_or_in_bf16_is_refused():

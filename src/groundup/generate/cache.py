@@ -19,7 +19,8 @@ from torch import Tensor
 
 from groundup.core.errors import ConfigError
 from groundup.generate.config import EngineConfig
-from groundup.model import gpu, kernels
+from groundup.model import gpu, kernels, passes
+from groundup.model.attention import DTYPES, causal_attention, takes
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Attention, Decoder
 from groundup.model.rope import rotate
@@ -114,7 +115,7 @@ class Batch:
         self.places = [np.arange(f.computed, f.computed + len(f.ids)) for f in feeds]
         self.ids_1T = self.tensor([i for feed in feeds for i in feed.ids])[None]
         self.positions_1T = self.tensor(np.concatenate(self.places))[None]
-        self.windows: dict[int | None, list[Tensor]] = {}
+        self.masks: dict[tuple[int, int | None], Tensor] = {}
         self.steps: dict[int, kernels.Step] = {}
         self.kept: list[tuple[Tensor, Tensor]] = []  # the steps point into these
 
@@ -201,29 +202,41 @@ class Batch:
     ) -> Tensor:
         """Store the new keys and values; every request attends to its own, and no other."""
         if self.cache.fast:
-            outs_NTHD = [self.attend_in_kernel(attention, q_1THD, k_1TKD, v_1TKD, rotary)]
+            first_NHD = self.attend_in_kernel(attention, q_1THD, k_1TKD, v_1TKD, rotary)
             if self.attending == self.ids_1T.shape[1]:
-                return outs_NTHD[0].flatten(1)[None]
-        keys, values = self.cache.keys[attention.layer], self.cache.values[attention.layer]
-        q_1HTD = rotate(q_1THD.transpose(1, 2), *rotary)
-        if not self.cache.fast:
-            k_1KTD = rotate(k_1TKD.transpose(1, 2), *rotary)
+                return first_NHD.flatten(1)[None]
+            q_1HTD = turned(q_1THD, rotary)
+        else:
+            keys, values = self.cache.keys[attention.layer], self.cache.values[attention.layer]
+            q_1HTD, k_1KTD = turned(q_1THD, rotary), turned(k_1TKD, rotary)
             keys.index_copy_(0, self.new_slots, k_1KTD[0].transpose(0, 1).to(keys.dtype))
             values.index_copy_(0, self.new_slots, v_1TKD[0].to(values.dtype))
-            outs_NTHD = [self.attend_singles(attention, q_1HTD)] if self.few else []
-        masks = self.masks(attention.window)
-        for chunk, mask in zip(self.chunks, masks, strict=True):
-            k_1KSD, v_1KSD = (x[chunk.slots_S].transpose(0, 1)[None] for x in (keys, values))
-            causal = chunk.fresh and attention.window is None
-            out_1HTD = attention.attend(
-                q_1HTD[:, :, chunk.start : chunk.stop],
-                k_1KSD,
-                v_1KSD,
-                None if causal else mask,
-                causal=causal,
+            first_NHD = q_1THD[0, :0]
+            if self.few:
+                first_NHD = self.attend_singles(attention, q_1HTD)
+        outs_NTHD = [first_NHD] if len(first_NHD) else []
+        outs_NTHD += [self.attend_chunk(attention, q_1HTD, chunk) for chunk in self.chunks]
+        out_THD = outs_NTHD[0] if len(outs_NTHD) == 1 else torch.cat(outs_NTHD)
+        return out_THD.flatten(1)[None]
+
+    def attend_chunk(self, attention: Attention, q_1HTD: Tensor, chunk: Chunk) -> Tensor:
+        """Return what several new tokens of one request attend to, [T, H, D]."""
+        layer, window = attention.layer, attention.window
+        k_1KSD, v_1KSD = (
+            x[chunk.slots_S].transpose(0, 1)[None]
+            for x in (self.cache.keys[layer], self.cache.values[layer])
+        )
+        q_1HTD = q_1HTD[:, :, chunk.start : chunk.stop]
+        if self.cache.fast and takes(q_1HTD, k_1KSD, v_1KSD):  # in bf16 torch is faster
+            first_1T = (
+                None if window is None else (chunk.at_T - window + 1).clamp(min=0).int()[None]
             )
-            outs_NTHD.append(out_1HTD[0].transpose(0, 1))
-        return torch.cat(outs_NTHD).flatten(1)[None]
+            out_1HTD = causal_attention(q_1HTD, k_1KSD, v_1KSD, first_1T, attention.scale)
+        elif chunk.fresh and window is None:
+            out_1HTD = attention.attend(q_1HTD, k_1KSD, v_1KSD, None, causal=True)
+        else:
+            out_1HTD = attention.attend(q_1HTD, k_1KSD, v_1KSD, self.mask(chunk, window))
+        return out_1HTD[0].transpose(0, 1)
 
     def attend_in_kernel(
         self,
@@ -254,11 +267,20 @@ class Batch:
         mask_R11S = visible(at_R, table_RS.shape[1], attention.window)[:, None, None]
         return attention.attend(q_RH1D, k_RKSD, v_RKSD, mask_R11S)[:, :, 0]
 
-    def masks(self, window: int | None) -> list[Tensor]:
-        """Return each chunk's mask [T, S], True where a token may look."""
-        if window not in self.windows:
-            self.windows[window] = [visible(c.at_T, len(c.slots_S), window) for c in self.chunks]
-        return self.windows[window]
+    def mask(self, chunk: Chunk, window: int | None) -> Tensor:
+        """Return a chunk's mask [T, S], True where a token may look; made once for all layers."""
+        made = self.masks.get((chunk.start, window))
+        if made is None:
+            made = visible(chunk.at_T, len(chunk.slots_S), window)
+            self.masks[chunk.start, window] = made
+        return made
+
+
+def turned(x_1THD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Return heads [1, H, T, D] turned by their angles."""
+    kernel = x_1THD.dtype in DTYPES and passes.kernels(x_1THD) is not None
+    x_1HTD = x_1THD.transpose(1, 2)
+    return passes.turn(x_1HTD, *rotary, 1.0) if kernel else rotate(x_1HTD, *rotary)
 
 
 def visible(at_T: Tensor, size: int, window: int | None) -> Tensor:

@@ -32,6 +32,7 @@ from groundup.model.adapter import Adapter
 from groundup.model.adapter import load_adapter as read_adapter
 from groundup.model.decoder import Decoder
 from groundup.model.gpu import GpuStack
+from groundup.model.heap import keep_memory
 from groundup.model.mixing import Mix, check_mixable, with_adapters
 from groundup.model.view import Move, stamp, view_of
 from groundup.tokenizer import Tokenizer
@@ -69,6 +70,8 @@ class Engine:
             weight.dtype,
             exact=config.batch_invariant,
         )
+        if not on_gpu:
+            keep_memory()  # behind the cache, whose pages are to be given back with it
         self.weights_version: list[float] = []
         self.adapters: dict[str, Adapter] = {}
         self.mix = Mix()

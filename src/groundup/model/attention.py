@@ -88,7 +88,11 @@ class Strided(ctypes.Structure):
 class Shape(ctypes.Structure):
     """The shape of attention; `first` may be null."""
 
-    _fields_ = (*((name, L) for name in "BHKTD"), ("scale", F), ("first", P))
+    _fields_ = (
+        *((name, L) for name in ("B", "H", "K", "T", "D", "past")),
+        ("scale", F),
+        ("first", P),
+    )
 
 
 def takes(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> bool:
@@ -118,7 +122,9 @@ def causal_attention(
 ) -> Tensor:
     """Return softmax(scale q k^T) v [B, H, T, D], query t looking at keys first[t] (int32) to t.
 
-    Products and sums are in fp32; the result has the values' dtype, and lies as [B, T, H, D].
+    Of S keys the first S - T lie before all queries' own: t is then counted from there on, and
+    there are no gradients. Products and sums are in fp32; the result has the values' dtype, and
+    lies as [B, T, H, D].
     """
     return attended(q_BHTD, k_BKTD, v_BKTD, first_BT, scale)[0]
 
@@ -157,6 +163,7 @@ def slopes(
     given = [dense(x) for x in (q_BHTD, k_BKTD, v_BKTD)]
     found = native.training()
     assert found is not None
+    assert q_BHTD.shape[2] == k_BKTD.shape[2]
     grads = [laid_out_like(x, x.dtype) for x in given]
     d_out = dense(d_out_BHTD)
     tensors = [strided(x) for x in (*given, d_out)]
@@ -230,6 +237,6 @@ def strided(x_BHTD: Tensor) -> Strided:
 def shape(q_BHTD: Tensor, k_BKTD: Tensor, first_BT: Tensor | None, scale: float) -> Shape:
     """Return the shape of attention."""
     B, H, T, D = q_BHTD.shape
-    return Shape(
-        B, H, k_BKTD.shape[1], T, D, scale, None if first_BT is None else first_BT.data_ptr()
-    )
+    K, S = k_BKTD.shape[1:3]
+    first = None if first_BT is None else first_BT.data_ptr()
+    return Shape(B, H, K, T, D, S - T, scale, first)

@@ -62,7 +62,7 @@ ARGUMENTS = {
     "int8_offset": (),
     "linear": (P, N, P, P, L, L, N),
     "rms_norm": (P, P, P, L, L, F, N, N),
-    "silu_mul": (P, P, L, L, N),
+    "silu_mul": (P, P, L, P, L, L, N),
     "attend": (P, P, P, P, P, L, L, L, P, P, P, N),
     "layers": (P, L, P, P, P, P, P, N),
     "quantize": (P, L, L, P, P, L, N),
@@ -203,11 +203,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shift: bool) -> Tensor:
     return out
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    """Return silu of the first half of the last dimension times the second half."""
-    x, N = x.contiguous(), x.shape[-1] // 2
-    out = x.new_empty((*x.shape[:-1], N))
-    lib().silu_mul(x.data_ptr(), out.data_ptr(), out.numel() // N, N, torch.get_num_threads())
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up of rows that lie alike: apart, or side by side in one product."""
+    N, stride = gate.shape[-1], gate.stride(-2)
+    assert gate.stride() == up.stride()
+    assert gate.stride(-1) == 1
+    out = gate.new_empty(gate.shape)
+    places = gate.data_ptr(), up.data_ptr(), stride, out.data_ptr()
+    lib().silu_mul(*places, out.numel() // N, N, torch.get_num_threads())
     return out
 
 

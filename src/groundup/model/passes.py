@@ -108,7 +108,7 @@ def turn(x_BHTD: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor, way: float) -> Tens
 
 def kernels(x: Tensor) -> ctypes.CDLL | None:
     """Return the kernels, where they are for this tensor."""
-    return None if x.dtype == torch.float64 else native.passes()
+    return None if x.device.type != "cpu" or x.dtype == torch.float64 else native.passes()
 
 
 @norm.register_fake

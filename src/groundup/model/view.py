@@ -7,6 +7,7 @@ they lie, so they follow training in place; int8 views are made anew when weight
 
 import copy
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundup.core.errors import ConfigError
-from groundup.model import gpu, kernels
+from groundup.model import gpu, kernels, passes
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Attention, Cache, Context, Decoder, Layer, RMSNorm, Stack
 from groundup.model.mlp import MLP, Experts
@@ -102,14 +103,24 @@ class FusedLinear(nn.Module):
     def __init__(self, *parts: nn.Linear, exact: bool) -> None:
         super().__init__()
         self.parts, self.exact = parts, exact
+        self.widths = [part.out_features for part in parts]
         self.product = kernels.Product([p.weight for p in parts], [p.bias for p in parts])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return all outputs side by side."""
+        """Return the outputs of a single layer."""
+        [out] = self.each(x)
+        return out
+
+    def each(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the outputs of every layer."""
         if self.exact or x.numel() <= FEW * x.shape[-1]:
-            return self.product(x)
-        outs = [part(x) for part in self.parts]
-        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+            return self.product(x).split(self.widths, -1)
+        return [part(x) for part in self.parts]
+
+
+def outputs(product: nn.Module, x: Tensor, widths: list[int]) -> Sequence[Tensor]:
+    """Return the outputs of layers that were joined; many rows of fp32 are never side by side."""
+    return product.each(x) if isinstance(product, FusedLinear) else product(x).split(widths, -1)
 
 
 class FastAttention(Attention):
@@ -120,7 +131,7 @@ class FastAttention(Attention):
 
     def heads(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, T, H, D], keys and values [B, T, K, D], not yet turned."""
-        q_BTC, k_BTC, v_BTC = self.qkv_proj(x_BTE).split(self.widths, -1)
+        q_BTC, k_BTC, v_BTC = outputs(self.qkv_proj, x_BTE, self.widths)
         if self.qk_norm == "width":
             q_BTC, k_BTC = self.q_norm(q_BTC), self.k_norm(k_BTC)
         q_BTHD, k_BTKD, v_BTKD = (
@@ -135,10 +146,11 @@ class FastMLP(MLP):
     """A gated MLP whose gate and up come from one product."""
 
     gate_up_proj: nn.Module
+    widths: list[int]
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate, widen and narrow again."""
-        return self.down_proj(kernels.silu_mul(self.gate_up_proj(x)))
+        return self.down_proj(kernels.silu_mul(*outputs(self.gate_up_proj, x, self.widths)))
 
 
 def view_of(
@@ -162,11 +174,35 @@ def view_of(
     return cast(Decoder, exchange(model, Maker(quantization, exact)))
 
 
+class NarrowNorm(RMSNorm):
+    """RMSNorm of bf16 in fewer passes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension in fp32."""
+        wide = x.float()
+        normed, _ = passes.norm(wide, wide.new_ones(wide.shape[-1]), self.eps)
+        return normed.to(x.dtype).mul_(self.weight)
+
+
+class NarrowMLP(MLP):
+    """A gated MLP in bf16 whose gate is one pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate, widen and narrow again."""
+        return self.down_proj(passes.gate(self.gate_proj(x), self.up_proj(x)))
+
+
 def evaluating(module: nn.Module) -> nn.Module:
     """Return a copy of a module tree around the same weights, without dropout."""
-    made = copy.copy(module)
+    made: Any = copy.copy(module)
     made._modules = {name: child and evaluating(child) for name, child in module._modules.items()}
     made.training = False
+    weight = next(module.parameters(), None)
+    if weight is not None and weight.dtype == torch.bfloat16 and passes.kernels(weight) is not None:
+        if type(module) is RMSNorm and not module.gemma:
+            made.__class__ = NarrowNorm
+        elif type(module) is MLP and module.activate is F.silu:
+            made.__class__ = NarrowMLP
     return made
 
 
@@ -238,6 +274,7 @@ def exchange(module: nn.Module, make: Maker) -> nn.Module:
     elif type(module) is MLP and make.fast and is_swiglu(module):
         made.__class__ = FastMLP
         made.gate_up_proj = make.join(module.gate_proj, module.up_proj)
+        made.widths = [p.out_features for p in (module.gate_proj, module.up_proj)]
         del made._modules["gate_proj"], made._modules["up_proj"]
     for name, child in made._modules.items():
         is_router = type(module) is Experts and name == "gate"  # small, and decides much

@@ -1,17 +1,15 @@
 """One optimizer step's forward and backward passes, exact however the step is cut up."""
 
-import ctypes
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from groundup.core.progress import say
+from groundup.model.heap import keep_memory
 from groundup.train.batches import StepBatch
 from groundup.train.blocks import CompiledBlocks, blocks
 from groundup.train.gpu import products
@@ -19,21 +17,7 @@ from groundup.train.objectives import Metrics, MicroBatch, Objective, Stats
 from groundup.train.ranks import ALONE, Ranks
 from groundup.train.sharding import exchange_behind_the_last
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's numbers for them, in malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@cache
-def keep_memory() -> None:
-    """Tell glibc's malloc to keep what a step frees for the next one, where that is the malloc.
-
-    It gives large blocks back to the system, and gets them again page by page: 16,000 page faults
-    a step of the quickstart's model, 5 to 8 % of its time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for parameter, most in ((MMAP_THRESHOLD, 2**30), (TRIM_THRESHOLD, 2**31 - 1)):
-            mallopt(parameter, most)
 
 
 @dataclass(frozen=True)

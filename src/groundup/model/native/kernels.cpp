@@ -56,7 +56,10 @@ void one_layer(Crew& crew, const Layer& l, const Step& step, float* x, float* ke
     });
     product(crew, &l.o, 1, s.mixed.data(), Ready(), x, x, T, q_width, s.bytes);
     product(crew, l.gate_up, 2, normed, norm_by(l.mlp_norm), nullptr, s.wide.data(), T, l.E, s.bytes);
-    auto gate = [&](long t) { gate_row(s.wide.data() + t * 2 * l.wide, gated + t * l.wide, l.wide); };
+    auto gate = [&](long t) {
+        const float* row = s.wide.data() + t * 2 * l.wide;
+        gate_row(row, row + l.wide, gated + t * l.wide, l.wide);
+    };
     product(crew, &l.down, 1, gated, gate, x, x, T, l.wide, s.bytes);
 }
 
@@ -81,9 +84,10 @@ void rms_norm(const float* x, const float* weight, float* out, long M, long K, f
     for (long m = 0; m < M; m++) norm_row(x + m * K, weight, out + m * K, K, eps, shift);
 }
 
-void silu_mul(const float* x, float* out, long M, long N, int threads) {
+// Rows of both lie `stride` apart.
+void silu_mul(const float* gate, const float* up, long stride, float* out, long M, long N, int threads) {
 #pragma omp parallel for schedule(static) num_threads(M < 4 ? 1 : threads)
-    for (long m = 0; m < M; m++) gate_row(x + m * 2 * N, out + m * N, N);
+    for (long m = 0; m < M; m++) gate_row(gate + m * stride, up + m * stride, out + m * N, N);
 }
 
 // Store the keys and values of T tokens; then let the first R of them attend. Strides are those of

@@ -71,10 +71,10 @@ inline void norm_row(const float* x, const float* weight, float* out, long K, fl
     for (long k = 0; k < K; k++) out[k] = x[k] * factor * (weight[k] + add);
 }
 
-// silu(gate) * up, where the gate's N values lie before up's.
-inline void gate_row(const float* x, float* out, long N) {
+// silu(gate) * up.
+inline void gate_row(const float* gate, const float* up, float* out, long N) {
 #pragma omp simd
-    for (long n = 0; n < N; n++) out[n] = x[n] / (1.0f + exponential(-x[n])) * x[N + n];
+    for (long n = 0; n < N; n++) out[n] = gate[n] / (1.0f + exponential(-gate[n])) * up[n];
 }
 
 // One row's activations as int8 and their scale, the largest one at 127; ties round to even.

@@ -102,8 +102,10 @@ struct Tensor {
 
 struct Shape {
     long B, H, K, T, D;
+    long past;  // keys before the first query's own; none where there are gradients
     float scale;
     const int32_t* first;  // [B, T], the first key that a query looks at; null: all before it
+    long keys() const { return past + T; }
 };
 
 // `count` positions of a head from `start` on, as float32 [count, D] times `factor`.
@@ -147,13 +149,13 @@ struct Block {
     Block(const Shape& s, long b, long start) : start(start), count(std::min(BLOCK, s.T - start)) {
         low = 0;
         if (s.first) low = *std::min_element(s.first + b * s.T + start, s.first + b * s.T + start + count);
-        width = (start + count - low + LANES - 1) / LANES * LANES;
+        width = (s.past + start + count - low + LANES - 1) / LANES * LANES;
     }
     // The columns [from, to) of row i that its query looks at.
     long from(const Shape& s, long b, long i) const {
         return s.first ? s.first[b * s.T + start + i] - low : 0;
     }
-    long to(long i) const { return start + i + 1 - low; }
+    long to(const Shape& s, long i) const { return s.past + start + i + 1 - low; }
 };
 
 // Columns of a score that lie within [from, to) out of 16 from c on.
@@ -187,10 +189,10 @@ float top(const float* row, long width, long from, long to) {
 
 // The fp32 copies that a thread works on.
 struct Scratch {
-    long wide;  // between rows of scores: a little more than T, so that rows do not share a cache set
+    long wide;  // between rows of scores: a little more than keys, so that rows share no cache set
     std::vector<float> q, k, v, kt, vt, d_out, weights, slopes, out, dk, dv;
-    Scratch(const Shape& s, bool backward) : wide((s.T + LANES - 1) / LANES * LANES + LANES) {
-        long all = s.T * s.D, block = BLOCK * s.D, turned = s.D * wide;
+    Scratch(const Shape& s, bool backward) : wide((s.keys() + LANES - 1) / LANES * LANES + LANES) {
+        long all = s.keys() * s.D, block = BLOCK * s.D, turned = s.D * wide;
         q.resize(block), out.resize(block), k.resize(all), v.resize(all), kt.resize(turned);
         weights.resize(BLOCK * wide);
         if (!backward) return;
@@ -201,9 +203,9 @@ struct Scratch {
 
 void forward_head(const Shape& s, long b, long g, const Tensor& q, const Tensor& k, const Tensor& v,
                   const Tensor& out, float* log_z, Scratch& own) {
-    read(k, s, b, g, 0, s.T, 1.0f, own.k.data());
-    read(v, s, b, g, 0, s.T, 1.0f, own.v.data());
-    transpose(own.k.data(), s.T, s.D, own.kt.data(), own.wide);
+    read(k, s, b, g, 0, s.keys(), 1.0f, own.k.data());
+    read(v, s, b, g, 0, s.keys(), 1.0f, own.v.data());
+    transpose(own.k.data(), s.keys(), s.D, own.kt.data(), own.wide);
     for (long h = g * s.H / s.K; h < (g + 1) * s.H / s.K; h++)
         for (long start = 0; start < s.T; start += BLOCK) {
             Block block(s, b, start);
@@ -213,12 +215,12 @@ void forward_head(const Shape& s, long b, long g, const Tensor& q, const Tensor&
             float totals[BLOCK];
             for (long i = 0; i < block.count; i++) {
                 float* row = own.weights.data() + i * own.wide;
-                long from = block.from(s, b, i), to = block.to(i);
+                long from = block.from(s, b, i), to = block.to(s, i);
                 float shift = top(row, block.width, from, to);
                 totals[i] = weigh(row, block.width, from, to, shift);
                 log_z[(b * s.H + h) * s.T + start + i] = shift + std::log(totals[i]);
             }
-            long keys = start + block.count - block.low;
+            long keys = s.past + start + block.count - block.low;
             product(block.count, s.D, keys, own.weights.data(), own.wide, 1,
                     own.v.data() + block.low * s.D, s.D, own.out.data(), s.D, false);
             for (long i = 0; i < block.count; i++)
@@ -258,7 +260,7 @@ void backward_head(const Shape& s, long b, long g, const Tensor& q, const Tensor
                     own.vt.data() + block.low, own.wide, slopes, own.wide, false);
             for (long i = 0; i < block.count; i++) {
                 float* row = weights + i * own.wide;
-                weigh(row, block.width, block.from(s, b, i), block.to(i),
+                weigh(row, block.width, block.from(s, b, i), block.to(s, i),
                       log_z[(b * s.H + h) * s.T + start + i]);
                 soften(row, slopes + i * own.wide, block.width);
             }
