@@ -278,9 +278,10 @@ class Batch:
 
 def turned(x_1THD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Return heads [1, H, T, D] turned by their angles."""
-    kernel = x_1THD.dtype in DTYPES and passes.kernels(x_1THD) is not None
-    x_1HTD = x_1THD.transpose(1, 2)
-    return passes.turn(x_1HTD, *rotary, 1.0) if kernel else rotate(x_1HTD, *rotary)
+    x_1HTD, many = x_1THD.transpose(1, 2), x_1THD.shape[1] > SHORT
+    if many and x_1THD.dtype in DTYPES and passes.kernels(x_1THD) is not None:
+        return passes.turn(x_1HTD, *rotary, 1.0)
+    return rotate(x_1HTD, *rotary)
 
 
 def visible(at_T: Tensor, size: int, window: int | None) -> Tensor:

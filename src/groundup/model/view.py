@@ -179,6 +179,8 @@ class NarrowNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension in fp32."""
+        if x.numel() <= FEW * x.shape[-1]:  # there a call costs more than it saves
+            return super().forward(x)
         wide = x.float()
         normed, _ = passes.norm(wide, wide.new_ones(wide.shape[-1]), self.eps)
         return normed.to(x.dtype).mul_(self.weight)
@@ -189,6 +191,8 @@ class NarrowMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate, widen and narrow again."""
+        if x.numel() <= FEW * x.shape[-1]:
+            return super().forward(x)
         return self.down_proj(passes.gate(self.gate_proj(x), self.up_proj(x)))
 
 
