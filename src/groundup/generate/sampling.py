@@ -114,7 +114,7 @@ def edges(
     mass_BC = (top_BC - first_B1).double().exp().masked_fill(top_BC < kth_B1, 0)
     total_B1 = mass_BC.sum(-1, keepdim=True)
     if C < V and bool((all_B1 & (p_B1 < 1)).any()):
-        whole_B1 = (warm_BV - first_B1).double().exp().sum(-1, keepdim=True)
+        whole_B1 = (warm_BV - first_B1).exp_().sum(-1, keepdim=True).double()
         total_B1 = total_B1.where(~all_B1, whole_B1)
     before_BC = mass_BC.cumsum(-1) - mass_BC
     inside_BC = (top_BC >= kth_B1) & (before_BC < p_B1 * total_B1)
