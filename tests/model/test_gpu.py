@@ -12,7 +12,7 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 pytest.importorskip("triton")
 
-from groundup.generate.sampling import draw_cut  # noqa: E402
+from groundup.generate.sampling import cuts_hold, draw_cut  # noqa: E402
 from groundup.model import gpu, gpu_attention, gpu_draw, gpu_layers  # noqa: E402
 from groundup.model.gpu_attention import Pages, Shape  # noqa: E402
 
@@ -150,6 +150,24 @@ def test_every_token_that_is_kept_can_be_drawn_and_no_other(monkeypatch, cut):
     wanted, sure = defined(rows, dials, u)
     assert drawn(rows, dials, u)[sure].equal(wanted[sure])
     assert len(wanted[sure].unique()) > 5
+
+
+def test_kernels_of_cuts_are_tried_before_they_are_used(monkeypatch):
+    monkeypatch.setattr(gpu_draw, "PIECE", 512)
+    tried = cuts_hold.__wrapped__
+    for dtype in DTYPES:
+        assert tried(DEVICE, dtype)
+
+    def wrong(logits_BV, heat_B, u_B, tokens_B, options, cuts):
+        tokens_B.zero_()
+
+    def failing(*given):
+        raise RuntimeError("no such instruction")
+
+    for broken, said in ((wrong, "where a CPU draws"), (failing, "no such instruction")):
+        monkeypatch.setattr(gpu_draw, "draw", broken)
+        with pytest.warns(UserWarning, match=said):
+            assert not tried(DEVICE, torch.float32)
 
 
 def test_a_draw_behind_cuts_reads_nothing_on_the_host(monkeypatch):

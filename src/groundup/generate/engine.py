@@ -24,7 +24,7 @@ from groundup.generate.paged import make_batch
 from groundup.generate.params import check, check_prompt, check_room, tidy
 from groundup.generate.processors import LogitsProcessors, make_processors
 from groundup.generate.request import Pooling, Request
-from groundup.generate.sampling import choose
+from groundup.generate.sampling import choose, cuts_hold
 from groundup.generate.schedule import Plan, Schedule
 from groundup.generate.speculative import Speculator, make_speculator
 from groundup.generate.stop import Stopping
@@ -216,7 +216,7 @@ class Engine:
                 return done
             assert self.decoding is not None
             requests = [request for request, _ in plan]
-            draws = self.watch is None and all(request.plain for request in requests)
+            draws = self.watch is None and all(map(self.drawn_there, requests))
             self.flight = self.decoding.launch(requests, draws=draws)
         done = self.land(self.flight)
         self.queue.release()
@@ -233,6 +233,11 @@ class Engine:
             and not request.scores
             for request, count in plan
         )
+
+    def drawn_there(self, request: Request) -> bool:
+        """Return whether the step itself draws a request's token, on the device."""
+        dtype = self.cache.keys[0].dtype
+        return request.plain and (not request.cuts or cuts_hold(self.device, dtype))
 
     def land(self, flight: Flight) -> list[Request]:
         """Start the step behind one on its way, if nothing depends on the host; take in its tokens.

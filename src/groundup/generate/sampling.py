@@ -6,7 +6,10 @@ row. What a row draws depends on its own logits and generator alone: the first t
 which the mass of those kept exceeds a share. Shape suffixes: B rows, V vocabulary, C candidates.
 """
 
+import math
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from groundup.generate.logits import reached
 from groundup.generate.request import UNCUT, Dials, Request
 from groundup.model import gpu
 
+CPU, TRIED = torch.device("cpu"), 5000  # logits of a row that kernels are tried on: two pieces
 CANDIDATES = 256  # where the likeliest so many decide, the others are not sorted
 
 
@@ -46,7 +50,7 @@ def draw(logits_BV: Tensor, dials: Sequence[Dials], u_B1: Tensor) -> Tensor:
         column(values, logits_BV.device) for values in zip(*dials, strict=True)
     )
     cuts = any(own[1:] != UNCUT[1:] for own in dials)
-    if gpu.usable(logits_BV.device):
+    if gpu.usable(logits_BV.device) and (not cuts or cuts_hold(logits_BV.device, logits_BV.dtype)):
         from groundup.model import gpu_draw
 
         tokens_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
@@ -58,6 +62,34 @@ def draw(logits_BV: Tensor, dials: Sequence[Dials], u_B1: Tensor) -> Tensor:
     if not cuts:
         return invert(warm_BV.softmax(-1), u_B1)
     return draw_cut(warm_BV, k_B1, p_B1, floor_B1.float(), u_B1)
+
+
+@cache
+def cuts_hold(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the kernels draw behind cuts what a CPU draws, tried on a few rows.
+
+    Rounding decides none of them. Where they do not hold, say so: tensor operators draw then.
+    """
+    from groundup.model import gpu_draw
+
+    generator = torch.Generator().manual_seed(0)
+    dials = ((1.0, 20, 1.0, -math.inf), (0.7, 0, 0.8, -math.inf), (0.6, 40, 0.95, -3.0))
+    logits_BV = (torch.randn(len(dials), TRIED, generator=generator) * 3).to(dtype)
+    heat_B1, k_B1, p_B1, floor_B1 = (column(values, CPU) for values in zip(*dials, strict=True))
+    u_B1 = torch.full_like(heat_B1, 0.37)
+    wanted_B = draw_cut(logits_BV.float() / heat_B1.float(), k_B1, p_B1, floor_B1.float(), u_B1)
+    tokens_B = torch.empty(len(dials), dtype=torch.int64, device=device)
+    heat_B, u_B, *cuts = (x[:, 0].to(device) for x in (heat_B1, u_B1, k_B1, p_B1, floor_B1))
+    try:
+        made, options = gpu_draw.Cuts(*cuts), gpu.options(device)
+        gpu_draw.draw(logits_BV.to(device), heat_B, u_B, tokens_B, options, made)
+        found = tokens_B.tolist()
+        reason = f"they draw {found} where a CPU draws {wanted_B.tolist()}"
+    except Exception as err:  # whatever a compiler or a driver may raise
+        found, reason = [], (str(err) or type(err).__name__).splitlines()[0]
+    if found != wanted_B.tolist():
+        warnings.warn(f"top-k and top-p without the kernels for them: {reason}", stacklevel=2)
+    return found == wanted_B.tolist()
 
 
 def column(values: Sequence[float], device: torch.device) -> Tensor:
