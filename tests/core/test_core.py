@@ -3,6 +3,8 @@
 import errno
 import json
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,3 +227,29 @@ def test_every_error_is_in_the_tree():
     for name, value in vars(errors).items():
         if isinstance(value, type) and issubclass(value, GroundupError):
             assert name in errors.__doc__
+
+
+def test_speaking_draws_no_random_number():
+    """rich does as it is imported, so only a fresh process shows it."""
+    script = """
+import random
+random.seed(1)
+before = random.getstate()
+from groundup.core.progress import say, show_table, track
+say("x")
+show_table("title", ("a",), [("b",)])
+list(track([1], "bar"))
+assert random.getstate() == before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_a_folders_names_are_synced_before_it_appears(tmp_path, monkeypatch):
+    synced = []
+    real = files.sync
+    monkeypatch.setattr(files, "sync", lambda place: (synced.append(place), real(place)))
+    with files.atomic_folder(tmp_path / "a") as aside:
+        (aside / "below").mkdir()
+        (aside / "below" / "file").write_text("x")
+    wanted = [aside / "below", aside / "below" / "file", aside, tmp_path]
+    assert synced == wanted

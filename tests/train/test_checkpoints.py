@@ -16,7 +16,8 @@ from groundup.core.errors import CheckpointError, StorageError
 from groundup.core.metrics import MetricsLog
 from groundup.train import Examples, FitConfig, Hook, NextToken, collate_rows, fit
 from groundup.train.average import Average
-from groundup.train.checkpoint import list_checkpoints, read_generators, write_generators
+from groundup.train.checkpoint import list_checkpoints
+from groundup.train.generators import read_generators, write_generators
 
 CPU = torch.device("cpu")
 
@@ -90,10 +91,36 @@ def test_resumed_is_uninterrupted_with_every_option(tiny, tmp_path, changes):
 def test_hooks_do_not_disturb_the_run(tiny, tmp_path):
     def disturb(state):
         torch.rand(7)
+        np.random.rand(7)
+        random.random()
         state.model.eval()
 
-    quiet = run(copy.deepcopy(tiny), tmp_path / "quiet")
-    assert same(quiet, run(tiny, tmp_path / "loud", hooks=[Hook(1, disturb)]))
+    def noisy(model, out, hooks=()):
+        config = FitConfig(steps=8, checkpoint_every=2)
+        fit(model, Noisy(), source(), config, out, device=CPU, hooks=hooks)
+        return model
+
+    quiet = noisy(copy.deepcopy(tiny), tmp_path / "quiet")
+    assert same(quiet, noisy(tiny, tmp_path / "loud", [Hook(1, disturb)]))
+
+
+def test_a_resumed_run_that_compiles_again_draws_the_same(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+
+    def crash(state):
+        if state.step == 5:
+            raise RuntimeError("power cut")
+
+    def noisy(out, hooks=()):
+        model = copy.deepcopy(tiny)
+        config = FitConfig(steps=8, checkpoint_every=2, compile=True)
+        fit(model, Noisy(), source(), config, out, device=CPU, hooks=hooks)
+        return model
+
+    whole = noisy(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="power cut"):
+        noisy(tmp_path / "cut", [Hook(1, crash)])
+    assert same(whole, noisy(tmp_path / "cut"))
 
 
 def test_generators_come_back():
@@ -122,6 +149,39 @@ def test_the_best_checkpoint_is_kept_and_can_be_the_model(tiny, tmp_path):
     ]
     best = load_file(tmp_path / "checkpoints/step-4/model.safetensors")
     assert all(torch.equal(w, best[name]) for name, w in model.named_parameters())
+
+
+def test_a_kill_while_old_checkpoints_go_leaves_none_in_part(tiny, tmp_path, monkeypatch):
+    """Else `best` would read the rest of one, and every later save would fail."""
+
+    def killed(path, ignore_errors=False):
+        if not ignore_errors:
+            (path / "training.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr("groundup.train.saving.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(copy.deepcopy(tiny), tmp_path, metric_for_best_model="loss")
+    for folder in list_checkpoints(tmp_path / "checkpoints"):
+        assert (folder / "training.json").is_file()
+    run(tiny, tmp_path, metric_for_best_model="loss")
+    assert list_checkpoints(tmp_path / "checkpoints")[0].name == "step-8"
+
+
+def test_a_damaged_checkpoint_does_not_count_as_the_newest(tiny, tmp_path):
+    """With one kept, the next save would be deleted in its place."""
+    run(copy.deepcopy(tiny), tmp_path, keep_checkpoints=2, steps=8)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-8" / "optimizer.safetensors").write_bytes(b"x")
+
+    def crash(state):
+        if state.step == 8:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tiny, tmp_path, hooks=[Hook(1, crash)], keep_checkpoints=1, checkpoint_every=7)
+    assert sorted(os.listdir(folder)) == ["step-7", "step-8.damaged"]
 
 
 def test_the_average_is_its_closed_form(tiny, tmp_path):

@@ -50,9 +50,9 @@ def existing_parent(path: Path) -> Path:
     return path
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(place: Path) -> None:
+    """Make a file's bytes, or the names inside a folder, survive a power cut."""
+    handle = os.open(place, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -72,7 +72,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
-        fsync_folder(path.parent)
+        sync(path.parent)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -142,16 +142,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         try:
             yield aside
-            for file in aside.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
+            for place in (*aside.rglob("*"), aside):
+                sync(place)
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             if path.exists():
                 os.rename(path, old)
             os.rename(aside, path)
             shutil.rmtree(old, ignore_errors=True)
-            fsync_folder(path.parent)
+            sync(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -164,10 +162,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield aside
-            with open(aside, "rb") as handle:
-                os.fsync(handle.fileno())
+            sync(aside)
             os.replace(aside, path)
-            fsync_folder(path.parent)
+            sync(path.parent)
         finally:
             aside.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 rich is imported when something is shown: an engine that starts in silence does not wait for it.
 """
 
+import random
 import re
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import cache
@@ -19,9 +20,15 @@ NUMBER = re.compile(r"[<+-]?[\d.,]+%?")
 
 @cache
 def console() -> "Console":
-    """Return what everything is shown on; of many processes one speaks."""
+    """Return what everything is shown on; of many processes one speaks.
+
+    rich draws from Python's generator as it is imported; a training that speaks draws what a silent
+    one does.
+    """
+    drawn = random.getstate()
     from rich.console import Console
 
+    random.setstate(drawn)
     return Console(stderr=True, highlight=False, quiet=process()[0] > 0)
 
 
@@ -32,6 +39,7 @@ def say(text: str = "") -> None:
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield the items under a progress bar, which only a terminal sees."""
+    shown = console()
     from rich import progress as bars
 
     if total is None and isinstance(items, Sized):
@@ -41,15 +49,16 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
         bars.TimeRemainingColumn(),
-        console=console(),
+        console=shown,
         transient=True,
-        disable=not console().is_terminal,
+        disable=not shown.is_terminal,
     ) as progress:
         yield from progress.track(items, total=total, description=description)
 
 
 def show_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table; numbers are right-aligned."""
+    shown = console()
     from rich.markup import escape
     from rich.table import Table
 
@@ -61,4 +70,4 @@ def show_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[Any]]
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in body:
         table.add_row(*(escape(cell) for cell in row))
-    console().print(table)
+    shown.print(table)

@@ -10,28 +10,25 @@ weights in it; either kind is read by any number of ranks.
 import copy
 import hashlib
 import pickle
-import random
 import shutil
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from groundup.core.errors import CheckpointError, GroundupError, StorageError
+from groundup.core.errors import CheckpointError, GroundupError
 from groundup.core.files import atomic_folder, read_json, storage_errors, write_json
 from groundup.core.progress import say
 from groundup.model.weights import write_tensors
 from groundup.train.average import Average, copy_into
 from groundup.train.batches import BatchSource
-from groundup.train.config import FitConfig
+from groundup.train.generators import read_generators, write_generators
 from groundup.train.guard import Guard, LossScale
 from groundup.train.ranks import ALONE, Ranks
 from groundup.train.sharding import gather, is_cut, laid_like
@@ -177,80 +174,6 @@ def write_whole(snapshot: Snapshot, aside: Path, write_model: WriteModel | None)
     write_json(aside / STATE, snapshot.state)
 
 
-class Saver:
-    """Writes one snapshot at a time in a thread; what went wrong there is raised by `check`."""
-
-    def __init__(
-        self,
-        folder: Path,
-        config: FitConfig,
-        write_model: WriteModel | None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.folder, self.config, self.write_model = folder, config, write_model
-        self.ranks = ranks
-        # a group of its own: the thread's messages must not meet those of the training
-        self.group = dist.new_group(backend="gloo") if ranks.size > 1 else None
-        self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
-
-    def save(self, training: Training, step: int, metrics: dict[str, float]) -> None:
-        """Copy now; write in the background, once the save before is done."""
-        self.join()
-        self.check()
-        if (name := self.config.metric_for_best_model) and name not in metrics:
-            say(f"  step {step} has no {name!r} to be the best by; it has {', '.join(metrics)}")
-        snapshot = take(training, step, metrics, self.ranks)
-        self.thread = threading.Thread(target=self.work, args=(snapshot,))
-        self.thread.start()
-
-    def work(self, snapshot: Snapshot) -> None:
-        """Write, then drop what is no longer kept."""
-        try:
-            if self.group is not None:
-                write_together(snapshot, self.folder, self.write_model, self.group)
-            else:
-                write(snapshot, self.folder, self.write_model)
-            if self.ranks.first:
-                self.prune()
-        except BaseException as err:  # raised again by `check`
-            self.error = err
-
-    def check(self) -> None:
-        """Raise what went wrong in the background, on any rank; all must ask."""
-        own, self.error = self.error, None
-        if not self.ranks.any(own is not None):
-            return
-        told = self.ranks.every(str(own) if own is not None else "")
-        raise own or StorageError(next(said for said in told if said))
-
-    def join(self) -> None:
-        """Wait for the save under way."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-
-    def prune(self) -> None:
-        """Delete all but the newest checkpoints and the best one."""
-        best = self.best()
-        for old in list_checkpoints(self.folder)[self.config.keep_checkpoints :]:
-            if old != best:
-                shutil.rmtree(old)
-
-    def best(self) -> Path | None:
-        """Return the best checkpoint by the chosen metric, the newest of equal ones."""
-        name = self.config.metric_for_best_model
-        if name is None:
-            return None
-        sign = -1 if self.config.greater_is_better else 1
-        scored = [
-            (sign * value, n, path)
-            for n, path in enumerate(list_checkpoints(self.folder))
-            if (value := read_json(path / STATE)["metrics"].get(name)) is not None
-        ]
-        return min(scored)[-1] if scored else None
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return complete checkpoints, the newest first."""
     found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
@@ -265,10 +188,10 @@ def load_checkpoint(
 ) -> int:
     """Restore the newest sound checkpoint; return its step, 0 where there is none.
 
-    A damaged one is named and passed over for the one before it. `read_weights` reads what
-    `write_model` wrote, under the names of the model's parameters.
+    A damaged one is named and passed over for the one before it, and set aside once that is read.
+    `read_weights` reads what `write_model` wrote, under the names of the model's parameters.
     """
-    checkpoints = list_checkpoints(folder)
+    checkpoints, damaged = list_checkpoints(folder), []
     for path in checkpoints:
         fault = ""
         try:
@@ -281,6 +204,7 @@ def load_checkpoint(
             fault = str(err).splitlines()[0]
         if ranks.any(bool(fault)):
             say(f"{path} is damaged ({fault or 'on another rank'}): trying the one before it")
+            damaged.append(path)
             continue
         if another_run:
             raise CheckpointError(
@@ -288,12 +212,23 @@ def load_checkpoint(
                 "that folder"
             )
         restore(training, weights, tensors, state)
+        if ranks.first:
+            set_aside(damaged)
         return int(state["step"])
     if checkpoints:
         raise CheckpointError(
             f"no checkpoint in {folder} can be read: delete that folder to start from step 0"
         )
     return 0
+
+
+def set_aside(damaged: Sequence[Path]) -> None:
+    """Rename checkpoints that cannot be read: they no longer count as the newest or the best."""
+    for path in damaged:
+        place = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(place, ignore_errors=True)
+        path.rename(place)
+        say(f"  it is kept as {place}")
 
 
 def read_trained(
@@ -380,41 +315,3 @@ def optimizer_tensors(training: Training) -> dict[str, Tensor]:
         for parameter, state in optimizer.state.items()
         for field, value in state.items()
     }
-
-
-def seed_generators(seed: int) -> None:
-    """Start the random number generators of torch, NumPy and Python alike on every run."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def read_generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the states of torch's, NumPy's and Python's random number generators."""
-    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, numbers, next_gauss = random.getstate()
-    tensors = {
-        "rng/cpu": torch.get_rng_state(),
-        "rng/numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "rng/python": torch.tensor(numbers, dtype=torch.int64),
-    }
-    if torch.cuda.is_available():
-        for n, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"rng/cuda/{n}"] = state
-    return tensors, {
-        "numpy": [kind, place, has_gauss, gauss],
-        "python": [version, next_gauss],
-    }
-
-
-def write_generators(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Set the states of all random number generators."""
-    torch.set_rng_state(tensors["rng/cpu"])
-    kind, *rest = state["numpy"]
-    np.random.set_state((kind, tensors["rng/numpy"].numpy().astype(np.uint32), *rest))
-    version, next_gauss = state["python"]
-    random.setstate((version, tuple(tensors["rng/python"].tolist()), next_gauss))
-    if torch.cuda.is_available():
-        for n in range(torch.cuda.device_count()):
-            if f"rng/cuda/{n}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"rng/cuda/{n}"], n)

@@ -27,21 +27,21 @@ from groundup.train.batches import BatchSource, StepBatch
 from groundup.train.blocks import checkpointed_activations
 from groundup.train.checkpoint import (
     ReadWeights,
-    Saver,
     Training,
     WriteModel,
     list_checkpoints,
     load_checkpoint,
     read_trained,
-    seed_generators,
     trained,
 )
 from groundup.train.config import FitConfig
+from groundup.train.generators import kept_generators, seed_generators
 from groundup.train.gpu import faults, repeatable
 from groundup.train.guard import Guard, LossScale
 from groundup.train.objectives import Objective
 from groundup.train.optim import make_optimizers
 from groundup.train.ranks import Ranks, here
+from groundup.train.saving import Saver
 from groundup.train.schedule import multiplier
 from groundup.train.sharding import gather, own_part, spread, total_norm
 from groundup.train.step import DTYPES, Passed, compiled, passes, to_device
@@ -235,7 +235,7 @@ def run_hooks(
     if any(hook.looks for hook in due):
         gather_weights()
     for hook in due if ranks.first else ():
-        with torch.random.fork_rng():
+        with kept_generators():
             try:
                 hook.run(state)
             except KeyboardInterrupt:

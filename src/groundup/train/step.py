@@ -12,6 +12,7 @@ from groundup.core.progress import say
 from groundup.model.heap import keep_memory
 from groundup.train.batches import StepBatch
 from groundup.train.blocks import CompiledBlocks, blocks
+from groundup.train.generators import kept_generators
 from groundup.train.gpu import products
 from groundup.train.objectives import Metrics, MicroBatch, Objective, Stats
 from groundup.train.ranks import ALONE, Ranks
@@ -170,9 +171,10 @@ def compiled(
     by_block = device.type == "cuda" and bool(blocks(model))
     candidate: Any = CompiledBlocks(model) if by_block else torch.compile(model)
     try:
-        with products(device, dtype):
-            terms, _ = objective(candidate, micro)
-        torch.stack(list(terms.values())).sum().backward()
+        with kept_generators():  # a resumed run compiles again, and draws what it drew before
+            with products(device, dtype):
+                terms, _ = objective(candidate, micro)
+            torch.stack(list(terms.values())).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as err:  # any compiler fault: eager does the same, slower
