@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from groundup.figure import LiveTraining, Series, bar_plot, curve, histograms, line_plot, page
+from groundup.figure.terminal import duration
 
 PLOTS = [
     lambda: line_plot(
@@ -71,3 +72,29 @@ def test_on_a_terminal_it_draws():
         live.show_samples(["said"])
         live.update(2, 1.0, 10.0, 0.0)
     assert "to beat" in console.file.getvalue()
+
+
+def test_a_long_run_costs_no_more_than_a_short_one():
+    """The curve is kept short, and drawn at most ten times a second."""
+    now = [0.0]
+    console = Console(file=io.StringIO(), width=60, force_terminal=True)
+    with LiveTraining(console, steps=10_000, unit="loss", clock=lambda: now[0]) as live:
+        drawn, real = [], live.picture
+        live.picture = lambda: drawn.append(now[0]) or real()
+        for step in range(1, 10_001):
+            now[0] += 0.001
+            live.update(step, step / 10_000, 1000.0, math.nan)
+    assert 95 <= len(drawn) <= 101
+    assert len(live.values) < 2048
+    assert live.values == sorted(live.values)
+    assert live.values[0] < 0.001
+    assert live.values[-1] > 0.999
+    assert "left" not in live.status
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(42.4, "42 s"), (1800, "30 min"), (9000, "2.5 h"), (864_000, "10.0 days")],
+)
+def test_times_are_told_as_one_reads_them(seconds, text):
+    assert duration(seconds) == text

@@ -9,6 +9,8 @@ from rich.live import Live
 from rich.text import Text
 
 HEIGHT = 9
+KEPT_VALUES = 2048  # of the curve; more are averaged in pairs
+DRAWN_EVERY_S = 0.1
 KEPT_SAMPLES = 2  # rounds of completions on the screen, the newest on top
 PLAIN_EVERY_S = 15.0
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # braille: row, column
@@ -42,6 +44,14 @@ def curve(
     return [labels.get(n, " " * 7) + line for n, line in enumerate(lines)]
 
 
+def duration(seconds: float) -> str:
+    """Return a time as one reads it: seconds, minutes, hours or days."""
+    for most, unit, name in ((600, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < most:
+            return f"{seconds / unit:,.{int(name == 'h')}f} {name}"
+    return f"{seconds / 86_400:,.1f} days"
+
+
 class LiveTraining:
     """A running training: redrawn in place on a terminal, else a line now and then."""
 
@@ -57,10 +67,11 @@ class LiveTraining:
     ) -> None:
         self.console, self.steps, self.unit = console, steps, unit
         self.level, self.level_name, self.clock = level, level_name, clock
-        self.values: list[float] = []
+        self.values: list[float] = []  # means of `each` steps
+        self.each, self.sum, self.count = 1, 0.0, 0
         self.samples: list[str] = []
         self.status = ""
-        self.started = self.printed = clock()
+        self.printed = clock()
         self.live = Live(console=console, transient=True, auto_refresh=False)
 
     def __enter__(self) -> "LiveTraining":
@@ -75,17 +86,37 @@ class LiveTraining:
     def update(
         self, step: int, value: float, tokens_per_s: float, left_s: float, note: str = ""
     ) -> None:
-        """Take one step's value and draw; `note` joins the line of figures."""
-        self.values.append(value)
+        """Take one step's value and draw; `note` joins the line of figures.
+
+        A month of fast steps costs no more than this: the curve is kept short, and drawn at most
+        ten times a second. `left_s` is not a number where it cannot be told yet.
+        """
+        self.remember(value)
+        left = "" if math.isnan(left_s) else f"{duration(left_s)} left"
         self.status = (
             f"step {step:,} of {self.steps:,}   {value:.3f} {self.unit}   "
-            f"{tokens_per_s:,.0f} tokens/s   {note}{left_s:,.0f} s left"
+            f"{tokens_per_s:,.0f} tokens/s   {note}{left}"
         )
+        every = DRAWN_EVERY_S if self.console.is_terminal else PLAIN_EVERY_S
+        if self.clock() - self.printed < every and step != self.steps:
+            return
+        self.printed = self.clock()
         if self.console.is_terminal:
             self.live.update(self.picture(), refresh=True)
-        elif self.clock() - self.printed >= PLAIN_EVERY_S or step == self.steps:
-            self.printed = self.clock()
+        else:
             self.console.print("  " + self.status, markup=False, soft_wrap=True)
+
+    def remember(self, value: float) -> None:
+        """Add a value to the curve, which stays short."""
+        self.sum, self.count = self.sum + value, self.count + 1
+        if self.count == self.each:
+            self.values.append(self.sum / self.each)
+            self.sum, self.count = 0.0, 0
+        if len(self.values) == KEPT_VALUES:
+            self.values = [
+                (a + b) / 2 for a, b in zip(self.values[::2], self.values[1::2], strict=True)
+            ]
+            self.each *= 2
 
     def show_samples(self, samples: Sequence[str]) -> None:
         """Put new completions on top."""

@@ -67,13 +67,13 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 def ending(run: Run) -> dict[str, str]:
     """Return how a run ended."""
-    losses = run.column("loss")
+    _, losses = run.column("loss", run.tokens())
     last = losses[-max(1, len(losses) // 20) :]
     found = {
         "steps": f"{run.rows[-1]['step']:,}",
         "tokens": f"{run.tokens()[-1]:.2f}M",
         "parameters": f"{run.summary['parameters']:,}" if "parameters" in run.summary else "",
-        f"training {run.unit}, last 5 %": f"{np.mean(last):.4f}",
+        f"training {run.unit}, last 5 %": f"{np.mean(last):.4f}" if last else "",
         "validation bits per byte": "",
         "training minutes": f"{run.minutes()[-1]:.1f}",
         "median tokens/s": f"{np.median(speeds(run)):,.0f}",

@@ -30,14 +30,11 @@ class Run:
     peak_memory_bytes: int | None
 
     @property
-    def scale(self) -> float:
-        """Return what turns the loss into bits per byte; 1 where it is no such loss."""
-        return float(self.summary.get("train_bits_per_byte_per_nat", 1.0))
-
-    @property
     def unit(self) -> str:
-        """Return the unit of the scaled loss."""
-        return "bits per byte" if "train_bits_per_byte_per_nat" in self.summary else "loss"
+        """Return the unit of the loss as it is drawn."""
+        bits = "train_bits_per_byte_per_nat" in self.summary
+        bits = bits or any("bits_per_byte" in row for row in self.rows)
+        return "bits per byte" if bits else "loss"
 
     def tokens(self) -> list[float]:
         """Return the tokens seen after each step, in millions."""
@@ -47,10 +44,22 @@ class Run:
         """Return the time trained after each step."""
         return [float(t) for t in np.cumsum([row["seconds"] for row in self.rows]) / 60]
 
-    def column(self, name: str) -> list[float]:
-        """Return one metric, step by step; the loss in the run's unit."""
-        scale = self.scale if name == "loss" else 1.0
-        return [float(row[name]) * scale for row in self.rows]
+    def column(self, name: str, x: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Return x and one metric of the steps that have it; the loss in the run's unit.
+
+        A step that was left out has no loss, one that overflowed in fp16 no norm.
+        """
+        found = [
+            (at, self.drawn_loss(row) if name == "loss" else row[name])
+            for at, row in zip(x, self.rows, strict=True)
+            if name in row
+        ]
+        return [at for at, _ in found], [float(value) for _, value in found]
+
+    def drawn_loss(self, row: dict[str, Any]) -> float:
+        """Return a step's loss in the run's unit; older runs have bits per byte in no row."""
+        scale = float(self.summary.get("train_bits_per_byte_per_nat", 1.0))
+        return float(row.get("bits_per_byte", row["loss"] * scale))
 
 
 def read_run(path: Path) -> Run:
@@ -98,6 +107,11 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     return [float((sums[n] - sums[max(0, n - width)]) / min(n, width)) for n in range(1, len(sums))]
 
 
+def width_of(values: Sequence[Any]) -> int:
+    """Return over how many steps a curve is smoothed: a fortieth of the run."""
+    return max(1, len(values) // 40)
+
+
 def loss_pictures(
     runs: Sequence[Run], levels: Sequence[tuple[float, str]] = (), *, seconds: bool = True
 ) -> list[str]:
@@ -107,10 +121,10 @@ def loss_pictures(
     for label, places in axes if seconds else axes[:1]:
         lines = []
         for run in runs:
-            x, y = places(run), run.column("loss")
+            x, y = run.column("loss", places(run))
             if len(runs) == 1:
                 lines.append(Series("", x, y, faint=True))
-            lines.append(Series(run.name, x, smooth(y, max(1, len(y) // 40))))
+            lines.append(Series(run.name, x, smooth(y, width_of(y))))
         drawing = line_plot(lines, x_label=label, y_label=runs[0].unit, levels=levels)
         pictures.append(page.picture(drawing, f"Training loss against {label}."))
     return pictures
@@ -119,7 +133,10 @@ def loss_pictures(
 def evaluation_pictures(runs: Sequence[Run]) -> list[str]:
     """Draw held-out bits per byte, and each task's accuracy, against tokens."""
     scored = [run for run in runs if run.evaluations]
-    columns = [("bits_per_byte", "bits per byte", "Validation text, a sample of it.")]
+    columns = [
+        ("bits_per_byte", "bits per byte", "Validation text, a sample of it."),
+        ("mlm_loss", "nats a masked token", "Validation text, a sample of it."),
+    ]
     names = dict.fromkeys(name for run in scored for name in task_names(run.evaluations))
     columns += [(f"{name}_acc", f"accuracy, {name}", f"The task {name}.") for name in names]
     pictures = []
@@ -145,21 +162,16 @@ def side_pictures(runs: Sequence[Run]) -> list[str]:
     """Draw learning rate, gradient norm and throughput."""
     pictures = []
     for key, label, caption in SIDES:
-        lines = [
-            Series(
-                run.name,
-                run.tokens(),
-                smooth(run.column(key), 1 if key == "lr" else max(1, len(run.rows) // 40)),
-            )
-            for run in runs
-            if key in run.rows[0]
-        ]
+        lines = []
+        for run in runs:
+            x, y = run.column(key, run.tokens())
+            if y:
+                lines.append(Series(run.name, x, smooth(y, 1 if key == "lr" else width_of(y))))
         if lines:
             drawing = line_plot(lines, x_label="million tokens", y_label=label)
             pictures.append(page.picture(drawing, caption))
     lines = [
-        Series(run.name, run.tokens(), smooth(speeds(run), max(1, len(run.rows) // 40)))
-        for run in runs
+        Series(run.name, run.tokens(), smooth(speeds(run), width_of(run.rows))) for run in runs
     ]
     drawing = line_plot(lines, x_label="million tokens", y_label="tokens/s")
     pictures.append(page.picture(drawing, "Throughput, smoothed."))

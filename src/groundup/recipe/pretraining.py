@@ -1,5 +1,6 @@
 """Stages `plan` and `pretrain`: from token shards to a base model."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,13 @@ from groundup.recipe.monitoring import (
     tracking,
 )
 from groundup.recipe.planning import outcome, planned
-from groundup.recipe.shared import fit_settings, for_ranks, shards_of, with_dtype
+from groundup.recipe.shared import (
+    fit_settings,
+    for_ranks,
+    remaining,
+    shards_of,
+    with_dtype,
+)
 from groundup.recipe.sources import refuse_overlap, show_epochs, token_source, with_phases
 from groundup.recipe.starting import check_start, continued_decoder, within_positions
 from groundup.tokenizer import Tokenizer
@@ -123,13 +130,17 @@ def starting_model(
 ) -> tuple[Decoder, PretrainConfig]:
     """Return the model to train, of random weights or to go on from, and a config that suits it."""
     torch.manual_seed(config.seed)
-    if config.init is not None:
-        model = continued_decoder(config.init, tok)
-        return model, within_positions(config, model.config.max_position_embeddings)
-    shape, ranks = model_config(config, tok), here()
+    ranks, model = here(), None
     free = ranks.told(memory_free(device))
+    if config.init is None:
+        shape = model_config(config, tok)
+    else:
+        model = continued_decoder(config.init, tok)
+        config = within_positions(config, model.config.max_position_embeddings)
+        positions = config.max_position_embeddings
+        shape = dataclasses.replace(model.config, max_position_embeddings=positions)
     check_memory(shape, fit_settings(config), config.batch_size, free, ranks.size)
-    return Decoder(shape), config
+    return Decoder(shape) if model is None else model, config
 
 
 def next_token(config: ModelConfig, z_loss: float) -> NextToken:
@@ -191,18 +202,22 @@ def watch(
     bits_per_nat: float,
     config: PretrainConfig,
 ) -> Callable[[State], None]:
-    """Return what draws the loss."""
+    """Return what draws the loss, and adds its bits per byte to the metrics."""
     dtype = DTYPES[devices.training_dtype(config.device, config.dtype)]
     peak = devices.matmul_flops_per_s(place, dtype) * here().size
     flops_per_token = train_flops_per_token(shape, config.max_position_embeddings)
+    left = remaining()
 
     def run(state: State) -> None:
         metrics = state.metrics
-        left_s = metrics["seconds"] * (state.steps - state.step)
+        # z-loss and a router's loss are no text
+        metrics["bits_per_byte"] = metrics.get("nll", metrics["loss"]) * bits_per_nat
         rate = metrics["tokens"] / metrics["seconds"]
-        share = rate * flops_per_token / peak
-        note = f"{share:.0%} of matmul   {devices.peak_memory(place) / 1e9:.1f} GB   "
-        live.update(state.step, metrics["loss"] * bits_per_nat, rate, left_s, note)
+        note = (
+            f"loss {metrics['loss']:.3f}   {rate * flops_per_token / peak:.0%} of matmul   "
+            f"{devices.peak_memory(place) / 1e9:.1f} GB   "
+        )
+        live.update(state.step, metrics["bits_per_byte"], rate, left(state), note)
 
     return run
 

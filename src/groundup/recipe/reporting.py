@@ -22,6 +22,7 @@ from groundup.recipe.curves import (
     side_pictures,
     smooth,
     speeds,
+    width_of,
 )
 
 STAGES = ("base", "finetuned", "aligned")
@@ -37,7 +38,7 @@ def report(config: ReportConfig, out: Path) -> dict[str, Any]:
     plan = read_json(run / "plan" / "plan.json")
     pretrained = replace(read_run(run), name="training loss")
     logs = {name: MetricsLog.read(run / name / "metrics.jsonl") for name in ("finetune", "align")}
-    outlook = what_more_time_gives(pretrained.rows, records["pretrain"]["summary"])
+    outlook = what_more_time_gives(pretrained)
     title = f"groundup: {run.name}"
     size = records["pretrain"]["summary"]["parameters"]
     seconds = sum(record["seconds"] for record in records.values())
@@ -149,8 +150,8 @@ def training_blocks(
         *side_pictures([pretrained]),
     ]
     for name, label in (("finetune", "loss a trained token (nats)"), ("align", "DPO loss")):
-        losses = [row["loss"] for row in logs[name]]
-        steps = [row["step"] for row in logs[name]]
+        rows = [row for row in logs[name] if "loss" in row]  # a step left out has none
+        losses, steps = [row["loss"] for row in rows], [row["step"] for row in rows]
         series = [
             Series("", steps, losses, faint=True),
             Series(name, steps, smooth(losses, max(1, len(losses) // 20))),
@@ -163,21 +164,20 @@ def training_blocks(
     return blocks
 
 
-def what_more_time_gives(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+def what_more_time_gives(run: Run) -> str:
     """Return, from the fitted curve, what ten more minutes of pretraining would give."""
-    tokens = np.cumsum([row["tokens"] for row in rows])
-    losses = smooth([row["loss"] for row in rows], max(1, len(rows) // 40))
-    start = len(rows) // 5  # warm-up and first descent follow another law
-    curve = fit_curve(tokens[start:].tolist(), losses[start:])
+    tokens, raw = run.column("loss", run.tokens())
+    losses = smooth(raw, width_of(raw))
+    start = len(raw) // 5  # warm-up and first descent follow another law
+    curve = fit_curve(tokens[start:], losses[start:])
     if curve is None:
         return "The loss curve is too short or too flat to say what more time would give."
-    speed = float(np.median([row["tokens"] / row["seconds"] for row in rows]))
-    scale = summary["train_bits_per_byte_per_nat"]
-    now, later = curve.at(float(tokens[-1])), curve.at(float(tokens[-1]) + MORE_S * speed)
+    more = MORE_S * float(np.median(speeds(run))) / 1e6
+    gain = curve.at(tokens[-1]) - curve.at(tokens[-1] + more)
     return (
         f"Ten more minutes of pretraining would take the training loss down by at most "
-        f"{(now - later) * scale:.2f} bits per byte, by the power law fitted to this curve. It "
-        f"misses the curve by {curve.residual * scale:.3f} on average and flatters: the end of "
+        f"{gain:.2f} bits per byte, by the power law fitted to this curve. It "
+        f"misses the curve by {curve.residual:.3f} on average and flatters: the end of "
         "this curve fell with the learning rate, and more passes over the same text teach less."
     )
 

@@ -1,6 +1,9 @@
 """What stages that train have in common."""
 
 import dataclasses
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +72,30 @@ def rows_for_ranks(rows: int, micro_batches: int = 1) -> tuple[int, int]:
 
 def watch(live: LiveTraining) -> Any:
     """Return a hook that draws the loss."""
+    left = remaining()
 
     def run(state: State) -> None:
         metrics = state.metrics
-        left_s = metrics["seconds"] * (state.steps - state.step)
-        live.update(state.step, metrics["loss"], metrics["tokens"] / metrics["seconds"], left_s)
+        rate = metrics["tokens"] / metrics["seconds"]
+        live.update(state.step, metrics["loss"], rate, left(state))
 
     return run
+
+
+def remaining(clock: Callable[[], float] = time.monotonic) -> Callable[[State], float]:
+    """Return what tells the seconds left, by the clock since the first step of this process.
+
+    Scores, samples and saves are in it, and compiling, which the first step does, is not; so that
+    cannot tell yet.
+    """
+    first: tuple[int, float] | None = None
+
+    def left(state: State) -> float:
+        nonlocal first
+        if first is None:
+            first = (state.step, clock())
+            return math.nan
+        done, since = state.step - first[0], clock() - first[1]
+        return since / done * (state.steps - state.step)
+
+    return left

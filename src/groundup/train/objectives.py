@@ -87,7 +87,7 @@ class NextToken:
         )
         terms = {"nll": losses[0]}
         metrics: Metrics = {}
-        if self.z_loss:
+        if self.z_loss or routing is not None:  # the loss is not the text's alone
             metrics["nll"] = (losses[1].detach(), self.weights(batch)["nll"])
         if routing:
             tokens = float(batch["ids"].numel())
