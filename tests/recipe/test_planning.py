@@ -71,10 +71,19 @@ def test_a_killed_run_keeps_its_plan(place, tmp_path, monkeypatch):
         (["--budget", "soon"], "none of a time"),
         (["--budget", "$3"], "usd_per_hour"),
         (["--budget", "1m", "--plan", "plan.json"], "--plan or --budget"),
+        (["--budget", "1m", "--steps", "7", "--dtype", "bf16"], "brings its own --steps, --dtype"),
+        (["--budget", "1m", "--num-experts", "4"], "plans dense decoders"),
+        (["--plan", "plan.json"], "plan.json is no plan: it lacks hidden_size"),
+        (["--plan", "list.json"], "list.json is no plan: it is no object"),
+        (["--plan", "words.json"], "words.json: steps = 'many'"),
     ],
 )
 def test_bad_budgets(flags, said, place, tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps({}))
+    (tmp_path / "list.json").write_text("[]")
+    numbers = dict.fromkeys((*planning.PLANNED, "context", "eager_tokens_per_s"), 1)
+    words = numbers | {"steps": "many", "dtype": "fp32", "compile": False}
+    (tmp_path / "words.json").write_text(json.dumps(words))
     assert main(["pretrain", place, "--tokenizer", "tok", *flags, "--out", "run"]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -96,6 +105,11 @@ def test_a_ladder_foretells_and_continues(place, tmp_path, monkeypatch):
     assert sizes[-1] < found["target"]["parameters"]
     assert found["predicted"]["low"] < found["predicted"]["high"]
     assert "<svg" in (tmp_path / "lad" / "ladder.html").read_text()
+    large = ["pretrain", place, "--tokenizer", "tok", "--plan", "lad", "--out", "large"]
+    assert main(large) == 0
+    summary = read_json(tmp_path / "large" / "stage.json")["summary"]
+    assert summary["parameters"] == found["target"]["parameters"]
+    assert summary["expected"]["bits_per_byte"] == found["predicted"]["bits_per_byte"]
 
 
 def test_validation_text_that_is_trained_on_is_refused(place, capsys):

@@ -1,5 +1,6 @@
 """Memory told before a training starts, and numbers that no training can have."""
 
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from groundup.model.counts import num_parameters
 from groundup.model.footprint import training_step, twin_of
 from groundup.model.inspection import train_memory
 from groundup.train import FitConfig
-from groundup.train.memory import activation_bytes, check_memory, kept_bytes
+from groundup.train.memory import activation_bytes, check_memory, free_of_groups, kept_bytes
 from groundup.train.plan import shape
 
 CONFIG = shape(256, 4, 4, 512, 4096)
@@ -70,6 +71,8 @@ def test_a_model_too_large_is_told_the_size_that_fits_and_may_be_shared():
         ("warmup_fraction", 1.5, "between 0 and 1"),
         ("adam_beta2", 1.0, "from 0 to below 1"),
         ("ema_decay", 2.0, "from 0 to below 1"),
+        ("seed", -1, "0 or more"),
+        ("seed", 10**400, "0 or more, and below"),
     ],
 )
 def test_numbers_that_no_training_can_have(name, value, said):
@@ -80,3 +83,31 @@ def test_numbers_that_no_training_can_have(name, value, said):
 def test_the_best_needs_a_metric():
     with pytest.raises(ConfigError, match="needs metric_for_best_model"):
         FitConfig(steps=1, load_best_model_at_end=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/job/step", "job", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:cpu,memory:/job/step",
+            "memory/job",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["v2", "v1"],
+)
+def test_a_control_groups_limit_counts(tmp_path, line, folder, names):
+    """Of a container or a Slurm job; the limit may be that of a group above."""
+    groups = tmp_path / "cgroup"
+    place = groups / folder
+    (place / "step").mkdir(parents=True)
+    limit, used, cached = names
+    (tmp_path / "own").write_text(f"9:name=systemd:/job\n{line}\n")
+    assert free_of_groups(groups, tmp_path / "own") == math.inf
+    (place / limit).write_text("10000\n")
+    (place / used).write_text("7000\n")
+    (place / "memory.stat").write_text(f"anon 5\n{cached} 2500\n")
+    (place / "step" / "memory.max").write_text("max\n")
+    assert free_of_groups(groups, tmp_path / "own") == 10_000 - 7_000 + 2_500
+    assert free_of_groups(groups, tmp_path / "nowhere") == math.inf

@@ -9,7 +9,7 @@ from groundup.core.errors import ConfigError
 from groundup.model.counts import num_parameters
 from groundup.train import plan
 from groundup.train.budget import parse_budget, parse_duration_s
-from groundup.train.plan import SIZES, Timing, choose, make_plan, shape
+from groundup.train.plan import SIZES, Timing, choose, make_plan, memory_needed, shape
 from groundup.train.scaling import (
     FLOOR,
     REPEATED_TOKENS,
@@ -25,7 +25,9 @@ from groundup.train.scaling import (
 VOCAB = 4096
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("2d", 172_800)]
+)
 def test_durations(text, seconds):
     assert parse_duration_s(text) == seconds
 
@@ -40,6 +42,7 @@ def test_bad_durations(text):
     ("text", "field", "value"),
     [
         ("90s", "seconds", 90),
+        ("30d", "seconds", 2_592_000),
         ("1.5h", "seconds", 5400),
         ("3e18 flops", "flops", 3e18),
         ("5M tokens", "tokens", 5e6),
@@ -53,15 +56,18 @@ def test_budgets_are_read(text, field, value):
     assert getattr(parse_budget(text, usd_per_hour=2.0), field) == value
 
 
-@pytest.mark.parametrize("text", ["ten minutes", "3e18", "10x", "0 tokens", "-5m", "", "0m"])
+@pytest.mark.parametrize(
+    "text", ["ten minutes", "3e18", "10x", "0 tokens", "-5m", "", "0m", "10M", "1e999 flops"]
+)
 def test_other_budgets_are_refused(text):
     with pytest.raises(ConfigError, match="budget"):
         parse_budget(text)
 
 
-def test_dollars_need_a_price():
+@pytest.mark.parametrize("price", [None, 0.0, -1.0, float("nan"), float("inf")])
+def test_dollars_need_a_price(price):
     with pytest.raises(ConfigError, match="usd_per_hour"):
-        parse_budget("$20")
+        parse_budget("$20", usd_per_hour=price)
 
 
 def test_the_compute_optimum_is_where_the_law_is_lowest():
@@ -172,6 +178,13 @@ def test_memory_bounds_the_size():
     assert "GB" in rule
     with pytest.raises(ConfigError, match="not enough memory"):
         choose(budget, VOCAB, 1e12, 1e6, speed)
+
+
+def test_a_large_vocabulary_takes_no_memory_for_logits():
+    """They are never all there: 262,144 tokens would be 13 GB of them."""
+    assert memory_needed(shape(*SIZES[0], 262_144)) < 1e9
+    _, timing, _ = choose(parse_budget("3d"), 262_144, 1e12, 4e9, speed)
+    assert timing.config.hidden_size > SIZES[0][0]
 
 
 def test_repeating_little_text_makes_for_a_smaller_model():

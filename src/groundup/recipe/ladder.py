@@ -1,4 +1,7 @@
-"""Stage `ladder`: three small runs, and what they say of the large one before it is started."""
+"""Stage `ladder`: three small runs, and what they say of the large one before it is started.
+
+`plan.json` is the large run's, with what is foretold of it: `groundup pretrain --plan` trains that.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -66,8 +69,12 @@ def ladder(config: LadderConfig, out: Path) -> dict[str, Any]:
     show(trials, large, found, result, law)
     write_text(out / "ladder.html", picture(trials, costs, large, found, validation, law))
     say(f"  picture: {out / 'ladder.html'}")
-    content = {"trials": [asdict(trial) for trial in trials], "target": large, "predicted": result}
-    write_json(out / "ladder.json", content)
+    rows = [asdict(trial) for trial in trials]
+    write_json(out / "ladder.json", {"trials": rows, "target": large, "predicted": result})
+    planned = large | {"predicted": large["predicted"] | result, "trials": rows}
+    write_json(out / "plan.json", planned)
+    command = f"groundup pretrain {config.corpus} --tokenizer {config.tokenizer}"
+    say(f"  to train it: {command} --plan {out}")
     return {"parameters": large["parameters"], "tokens": large["tokens"], **result}
 
 

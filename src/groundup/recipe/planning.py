@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from groundup.core import config as configs
 from groundup.core import device as devices
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, DataError
 from groundup.core.files import read_json, write_json
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say, show_table
@@ -192,7 +193,12 @@ def run_trial(
 
 def read_plan(path: Path) -> dict[str, Any]:
     """Read plan.json, from a folder or as a file."""
-    content: dict[str, Any] = read_json(path / "plan.json" if path.is_dir() else path)
+    file = path / "plan.json" if path.is_dir() else path
+    content: dict[str, Any] = read_json(file)
+    needed = (*PLANNED, "context", "eager_tokens_per_s")
+    if not isinstance(content, dict) or (lacking := [n for n in needed if n not in content]):
+        what = f"it lacks {', '.join(lacking)}" if isinstance(content, dict) else "it is no object"
+        raise DataError(f"{file} is no plan: {what}")
     return content
 
 
@@ -207,6 +213,7 @@ def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str
         raise ConfigError("a plan has its own budget: give --plan or --budget")
     if config.budget is None and config.plan is None:
         return config, None
+    refuse_given(config)
     if config.plan is not None:
         made = read_plan(config.plan)
     elif ranks.told((out / "plan.json").is_file()):
@@ -217,8 +224,26 @@ def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str
         made = plan_for(budget, shards, devices.pick(config.device), out)
         if ranks.first:
             write_json(out / "plan.json", made)
-    values = {name: made[name] for name in PLANNED}
-    return replace(config, **values, max_position_embeddings=made["context"]), made
+    values = {name: made[name] for name in PLANNED} | {"max_position_embeddings": made["context"]}
+    where = f"the plan in {config.plan or out}"
+    return configs.load(PretrainConfig, configs.dump(config) | values, where=where), made
+
+
+def refuse_given(config: PretrainConfig) -> None:
+    """Refuse settings beside a plan that it would replace."""
+    names = (*PLANNED, "max_position_embeddings")
+    defaults = {f.name: f.default for f in fields(config)}
+    given = ["--" + n.replace("_", "-") for n in names if getattr(config, n) != defaults[n]]
+    if given:
+        raise ConfigError(
+            f"a plan brings its own {', '.join(given)}: leave that out, or change the number in "
+            "plan.json and give the file with --plan"
+        )
+    if config.budget is not None and (config.num_experts or config.objective.startswith("mlm")):
+        raise ConfigError(
+            "--budget plans dense decoders: give the shape and --steps of a model with experts or "
+            "of an encoder yourself"
+        )
 
 
 def outcome(made: dict[str, Any], out: Path, device: torch.device) -> dict[str, Any]:

@@ -15,10 +15,27 @@ COUNTS = (  # 1 or more
     "keep_checkpoints",
     "eval_steps",
     "max_position_embeddings",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts_per_tok",
+    "eval_limit",
 )
 POSITIVE = ("adam_epsilon", "layer_lr_decay", "max_grad_norm", "spike_threshold")
-NOT_NEGATIVE = ("learning_rate", "adam_learning_rate", "weight_decay", "shard_ranks", "z_loss")
-SHARES = ("warmup_fraction", "decay_fraction", "fim_rate", "mlm_probability")  # 0 to 1
+NOT_NEGATIVE = (
+    "learning_rate",
+    "adam_learning_rate",
+    "weight_decay",
+    "shard_ranks",
+    "z_loss",
+    "num_experts",
+    "router_aux_loss_coef",
+    "eval_tokens",
+    "sample_every_s",
+)
+SHARES = ("warmup_fraction", "decay_fraction", "fim_rate", "fim_spm_rate", "mlm_probability")
 MEMORIES = ("adam_beta1", "adam_beta2", "ema_decay")  # from 0 to below 1
 
 
@@ -30,10 +47,11 @@ def check_numbers(config: Any) -> None:
         (NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
         (SHARES, lambda x: 0 <= x <= 1, "between 0 and 1"),
         (MEMORIES, lambda x: 0 <= x < 1, "from 0 to below 1"),
+        (("seed",), lambda x: 0 <= x < 2**63, "0 or more, and below 2^63"),
     ):
         for name in names:
             value = getattr(config, name, None)
-            if value is not None and not (math.isfinite(value) and allowed(value)):
+            if value is not None and not (-math.inf < value < math.inf and allowed(value)):
                 raise ConfigError(f"{name} = {value} must be {words}")
 
 

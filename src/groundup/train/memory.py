@@ -11,6 +11,10 @@ from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters
 from groundup.train.config import FitConfig
 
+# files of a control group (the kernel's cgroup-v1/memory.rst and cgroup-v2.rst)
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
+
 
 def memory_free(device: Device) -> float:
     """Return the free bytes for a rank; infinite where the system does not say."""
@@ -22,7 +26,34 @@ def memory_free(device: Device) -> float:
     except OSError:
         return float("inf")
     [line] = [line for line in lines if line.startswith("MemAvailable:")]
-    return float(line.split()[1]) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = min(float(line.split()[1]) * 1024, free_of_groups())
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def free_of_groups(
+    mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float:
+    """Return what the control groups of this process leave it: containers and Slurm set limits.
+
+    Beyond a limit the process is killed, however much the machine has. Cached files make room.
+    """
+    free = float("inf")
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = mounted / "memory" if controllers else mounted
+        most, used, cached = V1 if controllers else V2
+        place = base / path.lstrip("/")
+        for group in (place, *place.parents):
+            try:
+                limit, held = (float((group / name).read_text()) for name in (most, used))
+                stat = (group / "memory.stat").read_text()
+            except (OSError, ValueError):  # no limit here
+                continue
+            files = dict(row.split() for row in stat.splitlines()).get(cached, "0")
+            free = min(free, max(0.0, limit - held + float(files)))
+    return free
 
 
 def kept_bytes(config: ModelConfig, optim: str, ranks: int) -> float:

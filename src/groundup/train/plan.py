@@ -16,7 +16,7 @@ from groundup.core.progress import say
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.train.budget import Budget
-from groundup.train.memory import memory_free
+from groundup.train.memory import activation_bytes, kept_bytes, memory_free
 from groundup.train.ranks import here
 from groundup.train.scaling import LAW_FLOPS, Law, step_law_rate, step_law_tokens
 from groundup.train.timing import Timing, timed, widest
@@ -38,7 +38,7 @@ MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more 
 LEAST_STEPS = 20
 MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
 COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
-MEMORY_SHARE = 0.8  # of what is free; activations come on top of memory_needed
+MEMORY_SHARE = 0.8  # of what is free; memory_needed is a lower bound
 TOKENS_PER_WEIGHT = 1.0
 STEADY = 1.5  # the smallest size's two rates differ by no more on a machine left alone
 SMALL_BOUND = 5e6  # parameters that are never too many: Hoffmann's optimum is off down here
@@ -113,13 +113,9 @@ def compile_seconds(device: Device) -> float:
 
 
 def memory_needed(config: ModelConfig, ranks: int = 1) -> float:
-    """Return a lower bound of the bytes that training a size takes on the first rank.
-
-    Weights, gradients and two optimizer moments in fp32, cut up over ranks, and a micro-batch's
-    logits; the first of several keeps whole weights too.
-    """
-    weights = 16.0 / ranks + (4.0 if ranks > 1 else 0.0)
-    return weights * num_parameters(config) + 12.0 * MICRO_TOKENS * config.vocab_size
+    """Return a lower bound of the bytes that training a size takes on the first rank."""
+    activations = activation_bytes(config, MICRO_TOKENS, "bf16", False)
+    return kept_bytes(config, "muon", ranks) + activations
 
 
 def tokens_within(budget: Budget, config: ModelConfig, tokens_per_s: float) -> float:
