@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_does_not_count_as_the_newest(tiny, tmp_path):
 
 def test_the_average_is_its_closed_form(tiny, tmp_path):
     decay, seen = 0.8, []
-    average = Average(tiny, decay)
+    average = Average(tiny, FitConfig(steps=6, ema_decay=decay))
     for n in range(6):
         with torch.no_grad():
             for weight in tiny.parameters():
@@ -205,6 +205,34 @@ def test_the_finished_model_is_the_average_where_asked_for(tiny, tmp_path):
     averaged = run(tiny, tmp_path / "averaged", ema_decay=0.9)
     assert same(last, plain)
     assert not same(averaged, plain)
+
+
+def test_scores_are_of_the_weights_that_are_saved(tiny, tmp_path):
+    """And the best of averages is an average."""
+    seen = {}
+
+    def score(state):
+        own = state.model.model.norm.weight.detach().clone()
+        with state.as_saved():
+            seen[state.step] = {n: w.detach().clone() for n, w in state.model.named_parameters()}
+        assert torch.equal(state.model.model.norm.weight, own)
+        state.metrics["eval_loss"] = abs(state.step - 4.0)
+
+    options = {"ema_decay": 0.9, "metric_for_best_model": "eval_loss"}
+    hooks = [Hook(1, score, looks=True)]
+    plain = run(copy.deepcopy(tiny), tmp_path / "plain", ema_decay=0.9)
+    last = run(copy.deepcopy(tiny), tmp_path / "last", hooks=hooks, **options)
+    assert same(plain, last)  # looking changes nothing
+    assert all(torch.equal(w, seen[8][name]) for name, w in last.named_parameters())
+    best = run(tiny, tmp_path / "best", hooks=hooks, load_best_model_at_end=True, **options)
+    assert all(torch.equal(w, seen[4][name]) for name, w in best.named_parameters())
+
+
+def test_a_best_metric_that_is_never_there_is_said(tiny, tmp_path, capsys):
+    run(tiny, tmp_path, metric_for_best_model="eval_los", load_best_model_at_end=True)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step 2 has no 'eval_los' to be the best by; it has loss" in said
+    assert "no checkpoint has 'eval_los': the model is the last one" in said
 
 
 def test_activations_computed_again_are_the_same(tiny, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from groundup.core.errors import GroundupError
 from groundup.core.metrics import MetricsLog
-from groundup.train import Examples, FitConfig, NextToken, collate_rows, fit
+from groundup.train import Examples, FitConfig, Hook, NextToken, collate_rows, fit
 from groundup.train.guard import Guard, LossScale
 
 CPU = torch.device("cpu")
@@ -37,10 +37,10 @@ def source():
     )
 
 
-def run(tiny, out, **changes):
+def run(tiny, out, hooks=(), **changes):
     model = copy.deepcopy(tiny)
     config = FitConfig(**({"steps": 4, "checkpoint_every": 1, "keep_checkpoints": 9} | changes))
-    fit(model, Poisoned(), source(), config, out, device=CPU)
+    fit(model, Poisoned(), source(), config, out, device=CPU, hooks=hooks)
     return model
 
 
@@ -71,6 +71,19 @@ def test_a_skipped_step_leaves_the_weights_alone(tiny, tmp_path, capsys):
 
     before, after = weights(bad - 1), weights(bad)
     assert all(torch.equal(before[name], after[name]) for name in after)
+
+
+def test_a_resumed_run_notes_a_bad_step_once(tiny, tmp_path):
+    def crash(state):
+        if state.step == 4:
+            raise RuntimeError("power cut")
+
+    options = {"on_bad_step": "skip", "checkpoint_every": 9}
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tiny, tmp_path, hooks=[Hook(1, crash)], **options)
+    assert len(MetricsLog.read(tmp_path / "bad_steps.jsonl")) == 1
+    run(tiny, tmp_path, **options)
+    assert len(MetricsLog.read(tmp_path / "bad_steps.jsonl")) == 1
 
 
 def test_endless_bad_steps_stop_all_the_same(tiny, tmp_path):

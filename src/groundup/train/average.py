@@ -1,8 +1,11 @@
 """An exponential moving average of the weights, to save in place of the last ones."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+from groundup.train.config import FitConfig
 from groundup.train.sharding import laid_like
 
 
@@ -13,8 +16,8 @@ class Average:
     (arXiv 1412.6980, sec. 3) takes out, so the random weights at the start have no share.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.steps = decay, 0
+    def __init__(self, model: nn.Module, config: FitConfig) -> None:
+        self.decay, self.saved, self.steps = config.ema_decay, config.save_ema, 0
         wide = torch.float32
         self.weights: dict[str, Tensor] = {
             name: weight.detach().to(torch.promote_types(weight.dtype, wide), copy=True)
@@ -33,7 +36,7 @@ class Average:
 
 
 @torch.no_grad()
-def copy_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def copy_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Set the named weights."""
     for name, weight in model.named_parameters():
         if name in weights:

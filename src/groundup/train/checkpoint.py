@@ -90,7 +90,7 @@ def take(
     training: Training, step: int, metrics: dict[str, float], ranks: Ranks = ALONE
 ) -> Snapshot:
     """Copy a training; ranks do so together, as the first is given all weights for its model."""
-    gather(training.whole, training.model, ranks)
+    gather(training.whole, trained(training.model), ranks)
     generators, generator_state = read_generators()
     tensors = optimizer_tensors(training)
     if ranks.size > 1:
@@ -244,6 +244,16 @@ def read_trained(
         name.removeprefix("weights/"): weight
         for name, weight in read_parts(path / PARTS, places.get).items()
     }
+
+
+def read_saved(
+    path: Path, training: Training, read_weights: ReadWeights | None, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Return the weights that a model finished at a checkpoint has: the average's, where saved."""
+    if training.average is None or not training.average.saved:
+        return read_trained(path, training, read_weights)
+    rest, prefix = read_rest(path, training, ranks), "average/"
+    return {n.removeprefix(prefix): w for n, w in rest.items() if n.startswith(prefix)}
 
 
 def read_rest(path: Path, training: Training, ranks: Ranks) -> dict[str, Tensor]:

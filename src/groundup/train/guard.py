@@ -18,6 +18,7 @@ LEAST = 32  # fewer losses than this say nothing about spikes
 DEVIATION = 1.4826  # of the median absolute deviation: a normal distribution's sigma
 SKIPPED_AT_MOST = 10  # one behind the other
 DOCUMENTS_NAMED = 12
+BAD_STEPS = "bad_steps.jsonl"
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Guard:
         worst = max(range(len(batch)), key=lambda n: (not math.isfinite(losses[n]), losses[n]))
         documents = batch[worst].get("documents", [])
         if self.writes:
-            MetricsLog(self.out / "bad_steps.jsonl").write(
+            MetricsLog(self.out / BAD_STEPS).write(
                 step=step,
                 fault=fault,
                 micro_batch=worst,
@@ -70,7 +71,7 @@ class Guard:
         also = f" ({SKIPPED_AT_MOST} steps were skipped)" if self.skipped > 1 else ""
         raise GroundupError(
             f"{where}{also}. Try half the learning rate (now {self.config.learning_rate:g}), or "
-            f"--on-bad-step skip; {self.out / 'bad_steps.jsonl'} lists the documents, and the "
+            f"--on-bad-step skip; {self.out / BAD_STEPS} lists the documents, and the "
             "checkpoints are untouched"
         )
 

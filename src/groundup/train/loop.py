@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from groundup.core.device import peak_memory
 from groundup.core.metrics import MetricsLog
@@ -31,13 +31,13 @@ from groundup.train.checkpoint import (
     WriteModel,
     list_checkpoints,
     load_checkpoint,
-    read_trained,
+    read_saved,
     trained,
 )
 from groundup.train.config import FitConfig
 from groundup.train.generators import kept_generators, seed_generators
 from groundup.train.gpu import faults, repeatable
-from groundup.train.guard import Guard, LossScale
+from groundup.train.guard import BAD_STEPS, Guard, LossScale
 from groundup.train.objectives import Objective
 from groundup.train.optim import make_optimizers
 from groundup.train.ranks import Ranks, here
@@ -57,6 +57,21 @@ class State:
     steps: int
     model: nn.Module  # whole, also where ranks share the weights; see `Hook.looks`
     metrics: dict[str, float] = field(default_factory=dict)
+    average: Mapping[str, Tensor] = field(default_factory=dict)  # to be saved in the weights' place
+
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Let the model have the weights that would be saved, so that a score is of them.
+
+        Where ranks share the weights, the model that hooks see has these already.
+        """
+        weights = dict(self.model.named_parameters())
+        own = {name: weights[name].detach().clone() for name in self.average}
+        copy_into(self.model, self.average)
+        try:
+            yield
+        finally:
+            copy_into(self.model, own)
 
 
 @dataclass(frozen=True)
@@ -95,16 +110,16 @@ def fit(
     dtype, ranks = DTYPES[config.dtype], here(device)
     seed_generators(config.seed + ranks.rank)
     training = begun(model, source, config, out, device, ranks)
-    log = MetricsLog(out / "metrics.jsonl")
     saver = Saver(out / "checkpoints", config, write_model, ranks)
-    run_step = partial(passes, objective=objective, device=device, dtype=dtype, ranks=ranks)
-    gather_weights = partial(gather, training.whole, training.model, ranks)
+    log = MetricsLog(out / "metrics.jsonl")
     first_step = load_checkpoint(saver.folder, training, read_weights, ranks)
     if first_step:
         say(f"  continuing from step {first_step:,} of {config.steps:,}")
     if ranks.first:
-        log.truncate_after(first_step)
+        for written in (log, MetricsLog(out / BAD_STEPS)):
+            written.truncate_after(first_step)
     state = State(first_step, config.steps, training.whole)
+    run_step = partial(passes, objective=objective, device=device, dtype=dtype, ranks=ranks)
     forward = None if config.compile else training.model
     with (
         checkpointed_activations(training.model, config.gradient_checkpointing),
@@ -127,7 +142,7 @@ def fit(
                 seconds = time.perf_counter() - started
                 state.metrics = metrics | {"lr": rate, "seconds": seconds} | memory(device)
                 if math.isfinite(metrics["loss"]):
-                    run_hooks(hooks, state, stop, gather_weights, ranks)
+                    run_hooks(hooks, state, stop, training, ranks)
                 state.metrics = {k: v for k, v in state.metrics.items() if math.isfinite(v)}
                 if ranks.first:
                     log.write(step=state.step, **state.metrics)
@@ -137,7 +152,6 @@ def fit(
             saver.join()
         saver.check()
     choose_weights(training, config, saver, read_weights, ranks)
-    gather_weights()
     return state.metrics
 
 
@@ -159,7 +173,7 @@ def begun(
         source=source,
         guard=Guard(config, out, writes=ranks.first),
         scale=LossScale(FIRST_SCALE if config.dtype == "fp16" else 1.0),
-        average=Average(trained_model, config.ema_decay) if config.ema_decay else None,
+        average=Average(trained_model, config) if config.ema_decay else None,
     )
 
 
@@ -222,18 +236,27 @@ def optimizer_step(
     return metrics
 
 
+def weights_to_save(training: Training) -> Mapping[str, Tensor]:
+    """Return the weights that a finished model has: the average, where that was asked for."""
+    average = training.average
+    return average.weights if average and average.saved else trained(training.model)
+
+
 def run_hooks(
     hooks: Sequence[Hook],
     state: State,
     stop: "Stop",
-    gather_weights: Callable[[], None],
+    training: Training,
     ranks: Ranks,
 ) -> None:
     """Run what is due; a hook's random numbers and mode do not touch the training's."""
     last = state.step == state.steps
     due = [hook for hook in hooks if state.step % hook.every == 0 or last]
-    if any(hook.looks for hook in due):
-        gather_weights()
+    saved = weights_to_save(training)
+    if ranks.size == 1:
+        state.average = saved if training.average else {}
+    elif any(hook.looks for hook in due):
+        gather(training.whole, saved, ranks)
     for hook in due if ranks.first else ():
         with kept_generators():
             try:
@@ -298,9 +321,14 @@ def choose_weights(
     ranks: Ranks,
 ) -> None:
     """Leave the model with the weights that were asked for: best, averaged or last."""
-    if config.load_best_model_at_end and (best := ranks.told(saver.best())):
-        say(f"  the best by {config.metric_for_best_model} is {best.name}")
-        weights = read_trained(best, training, read_weights)
-        copy_into(training.model, {name: weights[name] for name in trained(training.model)})
-    elif training.average and config.save_ema:
-        copy_into(training.model, training.average.weights)
+    chosen = weights_to_save(training)
+    if config.load_best_model_at_end:
+        best = ranks.told(saver.best())
+        if best is None:
+            say(f"  no checkpoint has {config.metric_for_best_model!r}: the model is the last one")
+        else:
+            say(f"  the best by {config.metric_for_best_model} is {best.name}")
+            chosen = read_saved(best, training, read_weights, ranks)
+    if training.average or config.load_best_model_at_end:
+        copy_into(training.model, {name: chosen[name] for name in trained(training.model)})
+    gather(training.whole, trained(training.model), ranks)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from groundup.core.errors import DataError
+from groundup.core.errors import ConfigError, DataError
 from groundup.model.loss import IGNORE
 from groundup.train.batches import StepBatch, same_data
 from groundup.train.objectives import NONE, Metrics, MicroBatch, Stats, Sums
@@ -50,8 +50,12 @@ class MaskedPairs:
         self.capacity = context - (2 if pairs == "none" else 3)
         lengths = np.diff(offsets) - 1  # without the eos behind each
         self.documents = np.flatnonzero(lengths >= 4)
+        if self.capacity < 4:
+            raise ConfigError(f"rows of {context} tokens hold too little to mask: give 8 or more")
         if not len(self.documents) or (pairs == "nsp" and len(self.documents) < 2):
-            raise DataError("the training split has too few documents for pairs: give more text")
+            raise DataError(
+                "too few documents of 4 tokens or more, two for pairs of sentences: give more text"
+            )
         self.tokens, self.offsets, self.lengths = tokens, offsets, lengths
         self.pairs, self.context = pairs, context
         self.batch_size, self.accumulation, self.seed = (

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from groundup.core.errors import ConfigError
 from groundup.model.loss import IGNORE
 from groundup.train.batches import TokenStream
 
@@ -64,6 +65,8 @@ class MiddleStream(TokenStream):
         level: Literal["document", "context"],
         **options: Any,
     ) -> None:
+        if options["context"] < 8:
+            raise ConfigError(f"rows of {options['context']} tokens hold no middle: give 8 or more")
         self.source, self.bounds = tokens, offsets
         self.sentinels, self.level = sentinels, level
         self.rate, self.spm_rate = rate, spm_rate

@@ -10,7 +10,7 @@ torch's modules for this take 50 MB and a second: they are imported where there 
 import copy
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -93,16 +93,15 @@ def exchange_behind_the_last(model: Any, n: int, micro_batches: int) -> None:
 
 
 @torch.no_grad()
-def gather(whole: nn.Module, trained: nn.Module, ranks: Ranks) -> None:
-    """Copy trained weights into the whole model on rank 0; every rank must call."""
+def gather(whole: nn.Module, weights: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Copy weights that ranks share into the whole model on rank 0; every rank must call."""
     if ranks.size == 1:
         return
     places = dict(whole.named_parameters()) if ranks.first else {}
-    for name, weight in trained.named_parameters():
-        if weight.requires_grad:
-            full = weight.full_tensor() if is_cut(weight) else weight
-            if ranks.first:
-                places[name].copy_(full)
+    for name, weight in weights.items():
+        full = weight.full_tensor() if is_cut(weight) else weight
+        if ranks.first:
+            places[name].copy_(full)
 
 
 def is_cut(tensor: Tensor) -> "TypeGuard[DTensor]":
