@@ -129,6 +129,7 @@ def test_starts_that_do_not_fit_say_so(tiny, tok, wordpiece, corpus, tmp_path, c
     for more, message in (
         ([str(tmp_path / "nowhere")], "nowhere does not exist"),
         ([str(tmp_path / "decoder"), "--budget", "1m"], "brings its own shape"),
+        ([str(tmp_path / "decoder"), "--hidden-size", "64"], "shape: leave out --hidden-size"),
     ):
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Scores while training, trackers, and runs laid over each other."""
 
 import json
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -80,7 +81,12 @@ def test_wandb_offline(place, corpus, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     pretrain(corpus, place, "wandb", "--report-to", "wandb")
-    assert list((place / "wandb").rglob("*.wandb"))
+    (place / "wandb" / "stage.json").rename(place / "wandb" / "old.json")
+    (place / ".wandb.partial.json").write_text((place / "wandb" / "old.json").read_text())
+    pretrain(corpus, place, "wandb", "--report-to", "wandb", "--checkpoint-every", "7")
+    [*files] = (place / "wandb").rglob("*.wandb")
+    assert len({file.stem for file in files}) == 1
+    assert len(files) == 2
 
 
 @pytest.mark.parametrize(
@@ -89,9 +95,13 @@ def test_wandb_offline(place, corpus, monkeypatch):
         (["--report-to", "tensorbord"], "did you mean 'tensorboard'"),
         (["--tasks", "none.jsonl"], "does not exist"),
         (["--tasks", "names.jsonl", "--objective", "mlm"], "left to right"),
+        (
+            ["--metric-for-best-model", "eval_bits_per_byte", "--eval-steps", "70"],
+            "let --eval-steps divide --checkpoint-every",
+        ),
     ],
 )
-def test_unknown_trackers_and_tasks_are_refused(flags, said, place, corpus, capsys, monkeypatch):
+def test_what_cannot_be_watched_is_refused(flags, said, place, corpus, capsys, monkeypatch):
     monkeypatch.chdir(place)
     assert pretrain(corpus, place, "bad", *flags) == 2
     assert said in capsys.readouterr().err
@@ -111,9 +121,40 @@ def test_runs_beside_each_other(place, capsys):
     assert "Settings that differ" not in content  # watching is no setting
 
 
-def test_an_unfinished_run_can_be_compared(place, capsys):
-    from shutil import copytree
+def test_every_checkpoint_is_scored_where_the_score_decides(place, corpus):
+    best = ["--metric-for-best-model", "eval_bits_per_byte", "--checkpoint-every", "5"]
+    pretrain(corpus, place, "best", *best, "--load-best-model-at-end")
+    rows = MetricsLog.read(place / "best" / "evals.jsonl")
+    assert [row["step"] for row in rows] == [5, 10, STEPS]
 
+
+def test_steps_without_a_loss_or_a_norm_leave_gaps(place, capsys):
+    """A step that was left out has no loss, one that overflowed in fp16 no norm."""
+    copytree(place / "plain", place / "gaps")
+    rows = MetricsLog.read(place / "gaps" / "metrics.jsonl")
+    del rows[0]["grad_norm"], rows[3]["loss"], rows[3]["bits_per_byte"], rows[-1]["loss"]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (place / "gaps" / "metrics.jsonl").write_text("".join(lines))
+    page = place / "gaps.html"
+    main(["compare", str(place / "gaps"), "--out", str(page), "--json"])
+    [found] = json.loads(capsys.readouterr().out).values()
+    assert found["training bits per byte, last 5 %"]
+    assert page.read_text().count("<svg") == 6  # loss twice, held out, rate, gradient, speed
+
+
+def test_bits_per_byte_are_the_texts_alone(place, corpus, capsys):
+    """Not what z-loss or a router adds; and an unfinished run has them too."""
+    pretrain(corpus, place, "added", "--z-loss", "0.5", "--steps", "2")
+    [row, *_] = MetricsLog.read(place / "added" / "metrics.jsonl")
+    [plain, *_] = MetricsLog.read(place / "plain" / "metrics.jsonl")
+    assert row["loss"] > plain["loss"] + 1
+    assert row["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-5)
+    (place / "added" / "stage.json").unlink()
+    main(["compare", *(str(place / n) for n in ("plain", "added")), "--out", str(place / "p.html")])
+    assert "losses of different kinds" not in capsys.readouterr().err
+
+
+def test_an_unfinished_run_can_be_compared(place, capsys):
     copytree(place / "plain", place / "cut")
     (place / "cut" / "stage.json").unlink()
     main(["compare", str(place / "cut"), "--out", str(place / "cut.html"), "--json"])

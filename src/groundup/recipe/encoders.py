@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from groundup.core import device as devices
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, DataError
+from groundup.core.metrics import MetricsLog
 from groundup.core.progress import console, say
 from groundup.data import Shard, open_shard
 from groundup.figure import LiveTraining
@@ -16,10 +17,12 @@ from groundup.model.encoder import Encoder
 from groundup.model.encoder_config import CLASSES, EncoderConfig
 from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PretrainConfig
+from groundup.recipe.monitoring import steps_between, tokens_per_step, tracking
 from groundup.recipe.shared import fit_settings, shards_of, watch
+from groundup.recipe.sources import refuse_overlap
 from groundup.recipe.starting import continued_encoder, within_positions
 from groundup.tokenizer import Tokenizer
-from groundup.train import Hook, MaskedLM, MaskedPairs, fit
+from groundup.train import Hook, MaskedLM, MaskedPairs, State, fit
 from groundup.train.masked import Pairs
 from groundup.train.ranks import here
 from groundup.train.step import to_device
@@ -52,8 +55,14 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
         config = dataclasses.replace(config, model_type=model.config.model_type)
     size = sum(weight.numel() for weight in model.parameters())
     say(f"  device: {device.line}; {size / 1e6:.2f}M parameters; {config.steps:,} steps")
-    source = pairs_of(config, tok, open_shard(shards, "train"), pairs)
-    with LiveTraining(console(), steps=config.steps, unit="loss") as live:
+    train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
+    refuse_overlap(config, train, validation)
+    source = pairs_of(config, tok, train, pairs)
+    scoring = score(config, tok, validation, pairs, out)
+    with (
+        tracking(config, out) as trackers,
+        LiveTraining(console(), steps=config.steps, unit="loss") as live,
+    ):
         fit(
             model,
             MaskedLM(pairs=pairs),
@@ -61,15 +70,16 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
             fit_settings(config),
             out,
             device=device.device,
-            hooks=[Hook(1, watch(live))],
+            hooks=[Hook(1, watch(live)), *([scoring] if scoring else []), *trackers],
             write_model=lambda copied, folder: write_model(copied, tok, folder),
             read_weights=lambda folder: checkpoint_weights(model, folder),
         )
     if not here().first:
         return {}
     save_model(model, tok, out / "model")
-    scores = validate(model, config, tok, open_shard(shards, "validation"), pairs)
-    say("  validation: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    scores = validate(model, config, tok, validation, pairs) if scoring else {}
+    if scores:
+        say("  validation: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
     return {"parameters": size, "steps": config.steps, "device": device.line, **scores}
 
 
@@ -132,6 +142,31 @@ def pairs_of(config: PretrainConfig, tok: Tokenizer, shard: Shard, pairs: Pairs)
         mask_probability=share,
         word_starts=starts,
     )
+
+
+def score(
+    config: PretrainConfig, tok: Tokenizer, validation: Shard, pairs: Pairs, out: Path
+) -> Hook | None:
+    """Return a hook that appends the validation split's scores to `evals.jsonl`.
+
+    The scores also join the step's metrics, as `eval_...`. None where there is nothing to score.
+    """
+    try:
+        pairs_of(config, tok, validation, pairs)
+    except DataError:
+        say("  no validation text that could be scored")
+        return None
+    log = MetricsLog(out / "evals.jsonl")
+
+    def run(state: State) -> None:
+        assert isinstance(state.model, Encoder)
+        with state.as_saved():
+            scores = validate(state.model, config, tok, validation, pairs)
+        log.truncate_after(state.step - 1)
+        log.write(step=state.step, tokens=state.step * tokens_per_step(config), **scores)
+        state.metrics |= {f"eval_{name}": value for name, value in scores.items()}
+
+    return Hook(steps_between(config), run, looks=True)
 
 
 @torch.no_grad()

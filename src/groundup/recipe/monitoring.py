@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from groundup.core import config as configs
 from groundup.core.device import training_dtype
 from groundup.core.errors import ConfigError, closest, need
+from groundup.core.files import write_text
 from groundup.core.metrics import MetricsLog
 from groundup.data import Shard
 from groundup.evaluate.tasks import read_task, run_task
@@ -45,7 +46,7 @@ def evaluation_hook(
     num_bytes = sum(len(text.encode()) for text in texts)
     log = MetricsLog(out / "evals.jsonl")
 
-    def run(state: State) -> None:
+    def score() -> dict[str, float]:
         scores: dict[str, float] = {}
         if documents:
             nats = -sum(float(values.sum()) for values in lm.token_logprobs(documents))
@@ -53,6 +54,11 @@ def evaluation_hook(
         for task in tasks:
             found = run_task(lm, tok, task, quiet=True)
             scores |= {f"{task.name}_{key}": found[key] for key in SCORES if key in found}
+        return scores
+
+    def run(state: State) -> None:
+        with state.as_saved():
+            scores = score()
         log.truncate_after(state.step - 1)
         log.write(step=state.step, tokens=state.step * tokens_per_step(config), **scores)
         state.metrics |= {f"eval_{name}": value for name, value in scores.items()}
@@ -61,7 +67,12 @@ def evaluation_hook(
 
 
 def steps_between(config: PretrainConfig) -> int:
-    """Return the steps from one evaluation to the next."""
+    """Return the steps from one evaluation to the next.
+
+    Where a score decides on the best checkpoint, every checkpoint has one.
+    """
+    if config.eval_steps is None and (config.metric_for_best_model or "").startswith("eval_"):
+        return config.checkpoint_every
     return config.eval_steps or max(1, math.ceil(config.steps / EVALUATIONS))
 
 
@@ -122,12 +133,23 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run in the project `groundup`; its network use is the user's choice (WANDB_MODE)."""
+    """A run in the project `groundup`; its network use is the user's choice (WANDB_MODE).
+
+    Its id lies in `out`, so that a resumed run goes on in the same curves.
+    """
 
     def __init__(self, config: PretrainConfig, out: Path) -> None:
         wandb: Any = need("wandb", extra="tracking", purpose="--report-to wandb")
+        file = out / "wandb.id"
+        if not file.is_file():
+            write_text(file, wandb.util.generate_id())
         self.run = wandb.init(
-            project="groundup", name=out.name, dir=str(out), config=configs.dump(config)
+            project="groundup",
+            id=file.read_text(),
+            resume="allow",
+            name=out.name,
+            dir=str(out),
+            config=configs.dump(config),
         )
 
     def write(self, state: State) -> None:

@@ -29,6 +29,8 @@ def with_phases(config: PretrainConfig) -> PretrainConfig:
         raise ConfigError("a mixture's phases have their own tokens: leave plan and budget out")
     if config.objective != "causal" or config.packing_strategy == "bfd":
         raise ConfigError("a mixture is for --objective causal and --packing-strategy wrapped")
+    if config.steps != PretrainConfig.steps:
+        raise ConfigError("a mixture's phases say how many tokens there are: leave out --steps")
     total = sum(phase.tokens for phase in config.mix.phases)
     last = config.mix.phases[-1]
     decay = last.tokens / total if last.name == "decay" else config.decay_fraction

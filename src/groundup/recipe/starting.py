@@ -1,6 +1,8 @@
 """Continued pretraining: a model to go on from, its vocabulary brought to the tokenizer given."""
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from groundup.core.progress import say
 from groundup.core.run import resolve_model
 from groundup.model import Decoder, Encoder, load_network, remap_vocabulary
 from groundup.model.vocabulary import AnyModel
-from groundup.recipe.configs import PretrainConfig
+from groundup.recipe.configs import PretrainConfig, ShapeOptions
 from groundup.tokenizer import Tokenizer
 from groundup.train.masked import Pairs
 
@@ -83,10 +85,43 @@ def rows_between(old: Tokenizer, new: Tokenizer) -> list[list[int]]:
     return rows
 
 
+# what only some objectives make use of
+OWN_SETTINGS = {
+    "causal or fim": ("z_loss", "num_key_value_heads", "num_experts", "ngram"),
+    "causal": ("packing_strategy", "mix"),
+    "fim": ("fim_rate", "fim_spm_rate", "fim_level"),
+    "mlm, mlm+nsp or mlm+sop": ("whole_word", "mlm_probability", "hidden_dropout_prob"),
+}
+
+
 def check_start(config: PretrainConfig) -> None:
-    """Refuse what contradicts a model to go on from."""
-    if config.init is not None and (config.plan is not None or config.budget is not None):
+    """Refuse settings that would change nothing: another objective's, a model's that is given."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+
+    def given(names: Iterable[str]) -> str:
+        changed = [name for name in names if getattr(config, name) != defaults[name]]
+        return ", ".join("--" + name.replace("_", "-") for name in changed)
+
+    for objectives, names in OWN_SETTINGS.items():
+        if config.objective not in re.findall(r"[a-z+]+", objectives) and (flags := given(names)):
+            raise ConfigError(
+                f"{flags}: of use to --objective {objectives}, not to {config.objective}; leave "
+                "it out"
+            )
+    name, every = config.metric_for_best_model or "", config.eval_steps
+    if name.startswith("eval_") and every and config.checkpoint_every % every:
+        raise ConfigError(
+            f"--metric-for-best-model {name} is measured every {every} steps, and checkpoints are "
+            f"made every {config.checkpoint_every}: let --eval-steps divide --checkpoint-every"
+        )
+    if config.init is None:
+        return
+    if config.plan is not None or config.budget is not None:
         raise ConfigError("--init brings its own shape: give --steps, and no --plan or --budget")
+    shape = [f.name for f in dataclasses.fields(ShapeOptions)]
+    shape.remove("max_position_embeddings")  # the length of rows, here
+    if flags := given(shape):
+        raise ConfigError(f"--init brings its own shape: leave out {flags}")
 
 
 def within_positions(config: PretrainConfig, positions: int) -> PretrainConfig:
