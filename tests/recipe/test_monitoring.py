@@ -121,6 +121,19 @@ def test_runs_beside_each_other(place, capsys):
     assert "Settings that differ" not in content  # watching is no setting
 
 
+def test_a_run_that_breaks_off_keeps_what_its_message_names(place, corpus, capsys):
+    rates = ["--learning-rate", "1e30", "--adam-learning-rate", "1e30"]
+    assert pretrain(corpus, place, "broken", *rates) == 2
+    assert str(place / "broken" / "bad_steps.jsonl") in capsys.readouterr().err
+    [bad] = MetricsLog.read(place / "broken" / "bad_steps.jsonl")
+    assert bad["documents"]
+
+
+def test_a_context_shorter_than_a_sample_trains(place, corpus):
+    assert pretrain(corpus, place, "short", "--max-position-embeddings", "8") == 0
+    assert pretrain(corpus, place, "shortest", "--max-position-embeddings", "1") == 0
+
+
 def test_every_checkpoint_is_scored_where_the_score_decides(place, corpus):
     best = ["--metric-for-best-model", "eval_bits_per_byte", "--checkpoint-every", "5"]
     pretrain(corpus, place, "best", *best, "--load-best-model-at-end")

@@ -257,6 +257,8 @@ def test_objectives_that_do_not_fit_say_what_does(corpus, tok, tmp_path, capsys)
         (["causal", "--model-type", "bert"], "bert is an encoder: add --objective mlm"),
         (["mlm", "--model-type", "bert"], r"need the special token [MASK]"),
         (["fim"], "train the tokenizer with --special-tokens '<|fim_prefix|>'"),
+        (["causal", "--num-experts", "4"], "qwen3 has no experts: take --model-type mixtral or"),
+        (["causal", "--num-attention-heads", "3"], "3 does not divide hidden_size = 256"),
         (["causal", "--whole-word"], "--whole-word: of use to --objective mlm"),
         (["causal", "--fim-rate", "0.1"], "--fim-rate: of use to --objective fim"),
         (

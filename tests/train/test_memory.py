@@ -1,5 +1,6 @@
 """Memory told before a training starts, and numbers that no training can have."""
 
+import dataclasses
 import math
 import re
 
@@ -57,6 +58,16 @@ def test_a_model_too_large_is_told_the_size_that_fits_and_may_be_shared():
     said = refusal(1, free)
     assert f"about {num_parameters(CONFIG) / 2e6:,.0f}M parameters would fit" in said
     check_memory(CONFIG, FitConfig(steps=1), 1, free + 1e8, 8)
+
+
+def test_rows_that_are_too_long_are_told_the_length_that_fits():
+    long = dataclasses.replace(CONFIG, max_position_embeddings=10**8)
+    free = kept_bytes(CONFIG, "muon", 1) + 1e9
+    with pytest.raises(ConfigError, match="--max-position-embeddings") as refused:
+        check_memory(long, FitConfig(steps=1), 8, free, 1)
+    found = re.search(r"--max-position-embeddings ([\d,]+) could", str(refused.value))
+    fitting = dataclasses.replace(CONFIG, max_position_embeddings=int(found[1].replace(",", "")))
+    check_memory(fitting, FitConfig(steps=1, gradient_checkpointing=True), 1, free, 1)
 
 
 @pytest.mark.parametrize(

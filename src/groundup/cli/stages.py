@@ -60,7 +60,8 @@ def subcommand(prog: str, argv: Sequence[str], choices: dict[str, str]) -> Seque
 
 def pretrain(argv: Sequence[str]) -> None:
     """Run `groundup pretrain CORPUS --tokenizer DIR --out DIR`."""
-    stage_command("pretrain", "pretrain", argv, positional="corpus")
+    more = " The same command again goes on where it was stopped. Start with --budget 10m."
+    stage_command("pretrain", "pretrain", argv, positional="corpus", more=more)
 
 
 def ngram(argv: Sequence[str]) -> None:

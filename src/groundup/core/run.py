@@ -197,7 +197,8 @@ def run_stage(
         with storage_errors(out):
             summary = stage.function()(config, out)
     except GroundupError:
-        if status == "new" and not (out / "checkpoints").exists():
+        logged = next(out.glob("*.jsonl"), None)  # what went wrong may stand there
+        if status == "new" and not (out / "checkpoints").exists() and logged is None:
             sweep(out, everything=True)  # nothing that could be continued was written
         raise
     record = {

@@ -124,7 +124,7 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     )
     plan: Path | None = field(None, help="plan.json, or a folder that holds it", input=True)
     budget: str | None = field(
-        None, help="plan shape, batch, rates and steps: 10m, 3e18 flops, 5M tokens or $20"
+        None, help="plan shape, batch, rates and steps: 10m, 2h, 3d, 3e18 flops, 5M tokens, $20"
     )
     usd_per_hour: float | None = field(None, help="price of this machine, for a budget in dollars")
     ngram: Path | None = field(

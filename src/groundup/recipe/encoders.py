@@ -43,7 +43,6 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
             f"{kinds if config.objective == 'mlm' else 'bert'} (now {config.model_type})"
         )
     tok = Tokenizer.load(config.tokenizer)
-    shards = shards_of(config, tok, out)
     pairs = PAIRS[config.objective]
     device = devices.pick(config.device, config.dtype)
     torch.manual_seed(config.seed)
@@ -53,6 +52,8 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
         model = continued_encoder(config.init, tok, pairs)
         config = within_positions(config, model.config.max_position_embeddings)
         config = dataclasses.replace(config, model_type=model.config.model_type)
+    mask_id(tok)
+    shards = shards_of(config, tok, out)
     size = sum(weight.numel() for weight in model.parameters())
     say(f"  device: {device.line}; {size / 1e6:.2f}M parameters; {config.steps:,} steps")
     train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
@@ -110,17 +111,22 @@ def encoder_config(config: PretrainConfig, tok: Tokenizer, pairs: Pairs) -> Enco
     )
 
 
+def mask_id(tok: Tokenizer) -> int:
+    """Return the id of [MASK]."""
+    found = tok.backend.token_to_id("[MASK]")
+    if found is None:
+        raise ConfigError(
+            "masked words need the special token [MASK]: train the tokenizer with "
+            "--kind wordpiece, or with --special-tokens '[MASK]'"
+        )
+    return int(found)
+
+
 def pairs_of(config: PretrainConfig, tok: Tokenizer, shard: Shard, pairs: Pairs) -> MaskedPairs:
     """Return the batch source of a split."""
     share = MASKED[config.model_type] if config.mlm_probability is None else config.mlm_probability
     if not 0 < share < 1:
         raise ConfigError(f"--mlm-probability {share:g} must lie between 0 and 1")
-    mask = tok.backend.token_to_id("[MASK]")
-    if mask is None:
-        raise ConfigError(
-            "masked words need the special token [MASK]: train the tokenizer with "
-            "--kind wordpiece, or with --special-tokens '[MASK]'"
-        )
     if config.model_type == "modernbert" and pairs != "none":
         raise ConfigError("modernbert has no head for pairs: take --objective mlm")
     starts = None
@@ -136,7 +142,7 @@ def pairs_of(config: PretrainConfig, tok: Tokenizer, shard: Shard, pairs: Pairs)
         seed=config.seed,
         cls_token_id=tok.token_id("cls_token", "bos_token"),
         sep_token_id=tok.token_id("sep_token", "eos_token"),
-        mask_token_id=mask,
+        mask_token_id=mask_id(tok),
         pad_token_id=tok.pad_token_id,
         vocab_size=tok.vocab_size,
         mask_probability=share,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from groundup.core import config as configs
 from groundup.core.device import training_dtype
-from groundup.core.errors import ConfigError, closest, need
+from groundup.core.errors import need
 from groundup.core.files import write_text
 from groundup.core.metrics import MetricsLog
 from groundup.data import Shard
@@ -28,17 +28,17 @@ EVALUATIONS = 10  # a run, where eval_steps is unset
 SCORES = ("acc", "acc_norm", "perplexity")
 
 
-def evaluation_hook(
+def evaluation_hooks(
     config: PretrainConfig, model: Decoder, tok: Tokenizer, validation: Shard, out: Path
-) -> Hook | None:
+) -> list[Hook]:
     """Return a hook that appends bits per byte and the tasks' scores to `evals.jsonl`.
 
-    The scores also join the step's metrics, as `eval_...`. None where there is nothing to score.
+    The scores also join the step's metrics, as `eval_...`. No hook where there is nothing to score.
     """
     documents = spread(validation, config.eval_tokens)
     tasks = [read_task(path, limit=config.eval_limit, seed=config.seed) for path in config.tasks]
     if not documents and not tasks:
-        return None
+        return []
     lm = NeuralLM(
         model, tok.eos_token_id, dtype=DTYPES[training_dtype(config.device, config.dtype)]
     )
@@ -63,7 +63,7 @@ def evaluation_hook(
         log.write(step=state.step, tokens=state.step * tokens_per_step(config), **scores)
         state.metrics |= {f"eval_{name}": value for name, value in scores.items()}
 
-    return Hook(steps_between(config), run, looks=True)
+    return [Hook(steps_between(config), run, looks=True)]
 
 
 def steps_between(config: PretrainConfig) -> int:
@@ -97,9 +97,6 @@ def spread(validation: Shard, most_tokens: int) -> list[NDArray[np.integer]]:
 @contextmanager
 def tracking(config: PretrainConfig, out: Path) -> Iterator[list[Hook]]:
     """Yield hooks that send each step's metrics to the trackers of `report_to`."""
-    for name in config.report_to:
-        if name not in TRACKERS:
-            raise ConfigError(f"report_to: unknown tracker {name!r}{closest(name, TRACKERS)}")
     chosen = config.report_to if here().first else ()
     trackers = [TRACKERS[name](config, out) for name in chosen]
     try:

@@ -1,12 +1,12 @@
 """Stages `plan` and `pretrain`: from token shards to a base model."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from groundup.core import device as devices
@@ -18,7 +18,7 @@ from groundup.core.types import SamplingParams
 from groundup.data import Shard, open_shard
 from groundup.figure import LiveTraining
 from groundup.generate import LLM
-from groundup.model.config import ModelConfig
+from groundup.model.config import FAMILIES, ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.model.decoder import Decoder
 from groundup.model.encoder_config import CLASSES as ENCODERS
@@ -26,7 +26,7 @@ from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PretrainConfig
 from groundup.recipe.encoders import pretrain_encoder
 from groundup.recipe.monitoring import (
-    evaluation_hook,
+    evaluation_hooks,
     steps_between,
     tokens_per_step,
     tracking,
@@ -39,7 +39,13 @@ from groundup.recipe.shared import (
     shards_of,
     with_dtype,
 )
-from groundup.recipe.sources import refuse_overlap, show_epochs, token_source, with_phases
+from groundup.recipe.sources import (
+    check_tokens,
+    refuse_overlap,
+    show_epochs,
+    token_source,
+    with_phases,
+)
 from groundup.recipe.starting import check_start, continued_decoder, within_positions
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
@@ -63,46 +69,33 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     config, made = planned(config, out)
     config = for_ranks(with_phases(with_dtype(config)))
     if config.objective.startswith("mlm"):
-        if config.tasks:
-            raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
         return pretrain_encoder(config, out)
     tok = Tokenizer.load(config.tokenizer)
-    shards = shards_of(config, tok, out)
-    train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
+    check_tokens(config, tok)
     device = devices.pick(config.device, config.dtype)
-    refuse_overlap(config, train, validation)
     model, config = starting_model(config, tok, device)
+    shards = shards_of(config, tok, out)  # takes hours of much text: behind all that may be refused
+    train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
+    refuse_overlap(config, train, validation)
     if here().size == 1:  # hooks take the model as it lies
         model.to(device.device)
     size = num_parameters(model.config)
     say(f"  device: {device.line}; {size / 1e6:.2f}M parameters; {config.steps:,} steps")
     source = token_source(config, tok, train)
-    fit_config = fit_settings(config)
-    bits_per_nat = len(train.tokens) / train.num_bytes / float(np.log(2))
+    bits_per_nat = len(train.tokens) / max(1, train.num_bytes) / math.log(2)
     level = ngram_level(config)
-    scoring = evaluation_hook(config, model, tok, validation, out)
-    with (
-        tracking(config, out) as trackers,
-        LiveTraining(
-            console(),
-            steps=config.steps,
-            unit="bits per byte",
-            level=level,
-            level_name="n-gram on validation text, the line to beat",
-        ) as live,
-    ):
-        drawing = Hook(1, watch(live, model.config, device.device, bits_per_nat, config))
+    with tracking(config, out) as trackers, live_training(config, level) as live:
         metrics = fit(
             model,
             next_token(model.config, config.z_loss),
             source,
-            fit_config,
+            fit_settings(config),
             out,
             device=device.device,
             hooks=[
-                drawing,
+                Hook(1, watch(live, model.config, device.device, bits_per_nat, config)),
                 speaking_hook(live, model, tok, validation, config),
-                *([scoring] if scoring else []),
+                *evaluation_hooks(config, model, tok, validation, out),
                 *trackers,
             ],
             write_model=lambda copied, folder: write_model(copied, tok, folder),
@@ -123,6 +116,17 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
         "ngram_bits_per_byte": level,
         "device": device.line,
     }
+
+
+def live_training(config: PretrainConfig, level: float | None) -> LiveTraining:
+    """Return the live view, with the n-gram's level where there is one."""
+    return LiveTraining(
+        console(),
+        steps=config.steps,
+        unit="bits per byte",
+        level=level,
+        level_name="n-gram on validation text, the line to beat",
+    )
 
 
 def starting_model(
@@ -162,12 +166,16 @@ def model_config(config: PretrainConfig, tok: Tokenizer) -> ModelConfig:
             f"hidden_size = {config.hidden_size} is no multiple of 64: give one that is, "
             "or set num_attention_heads"
         )
+    if config.hidden_size % heads:
+        raise ConfigError(
+            f"num_attention_heads = {heads} does not divide hidden_size = {config.hidden_size}"
+        )
     if config.model_type in ENCODERS:
         raise ConfigError(
             f"{config.objective} trains decoders, and {config.model_type} is an encoder: "
             "add --objective mlm, or take another --model-type"
         )
-    return ModelConfig(
+    made = ModelConfig(
         model_type=config.model_type,
         num_experts=config.num_experts,
         num_experts_per_tok=config.num_experts_per_tok,
@@ -186,6 +194,10 @@ def model_config(config: PretrainConfig, tok: Tokenizer) -> ModelConfig:
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.pad_token_id,
     )
+    if config.num_experts and not made.family.experts:
+        having = " or ".join(name for name, family in FAMILIES.items() if family.experts)
+        raise ConfigError(f"{config.model_type} has no experts: take --model-type {having}")
+    return made
 
 
 def ngram_level(config: PretrainConfig) -> float | None:
@@ -227,15 +239,19 @@ def speaking_hook(
 ) -> Hook:
     """Return a hook that lets the model speak now and then.
 
-    By the clock; but several ranks gather the weights for it, so there with the evaluations.
+    By the clock; but several ranks gather the weights for it, so there with the evaluations. Of a
+    short context half is read, and half is said.
     """
     llm = LLM(model, tok, max_num_seqs=3)
-    documents = sorted(validation.documents(), key=len)[-3:]
+    context = model.config.max_position_embeddings
+    documents = sorted(validation.documents(), key=len)[-3:] if context > 1 else []
     middle = [len(document) // 2 for document in documents]
+    shown = min(PROMPT_TOKENS, context // 2)
     prompts = [
-        [int(i) for i in document[at : at + PROMPT_TOKENS]]
+        [int(i) for i in document[at : at + shown]]
         for document, at in zip(documents, middle, strict=True)
     ]
+    params = dataclasses.replace(SAMPLE, max_tokens=min(SAMPLE.max_tokens, context - shown))
     alone = here().size == 1
     spoken = time.monotonic()
 
@@ -243,7 +259,7 @@ def speaking_hook(
         nonlocal spoken
         due = time.monotonic() - spoken >= config.sample_every_s or not alone
         if prompts and (due or state.step == state.steps):
-            outputs = llm.generate(prompts, SAMPLE)
+            outputs = llm.generate(prompts, params)
             live.show_samples(
                 [
                     f"{tok.decode(ids)} -> {output.outputs[0].text}"

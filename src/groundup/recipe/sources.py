@@ -27,8 +27,8 @@ def with_phases(config: PretrainConfig) -> PretrainConfig:
         return config
     if config.plan or config.budget:
         raise ConfigError("a mixture's phases have their own tokens: leave plan and budget out")
-    if config.objective != "causal" or config.packing_strategy == "bfd":
-        raise ConfigError("a mixture is for --objective causal and --packing-strategy wrapped")
+    if config.packing_strategy == "bfd":
+        raise ConfigError("a mixture is for --packing-strategy wrapped")
     if config.steps != PretrainConfig.steps:
         raise ConfigError("a mixture's phases say how many tokens there are: leave out --steps")
     total = sum(phase.tokens for phase in config.mix.phases)
@@ -82,6 +82,16 @@ def show_epochs(source: BatchSource) -> dict[str, Any]:
     return {"epochs": epochs}
 
 
+def check_tokens(config: PretrainConfig, tok: Tokenizer) -> None:
+    """Refuse a tokenizer without the special tokens that the objective needs."""
+    wanted = (PREFIX, MIDDLE, SUFFIX) if config.objective == "fim" else ()
+    if missing := [name for name in wanted if name not in tok.specials]:
+        raise ConfigError(
+            f"fim needs the special tokens {', '.join(missing)}: train the tokenizer with "
+            f"--special-tokens {' '.join(repr(name) for name in missing)}"
+        )
+
+
 def token_source(
     config: PretrainConfig, tok: Tokenizer, train: Shard
 ) -> TokenStream | PackedStream | MixtureStream:
@@ -98,14 +108,6 @@ def token_source(
     if config.objective == "causal":
         kind = PackedStream if config.packing_strategy == "bfd" else TokenStream
         return kind(train.tokens, train.offsets, **options)
-    if config.packing_strategy == "bfd":
-        raise ConfigError("packing_strategy bfd is for --objective causal: leave one of them out")
-    missing = [name for name in (PREFIX, MIDDLE, SUFFIX) if name not in tok.specials]
-    if missing:
-        raise ConfigError(
-            f"fim needs the special tokens {', '.join(missing)}: train the tokenizer with "
-            f"--special-tokens {' '.join(repr(name) for name in missing)}"
-        )
     ids = (tok.specials[name] for name in (PREFIX, MIDDLE, SUFFIX))
     return MiddleStream(
         train.tokens,

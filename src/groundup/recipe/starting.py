@@ -1,17 +1,17 @@
 """Continued pretraining: a model to go on from, its vocabulary brought to the tokenizer given."""
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from groundup.core.errors import CheckpointError, ConfigError
+from groundup.core.errors import CheckpointError, ConfigError, closest
 from groundup.core.progress import say
 from groundup.core.run import resolve_model
 from groundup.model import Decoder, Encoder, load_network, remap_vocabulary
 from groundup.model.vocabulary import AnyModel
 from groundup.recipe.configs import PretrainConfig, ShapeOptions
+from groundup.recipe.monitoring import TRACKERS
 from groundup.tokenizer import Tokenizer
 from groundup.train.masked import Pairs
 
@@ -85,12 +85,19 @@ def rows_between(old: Tokenizer, new: Tokenizer) -> list[list[int]]:
     return rows
 
 
+MLM = ("mlm", "mlm+nsp", "mlm+sop")
 # what only some objectives make use of
-OWN_SETTINGS = {
-    "causal or fim": ("z_loss", "num_key_value_heads", "num_experts", "ngram"),
-    "causal": ("packing_strategy", "mix"),
-    "fim": ("fim_rate", "fim_spm_rate", "fim_level"),
-    "mlm, mlm+nsp or mlm+sop": ("whole_word", "mlm_probability", "hidden_dropout_prob"),
+OWN_SETTINGS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("causal", "fim"): (
+        "z_loss",
+        "num_key_value_heads",
+        "num_experts",
+        "tie_word_embeddings",
+        "ngram",
+    ),
+    ("causal",): ("packing_strategy", "mix"),
+    ("fim",): ("fim_rate", "fim_spm_rate", "fim_level"),
+    MLM: ("whole_word", "mlm_probability", "hidden_dropout_prob"),
 }
 
 
@@ -103,11 +110,16 @@ def check_start(config: PretrainConfig) -> None:
         return ", ".join("--" + name.replace("_", "-") for name in changed)
 
     for objectives, names in OWN_SETTINGS.items():
-        if config.objective not in re.findall(r"[a-z+]+", objectives) and (flags := given(names)):
+        if config.objective not in objectives and (flags := given(names)):
             raise ConfigError(
-                f"{flags}: of use to --objective {objectives}, not to {config.objective}; leave "
-                "it out"
+                f"{flags}: of use to --objective {' or '.join(objectives)}, not to "
+                f"{config.objective}; leave it out"
             )
+    for name in config.report_to:
+        if name not in TRACKERS:
+            raise ConfigError(f"report_to: unknown tracker {name!r}{closest(name, TRACKERS)}")
+    if config.tasks and config.objective in MLM:
+        raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
     name, every = config.metric_for_best_model or "", config.eval_steps
     if name.startswith("eval_") and every and config.checkpoint_every % every:
         raise ConfigError(

@@ -104,6 +104,12 @@ def check_memory(
             help_ += ", or --gradient-checkpointing"
     elif needed(1, True) <= free:
         help_ = "--batch-size 1 and --gradient-checkpointing would fit"
+    elif kept < free:
+        each = activation_bytes(config, 1, settings.dtype, True)
+        help_ = (
+            f"--max-position-embeddings {int((free - kept) / each):,} could fit, with "
+            "--batch-size 1 and --gradient-checkpointing"
+        )
     else:
         most = free / (kept / num_parameters(config)) / 1e6
         help_ = (
@@ -111,8 +117,8 @@ def check_memory(
             "--budget chooses a size that fits"
         )
     raise ConfigError(
-        f"not enough memory: {num_parameters(config) / 1e6:,.0f}M parameters take "
-        f"{kept / 1e9:,.1f} GB to train (weights, gradients, {settings.optim}) and {rows:,} rows "
+        f"not enough memory: {num_parameters(config) / 1e6:,.1f}M parameters take "
+        f"{kept / 1e9:,.2f} GB to train (weights, gradients, {settings.optim}) and {rows:,} rows "
         f"of {context:,} tokens at least {(here - kept) / 1e9:,.1f} GB more; "
         f"{free / 1e9:,.1f} GB are free. {help_}"
     )

@@ -153,6 +153,8 @@ def rows_each(rows: int, micro_batches: int, ranks: int) -> tuple[int, int]:
 
     The same rows make up the step. Where no cut is even, the finest that helps is taken.
     """
+    if ranks == 1:
+        return rows, micro_batches
     cuts = [n for n in range(1, rows + 1) if rows % n == 0]
     idle = {n: -(micro_batches * n) % ranks / (micro_batches * n) for n in cuts}
     best = min(cuts, key=lambda n: (idle[n], n))
