@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from groundup.cli.main import main
 from groundup.core.files import read_json
+from groundup.data.shards import Shard, overlap
 from groundup.recipe import ladder as ladders
 from groundup.recipe import planning
 from groundup.recipe.curves import read_run
@@ -121,3 +123,14 @@ def test_validation_text_that_is_trained_on_is_refused(place, capsys):
     assert "100.0% of its tokens, are in the training text too" in capsys.readouterr().err
     assert not Path("run").exists()
     assert main([*command, "--allow-overlap", "--out", "run"]) == 0
+
+
+def test_overlap_is_not_missed_where_only_some_documents_are_compared(monkeypatch):
+    """All of the validation text is trained on: every tenth document, compared, says so."""
+    monkeypatch.setattr("groundup.data.shards.COMPARED", 100)
+    tokens = np.arange(5000, dtype=np.uint16)
+    train = Shard(tokens, np.arange(0, 5001, 5), 1, 0, 5000, "")
+    validation = Shard(tokens[:500], np.arange(0, 501, 5), 1, 0, 5000, "")
+    assert overlap([train], validation) == (100, 1.0)
+    fresh = Shard(tokens[::-1][:500], np.arange(0, 501, 5), 1, 0, 5000, "")
+    assert overlap([train], fresh) == (0, 0.0)

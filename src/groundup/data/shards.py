@@ -215,19 +215,27 @@ def open_shard(folder: Path, split: Split) -> Shard:
 def overlap(trained: Sequence[Shard], validation: Shard) -> tuple[int, float]:
     """Return how many validation documents stand in training splits too, and their tokens' share.
 
-    Documents are the same when all their ids are. Of a large split an even part is compared: then
-    the numbers are of what was compared.
+    Documents are the same when all their ids are. Of a large training split every n-th document is
+    compared, and each that is found counts n times, for those that were not looked at.
     """
-    seen = {digest for shard in trained for digest, _ in digests(shard)}
+    times: dict[bytes, int] = {}
+    for shard in trained:
+        times = dict.fromkeys((digest for digest, _ in digests(shard)), every(shard)) | times
     compared = list(digests(validation))
-    found = [length for digest, length in compared if digest in seen]
-    return len(found), sum(found) / max(1, sum(length for _, length in compared))
+    found = [(times[digest], length) for digest, length in compared if digest in times]
+    tokens = sum(length for _, length in compared)
+    documents = min(len(compared), sum(count for count, _ in found))
+    return documents, min(1.0, sum(count * length for count, length in found) / max(1, tokens))
+
+
+def every(shard: Shard) -> int:
+    """Return n where every n-th document is compared."""
+    return -(-(len(shard.offsets) - 1) // COMPARED) or 1
 
 
 def digests(shard: Shard) -> Iterator[tuple[bytes, int]]:
     """Yield a hash and the length of documents, of an even part where there are too many."""
-    count = len(shard.offsets) - 1
-    for n in range(0, count, -(-count // COMPARED) or 1):
+    for n in range(0, len(shard.offsets) - 1, every(shard)):
         first, end = int(shard.offsets[n]), int(shard.offsets[n + 1])
         content = np.asarray(shard.tokens[first:end], np.uint32).tobytes()
         yield hashlib.blake2b(content, digest_size=8).digest(), end - first

@@ -44,7 +44,7 @@ from groundup.train.ranks import Ranks, here
 from groundup.train.saving import Saver
 from groundup.train.schedule import multiplier
 from groundup.train.sharding import gather, own_part, spread, total_norm
-from groundup.train.step import DTYPES, Passed, compiled, passes, to_device
+from groundup.train.step import DTYPES, Passed, compiled, passes
 
 FIRST_SCALE = 2.0**16  # of fp16's loss
 
@@ -113,11 +113,7 @@ def fit(
     saver = Saver(out / "checkpoints", config, write_model, ranks)
     log = MetricsLog(out / "metrics.jsonl")
     first_step = load_checkpoint(saver.folder, training, read_weights, ranks)
-    if first_step:
-        say(f"  continuing from step {first_step:,} of {config.steps:,}")
-    if ranks.first:
-        for written in (log, MetricsLog(out / BAD_STEPS)):
-            written.truncate_after(first_step)
+    cut_back((log, MetricsLog(out / BAD_STEPS)), first_step, config, ranks)
     state = State(first_step, config.steps, training.whole)
     run_step = partial(passes, objective=objective, device=device, dtype=dtype, ranks=ranks)
     forward = None if config.compile else training.model
@@ -133,8 +129,7 @@ def fit(
                 rate = set_rates(training.optimizers, step, config)
                 with repeatable(config.deterministic, device):
                     if forward is None:
-                        micro = to_device(batch[0], device)
-                        fast = compiled(training.model, objective, micro, device, dtype)
+                        fast = compiled(training.model, objective, batch[0], device, dtype)
                         forward = training.model if fast is None else fast
                     backward = partial(run_step, forward)
                     metrics = optimizer_step(training, backward, batch, step, config)
@@ -175,6 +170,14 @@ def begun(
         scale=LossScale(FIRST_SCALE if config.dtype == "fp16" else 1.0),
         average=Average(trained_model, config) if config.ema_decay else None,
     )
+
+
+def cut_back(logs: Sequence[MetricsLog], first_step: int, config: FitConfig, ranks: Ranks) -> None:
+    """Say where a resumed run goes on, and drop what was logged behind that."""
+    if first_step:
+        say(f"  continuing from step {first_step:,} of {config.steps:,}")
+    for log in logs if ranks.first else ():
+        log.truncate_after(first_step)
 
 
 def save_if_due(saver: Saver, training: Training, state: State, stop: "Stop") -> None:

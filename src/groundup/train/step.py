@@ -168,6 +168,7 @@ def compiled(
     On a GPU its blocks are compiled, which are alike, so that one is compiled for all; on a CPU
     the model as a whole, as calls cost more there beside smaller products.
     """
+    micro = to_device(micro, device)
     by_block = device.type == "cuda" and bool(blocks(model))
     candidate: Any = CompiledBlocks(model) if by_block else torch.compile(model)
     try:
