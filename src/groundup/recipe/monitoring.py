@@ -14,6 +14,7 @@ from groundup.core.device import training_dtype
 from groundup.core.errors import need
 from groundup.core.files import write_text
 from groundup.core.metrics import MetricsLog
+from groundup.core.progress import say
 from groundup.data import Shard
 from groundup.evaluate.tasks import read_task, run_task
 from groundup.model.decoder import Decoder
@@ -25,6 +26,7 @@ from groundup.train.ranks import here
 from groundup.train.step import DTYPES
 
 EVALUATIONS = 10  # a run, where eval_steps is unset
+FEW_BYTES = 20_000
 SCORES = ("acc", "acc_norm", "perplexity")
 
 
@@ -37,6 +39,8 @@ def evaluation_hooks(
     """
     documents = spread(validation, config.eval_tokens)
     tasks = [read_task(path, limit=config.eval_limit, seed=config.seed) for path in config.tasks]
+    if validation.num_bytes < FEW_BYTES:
+        say(f"  the validation text has {validation.num_bytes:,} bytes: its scores say little")
     if not documents and not tasks:
         return []
     lm = NeuralLM(

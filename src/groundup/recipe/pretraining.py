@@ -59,8 +59,7 @@ from groundup.train.plan import mlp_width
 from groundup.train.ranks import here
 from groundup.train.step import DTYPES
 
-PROMPT_TOKENS = 16
-SAMPLE = SamplingParams(max_tokens=32, temperature=0.7, top_k=40, seed=1)
+PROMPT_TOKENS, SAMPLE_TOKENS = 16, 32
 
 
 def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
@@ -251,7 +250,8 @@ def speaking_hook(
         [int(i) for i in document[at : at + shown]]
         for document, at in zip(documents, middle, strict=True)
     ]
-    params = dataclasses.replace(SAMPLE, max_tokens=min(SAMPLE.max_tokens, context - shown))
+    length = min(SAMPLE_TOKENS, context - shown)
+    params = SamplingParams(max_tokens=length, temperature=0.7, top_k=40, seed=1)
     alone = here().size == 1
     spoken = time.monotonic()
 
