@@ -26,7 +26,7 @@ from groundup.train.scaling import FLOOR, EarlyLaw, Law, Prediction, Trial, law_
 
 RUNGS = 3
 STEP = 1.5  # each rung has at most 1 / STEP of the parameters of the one above
-SMALL = ((64, 2, 1, 512), (64, 4, 1, 512), (128, 2, 2, 512))  # below the planner's sizes
+SMALL = ((64, 2, 1), (64, 4, 1), (128, 2, 2))  # below the planner's sizes
 CURVE_POINTS = 40
 
 
@@ -47,7 +47,7 @@ def ladder(config: LadderConfig, out: Path) -> dict[str, Any]:
         )
         write_json(target, asdict(made))
     large = read_json(target)
-    rungs = choose_rungs(large["parameters"], train.vocab_size)
+    rungs = choose_rungs(large["parameters"], large["context"], train.vocab_size)
     per_parameter = large["tokens"] / large["parameters"]
     cost = sum(flops(rung, per_parameter * num_parameters(rung)) for rung in rungs)
     say(f"  three small runs, for {cost / large['predicted']['flops']:.0%} of its FLOPs:")
@@ -78,17 +78,20 @@ def ladder(config: LadderConfig, out: Path) -> dict[str, Any]:
     return {"parameters": large["parameters"], "tokens": large["tokens"], **result}
 
 
-def choose_rungs(parameters: int, vocab_size: int) -> list[ModelConfig]:
-    """Return three shapes below a size, the smallest first, each clearly smaller than the next."""
+def choose_rungs(parameters: int, context: int, vocab_size: int) -> list[ModelConfig]:
+    """Return three shapes below a size, the smallest first, each clearly smaller than the next.
+
+    They have its context: with shorter rows they would learn more from as many tokens.
+    """
     bound = parameters / STEP
     rungs: list[ModelConfig] = []
-    for size in reversed((*SMALL, *SIZES)):
-        config = shape(*size, vocab_size)
+    for size in reversed((*SMALL, *(size[:3] for size in SIZES))):
+        config = shape(*size, context, vocab_size)
         if num_parameters(config) <= bound:
             rungs.append(config)
             bound = num_parameters(config) / STEP
     if len(rungs) < RUNGS:  # a large vocabulary leaves little to choose from: take what is smaller
-        rungs = [shape(*size, vocab_size) for size in reversed(SMALL)]
+        rungs = [shape(*size, context, vocab_size) for size in reversed(SMALL)]
     return rungs[:RUNGS][::-1]
 
 

@@ -130,7 +130,7 @@ def small_trials(
     tokens = min(MOST_TRIAL_S, TRIAL_SHARE * made.predicted["seconds"]) * rate
     if tokens / 3 < LEAST_TRIAL_TOKENS or not len(validation.tokens):
         return []
-    config = shape(*SIZES[0], train.vocab_size)
+    config = shape(*SIZES[0][:3], made.context, train.vocab_size)
     return [
         run_trial(config, share * tokens, train, validation, device, made.dtype, out)
         for share in (1 / 3, 2 / 3)

@@ -21,11 +21,12 @@ from groundup.train.ranks import here
 from groundup.train.scaling import LAW_FLOPS, Law, step_law_rate, step_law_tokens
 from groundup.train.timing import Timing, timed, widest
 
-# (width, layers, heads, context): from a laptop's minutes to a GPU's weeks.
+# (width, layers, heads, context): from a laptop's minutes to a GPU's weeks. Short budgets learn
+# more from many short rows a step (docs/decisions/0004).
 SIZES = (
-    (128, 3, 2, 512),
-    (192, 4, 3, 512),
-    (256, 4, 4, 512),
+    (128, 3, 2, 256),
+    (192, 4, 3, 256),
+    (256, 4, 4, 256),
     (320, 5, 5, 512),
     (384, 6, 6, 512),
     (512, 8, 8, 1024),
