@@ -48,6 +48,7 @@ PLANNED = (
 )
 TRIAL_SHARE, MOST_TRIAL_S = 0.04, 120.0  # of the budget, for two small runs to predict from
 LEAST_TRIAL_TOKENS = 60_000
+LEAST_STEP_TOKENS = 512  # of a small run: smaller steps take as long
 TRIAL_EVAL_TOKENS = 32_768
 
 
@@ -153,7 +154,7 @@ def run_trial(
     What it writes meanwhile goes to a folder in `out`, which all ranks can see.
     """
     context, ranks = config.max_position_embeddings, here()
-    rows = max(1, round(step_law_tokens(tokens) / context))
+    rows = max(1, round(max(LEAST_STEP_TOKENS, step_law_tokens(tokens)) / context))
     steps = max(1, round(tokens / (rows * context)))
     each, micro_batches = rows_each(rows, 1, ranks.size)
     torch.manual_seed(seed)
