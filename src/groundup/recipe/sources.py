@@ -25,8 +25,6 @@ def with_phases(config: PretrainConfig) -> PretrainConfig:
     """Return a config whose steps are a mixture's tokens; `wsd` decays in its phase `decay`."""
     if config.mix is None:
         return config
-    if config.plan or config.budget:
-        raise ConfigError("a mixture's phases have their own tokens: leave plan and budget out")
     if config.packing_strategy == "bfd":
         raise ConfigError("a mixture is for --packing-strategy wrapped")
     if config.steps != PretrainConfig.steps:

@@ -115,6 +115,8 @@ def check_start(config: PretrainConfig) -> None:
                 f"{flags}: of use to --objective {' or '.join(objectives)}, not to "
                 f"{config.objective}; leave it out"
             )
+    if config.mix is not None and (config.plan or config.budget):
+        raise ConfigError("a mixture's phases have their own tokens: leave plan and budget out")
     for name in config.report_to:
         if name not in TRACKERS:
             raise ConfigError(f"report_to: unknown tracker {name!r}{closest(name, TRACKERS)}")
