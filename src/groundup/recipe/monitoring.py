@@ -1,6 +1,7 @@
 """What watches a pretraining run: held-out scores, benchmarks, trackers."""
 
 import math
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,7 +144,7 @@ class WeightsAndBiases:
         wandb: Any = need("wandb", extra="tracking", purpose="--report-to wandb")
         file = out / "wandb.id"
         if not file.is_file():
-            write_text(file, wandb.util.generate_id())
+            write_text(file, secrets.token_hex(4))
         self.run = wandb.init(
             project="groundup",
             id=file.read_text(),
