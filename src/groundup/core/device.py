@@ -42,7 +42,7 @@ def sleep_beside_others(load: Path = Path("/proc/loadavg")) -> None:
 
     Threads of libgomp spin while they wait for each other, some 15 ms. Where another process has
     a processor, what they wait for stands still meanwhile: a training step of the quickstart's
-    model then takes seven times as long as alone, and twice as long if they fall asleep soon
+    model then takes ten times as long as alone, and 2.4 times if they fall asleep soon
     (docs/decisions/0082). Alone, spinning is faster.
     """
     chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ)
