@@ -9,7 +9,6 @@ import torch
 
 from groundup.core import device as devices
 from groundup.core.errors import ConfigError, DataError
-from groundup.core.metrics import MetricsLog
 from groundup.core.progress import console, say
 from groundup.data import Shard, open_shard
 from groundup.figure import LiveTraining
@@ -17,7 +16,7 @@ from groundup.model.encoder import Encoder
 from groundup.model.encoder_config import CLASSES, EncoderConfig
 from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PretrainConfig
-from groundup.recipe.monitoring import steps_between, tokens_per_step, tracking
+from groundup.recipe.monitoring import scoring_hook, tracking
 from groundup.recipe.shared import fit_settings, shards_of, watch
 from groundup.recipe.sources import refuse_overlap
 from groundup.recipe.starting import continued_encoder, within_positions
@@ -162,17 +161,12 @@ def score(
     except DataError:
         say("  no validation text that could be scored")
         return None
-    log = MetricsLog(out / "evals.jsonl")
 
-    def run(state: State) -> None:
+    def scored(state: State) -> dict[str, float]:
         assert isinstance(state.model, Encoder)
-        with state.as_saved():
-            scores = validate(state.model, config, tok, validation, pairs)
-        log.truncate_after(state.step - 1)
-        log.write(step=state.step, tokens=state.step * tokens_per_step(config), **scores)
-        state.metrics |= {f"eval_{name}": value for name, value in scores.items()}
+        return validate(state.model, config, tok, validation, pairs)
 
-    return Hook(steps_between(config), run, looks=True)
+    return scoring_hook(config, out, scored)
 
 
 @torch.no_grad()

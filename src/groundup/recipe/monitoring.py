@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,8 @@ def evaluation_hooks(
     )
     texts = [tok.decode([int(i) for i in d if i != tok.eos_token_id]) for d in documents]
     num_bytes = sum(len(text.encode()) for text in texts)
-    log = MetricsLog(out / "evals.jsonl")
 
-    def score() -> dict[str, float]:
+    def score(state: State) -> dict[str, float]:
         scores: dict[str, float] = {}
         if documents:
             nats = -sum(float(values.sum()) for values in lm.token_logprobs(documents))
@@ -61,14 +60,23 @@ def evaluation_hooks(
             scores |= {f"{task.name}_{key}": found[key] for key in SCORES if key in found}
         return scores
 
+    return [scoring_hook(config, out, score)]
+
+
+def scoring_hook(
+    config: PretrainConfig, out: Path, score: Callable[[State], dict[str, float]]
+) -> Hook:
+    """Return a hook that appends what `score` finds, of the weights that are saved, to the log."""
+    log = MetricsLog(out / "evals.jsonl")
+
     def run(state: State) -> None:
         with state.as_saved():
-            scores = score()
+            scores = score(state)
         log.truncate_after(state.step - 1)
         log.write(step=state.step, tokens=state.step * tokens_per_step(config), **scores)
         state.metrics |= {f"eval_{name}": value for name, value in scores.items()}
 
-    return [Hook(steps_between(config), run, looks=True)]
+    return Hook(steps_between(config), run, looks=True)
 
 
 def steps_between(config: PretrainConfig) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +24,7 @@ from groundup.model.lm import NeuralLM
 from groundup.recipe.configs import PlanConfig, PretrainConfig
 from groundup.recipe.curves import read_evaluations
 from groundup.recipe.monitoring import spread
-from groundup.recipe.shared import shards_of
+from groundup.recipe.shared import given, shards_of
 from groundup.tokenizer import Tokenizer
 from groundup.train import FitConfig, NextToken, Plan, TokenStream, fit, make_plan
 from groundup.train.budget import Budget, parse_budget
@@ -232,12 +232,9 @@ def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str
 
 def refuse_given(config: PretrainConfig) -> None:
     """Refuse settings beside a plan that it would replace."""
-    names = (*PLANNED, "max_position_embeddings")
-    defaults = {f.name: f.default for f in fields(config)}
-    given = ["--" + n.replace("_", "-") for n in names if getattr(config, n) != defaults[n]]
-    if given:
+    if flags := given(config, (*PLANNED, "max_position_embeddings")):
         raise ConfigError(
-            f"a plan brings its own {', '.join(given)}: leave that out, or change the number in "
+            f"a plan brings its own {flags}: leave that out, or change the number in "
             "plan.json and give the file with --plan"
         )
     if config.budget is not None and (config.num_experts or config.objective.startswith("mlm")):

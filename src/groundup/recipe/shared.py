@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +99,10 @@ def remaining(clock: Callable[[], float] = time.monotonic) -> Callable[[State], 
         return since / done * (state.steps - state.step)
 
     return left
+
+
+def given(config: PretrainConfig, names: Iterable[str]) -> str:
+    """Return the flags of those settings that are not as they come."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    changed = [name for name in names if getattr(config, name) != defaults[name]]
+    return ", ".join("--" + name.replace("_", "-") for name in changed)

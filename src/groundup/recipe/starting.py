@@ -1,7 +1,6 @@
 """Continued pretraining: a model to go on from, its vocabulary brought to the tokenizer given."""
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from groundup.model import Decoder, Encoder, load_network, remap_vocabulary
 from groundup.model.vocabulary import AnyModel
 from groundup.recipe.configs import PretrainConfig, ShapeOptions
 from groundup.recipe.monitoring import TRACKERS
+from groundup.recipe.shared import given
 from groundup.tokenizer import Tokenizer
 from groundup.train.masked import Pairs
 
@@ -103,14 +103,8 @@ OWN_SETTINGS: dict[tuple[str, ...], tuple[str, ...]] = {
 
 def check_start(config: PretrainConfig) -> None:
     """Refuse settings that would change nothing: another objective's, a model's that is given."""
-    defaults = {f.name: f.default for f in dataclasses.fields(config)}
-
-    def given(names: Iterable[str]) -> str:
-        changed = [name for name in names if getattr(config, name) != defaults[name]]
-        return ", ".join("--" + name.replace("_", "-") for name in changed)
-
     for objectives, names in OWN_SETTINGS.items():
-        if config.objective not in objectives and (flags := given(names)):
+        if config.objective not in objectives and (flags := given(config, names)):
             raise ConfigError(
                 f"{flags}: of use to --objective {' or '.join(objectives)}, not to "
                 f"{config.objective}; leave it out"
@@ -134,7 +128,7 @@ def check_start(config: PretrainConfig) -> None:
         raise ConfigError("--init brings its own shape: give --steps, and no --plan or --budget")
     shape = [f.name for f in dataclasses.fields(ShapeOptions)]
     shape.remove("max_position_embeddings")  # the length of rows, here
-    if flags := given(shape):
+    if flags := given(config, shape):
         raise ConfigError(f"--init brings its own shape: leave out {flags}")
 
 

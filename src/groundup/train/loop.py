@@ -101,11 +101,9 @@ def fit(
     """Train for `config.steps` steps, or for what is left of them; return the last metrics.
 
     Under `ranks.together` all ranks call this alike; rank 0 is left with the trained model.
-
     Checkpoints go to `out/checkpoints`, one row a step to `out/metrics.jsonl`. The newest
-    checkpoint is continued bit for bit. `write_model(model, folder)` fills a checkpoint's
-    folder; `read_weights(folder)` reads the weights back from it. A bad step (`Guard`) stops
-    with an error or is skipped; Ctrl-C saves first.
+    checkpoint is continued bit for bit. `write_model(model, folder)` fills a checkpoint's folder;
+    `read_weights(folder)` reads it. A bad step (`Guard`) stops or is skipped; Ctrl-C saves first.
     """
     dtype, ranks = DTYPES[config.dtype], here(device)
     seed_generators(config.seed + ranks.rank)
