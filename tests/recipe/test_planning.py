@@ -83,7 +83,7 @@ def test_a_killed_run_keeps_its_plan(place, tmp_path, monkeypatch):
 def test_bad_budgets(flags, said, place, tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps({}))
     (tmp_path / "list.json").write_text("[]")
-    numbers = dict.fromkeys((*planning.PLANNED, "context", "eager_tokens_per_s"), 1)
+    numbers = dict.fromkeys((*planning.PLANNED, "context"), 1)
     words = numbers | {"steps": "many", "dtype": "fp32", "compile": False}
     (tmp_path / "words.json").write_text(json.dumps(words))
     assert main(["pretrain", place, "--tokenizer", "tok", *flags, "--out", "run"]) == 2

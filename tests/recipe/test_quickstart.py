@@ -43,7 +43,6 @@ FIXED = {  # a plan as a slow machine would have written it, so that runs can be
     "dtype": "fp32",
     "compile": False,
     "tokens_per_s": 20000.0,
-    "eager_tokens_per_s": 2000.0,
     "device": "cpu",
     "reasons": {"steps": "fixed"},
 }

@@ -203,6 +203,7 @@ def test_one_order_alone_can_be_asked_for(text, spm_rate):
         ("mlm+sop", ["--model-type", "bert"]),
         ("fim", ["--fim-level", "context"]),
         ("causal", ["--model-type", "mixtral", "--num-experts", "4"]),
+        ("causal", ["--context-warmup-fraction", "0.5"]),
     ],
 )
 def test_every_objective_trains_from_the_command_line(corpus, tmp_path, objective, more):
@@ -268,6 +269,15 @@ def test_objectives_that_do_not_fit_say_what_does(corpus, tok, tmp_path, capsys)
         (
             ["mlm", "--model-type", "bert", "--packing-strategy", "bfd"],
             "of use to --objective caus",
+        ),
+        (["fim", "--context-warmup-fraction", "0.5"], "--context-warmup-fraction: of use to"),
+        (
+            ["causal", "--context-warmup-fraction", "0.5", "--packing-strategy", "bfd"],
+            "rows grow in one stream",
+        ),
+        (
+            ["causal", "--context-warmup-fraction", "1", "--max-position-embeddings", "30"],
+            "a quarter of 30 tokens",
         ),
     ):
         assert main([*start, *objective]) == 2

@@ -139,6 +139,9 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     packing_strategy: Literal["wrapped", "bfd"] = field(
         "wrapped", help="rows cut from one stream, or whole documents packed by best fit"
     )
+    context_warmup_fraction: float = field(
+        0.0, help="share of the steps with shorter rows: a quarter of the context, then half"
+    )
     allow_overlap: bool = field(
         False, help="train although the validation text is in the training text", semantic=False
     )
@@ -199,9 +202,9 @@ class FinetuneConfig(AdapterOptions, LoopOptions):
 
     model: Path = field(help="model folder", input=True)
     data: Path = field(help="chats.jsonl", input=True)
-    plan: Path | None = field(None, help="plan.json: turns seconds into steps", input=True)
-    seconds: float | None = field(None, help="time for training, with --plan")
-    steps: int = field(300, help="optimizer steps, without --plan")
+    plan: Path | None = field(None, help="plan.json, whose dtype is taken", input=True)
+    seconds: float | None = field(None, help="time for the whole stage; a few steps are timed")
+    steps: int = field(300, help="optimizer steps, where no time is given")
     max_epochs: float = field(4, help="never more passes over the data than this")
     batch_size: int = field(16, help="conversations in an optimizer step, or rows with packing")
     packing: bool = field(False, help="pack conversations into full rows; they stay apart")
@@ -258,9 +261,9 @@ class AlignConfig(AdapterOptions, LoopOptions):
     beta: float = field(0.1, help="strength of the pull to the reference (DPO's beta)")
     label_smoothing: float = field(0.0, help="share of pairs taken to be mislabelled")
     sft_weight: float = field(0.0, help="weight of an NLL term on the chosen answers")
-    plan: Path | None = field(None, help="plan.json: turns seconds into steps", input=True)
-    seconds: float | None = field(None, help="time for training, with --plan")
-    steps: int = field(100, help="optimizer steps, without --plan")
+    plan: Path | None = field(None, help="plan.json, whose dtype is taken", input=True)
+    seconds: float | None = field(None, help="time for the whole stage; a few steps are timed")
+    steps: int = field(100, help="optimizer steps, where no time is given")
     max_epochs: float = field(2, help="never more passes over the pairs than this")
     batch_size: int = field(16, help="pairs in an optimizer step")
     max_length: int | None = field(None, help="tokens a row; unset: the model's context")

@@ -32,6 +32,7 @@ from groundup.train.plan import MUON_RATE, SIZES, shape
 from groundup.train.ranks import here, rows_each
 from groundup.train.scaling import FLOOR, Prediction, Trial, predict, step_law_tokens
 from groundup.train.step import DTYPES
+from groundup.train.timing import timed
 
 PLANNED = (
     "hidden_size",
@@ -127,15 +128,23 @@ def small_trials(
     made: Plan, train: Shard, validation: Shard, device: devices.Device, out: Path
 ) -> list[Trial]:
     """Train the smallest size on two small token counts; none where the budget is too short."""
-    rate = made.predicted["smallest_tokens_per_s"]
-    tokens = min(MOST_TRIAL_S, TRIAL_SHARE * made.predicted["seconds"]) * rate
-    if tokens / 3 < LEAST_TRIAL_TOKENS or not len(validation.tokens):
+    if not len(validation.tokens):
         return []
     config = shape(*SIZES[0][:3], made.context, train.vocab_size)
+    seconds = min(MOST_TRIAL_S, TRIAL_SHARE * made.predicted["seconds"])
+    rows = trial_rows(seconds * made.predicted["smallest_tokens_per_s"], made.context)
+    rate = timed(config, rows, device, made.dtype).tokens_per_s  # small steps are slower
+    if seconds * rate / 3 < LEAST_TRIAL_TOKENS:
+        return []
     return [
-        run_trial(config, share * tokens, train, validation, device, made.dtype, out)
+        run_trial(config, share * seconds * rate, train, validation, device, made.dtype, out)
         for share in (1 / 3, 2 / 3)
     ]
+
+
+def trial_rows(tokens: float, context: int) -> int:
+    """Return the rows of a small run's step."""
+    return max(1, round(max(LEAST_STEP_TOKENS, step_law_tokens(tokens)) / context))
 
 
 def run_trial(
@@ -154,7 +163,7 @@ def run_trial(
     What it writes meanwhile goes to a folder in `out`, which all ranks can see.
     """
     context, ranks = config.max_position_embeddings, here()
-    rows = max(1, round(max(LEAST_STEP_TOKENS, step_law_tokens(tokens)) / context))
+    rows = trial_rows(tokens, context)
     steps = max(1, round(tokens / (rows * context)))
     each, micro_batches = rows_each(rows, 1, ranks.size)
     torch.manual_seed(seed)
@@ -196,7 +205,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     """Read plan.json, from a folder or as a file."""
     file = path / "plan.json" if path.is_dir() else path
     content: dict[str, Any] = read_json(file)
-    needed = (*PLANNED, "context", "eager_tokens_per_s")
+    needed = (*PLANNED, "context")
     if not isinstance(content, dict) or (lacking := [n for n in needed if n not in content]):
         what = f"it lacks {', '.join(lacking)}" if isinstance(content, dict) else "it is no object"
         raise DataError(f"{file} is no plan: {what}")

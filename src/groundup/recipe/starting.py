@@ -95,7 +95,7 @@ OWN_SETTINGS: dict[tuple[str, ...], tuple[str, ...]] = {
         "tie_word_embeddings",
         "ngram",
     ),
-    ("causal",): ("packing_strategy", "mix"),
+    ("causal",): ("packing_strategy", "mix", "context_warmup_fraction"),
     ("fim",): ("fim_rate", "fim_spm_rate", "fim_level"),
     MLM: ("whole_word", "mlm_probability", "hidden_dropout_prob"),
 }
@@ -109,6 +109,8 @@ def check_start(config: PretrainConfig) -> None:
                 f"{flags}: of use to --objective {' or '.join(objectives)}, not to "
                 f"{config.objective}; leave it out"
             )
+    if config.context_warmup_fraction and (config.mix or config.packing_strategy == "bfd"):
+        raise ConfigError("rows grow in one stream: no --context-warmup-fraction with mix or bfd")
     if config.mix is not None and (config.plan or config.budget):
         raise ConfigError("a mixture's phases have their own tokens: leave plan and budget out")
     for name in config.report_to:

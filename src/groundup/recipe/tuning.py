@@ -1,6 +1,7 @@
 """Stages `finetune`, `preferences` and `align`: from a base model to an aligned one."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 
 from groundup.align import DPO, Pair, collate_pairs, with_reference
 from groundup.core import device as devices
-from groundup.core.errors import ConfigError, DataError
-from groundup.core.files import write_json
+from groundup.core.errors import DataError
+from groundup.core.files import read_json, write_json
 from groundup.core.progress import console, say, show_table, track
 from groundup.core.types import Message, Preference, SamplingParams
 from groundup.data import (
@@ -30,6 +31,7 @@ from groundup.recipe.shared import fit_settings, rows_for_ranks, watch
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
     Examples,
+    FitConfig,
     Hook,
     NextToken,
     Objective,
@@ -41,12 +43,16 @@ from groundup.train import (
     pack_rows,
 )
 from groundup.train.ranks import here
+from groundup.train.timing import seconds_a_step
 
-EFFICIENCY = 0.7  # of pretraining's tokens/s without compiling: short rows, padding, reference
+STEPS = "steps.json"  # how many steps the time was worth; a resumed run has as many
+LEAST_STEPS = 10
+FEW_PAIRS = 8  # steps of pairs, to time what the reference takes
 
 
 def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     """Fine-tune on conversations; the audit says first what will be learned from."""
+    started = time.monotonic()
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config))
     model = load_model(config.model, device=device.device)
@@ -64,8 +70,11 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     if not rows:
         raise DataError(f"no row of {config.data} has anything to learn from (see the audit)")
     source = conversations(rows, config, tok, longest)
-    drawn = len(source.examples)
-    steps = planned_steps(config, counts["tokens"] / drawn, drawn)
+
+    def timed() -> float:
+        return seconds_a_step(model, NextToken(), source, settings(config), device.device)
+
+    steps = planned_steps(config, timed, len(source.examples), started, out)
     train(model, NextToken(), source, config, steps, tok, out, device)
     summary = {"audit": counts, "steps": steps, "epochs": steps / source.steps_per_epoch}
     return summary | adapter
@@ -130,6 +139,7 @@ def make_preferences(config: PreferencesConfig, out: Path) -> dict[str, Any]:
 
 def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     """Run DPO against the starting model; its log-probabilities are computed once, up front."""
+    started = time.monotonic()
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config))
     model = load_model(config.model, device=device.device)
@@ -141,21 +151,32 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     say(f"  {len(pairs):,} pairs; {cut:,} left out, longer than {longest} tokens")
     if not pairs:
         raise DataError(f"{config.data} holds no pair for training that fits {longest} tokens")
-    mean = sum(len(p.chosen[0]) + len(p.rejected[0]) for p in pairs) / len(pairs)
-    steps = planned_steps(config, mean, len(pairs))
-    used = pairs[: steps * config.batch_size] if steps * config.batch_size < len(pairs) else pairs
-    used = with_reference(used, model, tok.pad_token_id, lambda s: track(s, "reference"))
-    source = Examples(
-        used,
-        collate=lambda chosen: collate_pairs(chosen, tok.pad_token_id),
-        length=lambda pair: pair.length,
-        batch_size=config.batch_size,
-        micro_batch_size=rows_for_ranks(config.batch_size)[0],
-        seed=config.seed,
-    )
     objective = DPO(
         beta=config.beta, label_smoothing=config.label_smoothing, sft_weight=config.sft_weight
     )
+
+    rows = rows_for_ranks(config.batch_size)[0]
+
+    def referred(chosen: Sequence[Pair]) -> Examples:
+        found = with_reference(chosen, model, tok.pad_token_id, lambda s: track(s, "reference"))
+        return Examples(
+            found,
+            collate=lambda some: collate_pairs(some, tok.pad_token_id),
+            length=lambda pair: pair.length,
+            batch_size=config.batch_size,
+            micro_batch_size=rows,
+            seed=config.seed,
+        )
+
+    def timed() -> float:
+        before = time.perf_counter()
+        few = referred(pairs[: FEW_PAIRS * config.batch_size])
+        reference_s = (time.perf_counter() - before) / len(few.examples) * config.batch_size
+        step_s = seconds_a_step(model, objective, few, settings(config), device.device)
+        return reference_s + step_s
+
+    steps = planned_steps(config, timed, len(pairs), started, out)
+    source = referred(pairs[: steps * config.batch_size])
     metrics = train(model, objective, source, config, steps, tok, out, device)
     lengths = {
         "chosen": [sum(pair.chosen[1]) for pair in pairs],
@@ -202,17 +223,33 @@ def planned_dtype(config: FinetuneConfig | AlignConfig) -> str:
 
 
 def planned_steps(
-    config: FinetuneConfig | AlignConfig, tokens_per_example: float, examples: int
+    config: FinetuneConfig | AlignConfig,
+    timed: Callable[[], float],
+    examples: int,
+    started: float,
+    out: Path,
 ) -> int:
-    """Return the number of steps: from the plan's rate and the seconds given, or as configured."""
+    """Return the number of steps: as configured, or as many as fit into the seconds given.
+
+    `timed` returns what a step takes; `started` is when the stage did, by time.monotonic.
+    """
     if config.seconds is None:
         return config.steps
-    if config.plan is None:
-        raise ConfigError("seconds can only be turned into steps with --plan; or give --steps")
-    rate = read_plan(config.plan)["eager_tokens_per_s"] * EFFICIENCY
-    steps = int(config.seconds * rate / (tokens_per_example * config.batch_size))
+    note, ranks = out / STEPS, here()
+    if ranks.told(note.is_file()):
+        return int(read_json(note)["steps"])
+    seconds_a_step = timed()
+    left = ranks.told(config.seconds - (time.monotonic() - started))
     at_most = int(config.max_epochs * -(-examples // config.batch_size))
-    return max(10, min(steps, at_most))
+    steps = max(LEAST_STEPS, min(int(left / seconds_a_step), at_most))
+    if ranks.first:
+        write_json(note, {"steps": steps, "seconds_a_step": seconds_a_step})
+    return steps
+
+
+def settings(config: FinetuneConfig | AlignConfig, steps: int = LEAST_STEPS) -> FitConfig:
+    """Return what the loop is given."""
+    return fit_settings(config, steps=steps, dtype=planned_dtype(config))
 
 
 def show_audit(counts: dict[str, int]) -> None:
@@ -241,7 +278,6 @@ def train(
     device: devices.Device,
 ) -> dict[str, float]:
     """Run the one loop with a live curve; write `model/`, and `adapter/` where one is trained."""
-    fit_config = fit_settings(config, steps=steps, dtype=planned_dtype(config))
     say(f"  device: {device.line}; {steps:,} steps, {steps / source.steps_per_epoch:.2f} epochs")
     write, read = checkpoint_files(model, tok, config)
     with LiveTraining(console(), steps=steps, unit="loss") as live:
@@ -249,7 +285,7 @@ def train(
             model,
             objective,
             source,
-            fit_config,
+            settings(config, steps),
             out,
             device=device.device,
             hooks=[Hook(1, watch(live))],

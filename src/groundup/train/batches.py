@@ -102,26 +102,37 @@ class TokenStream:
             start, at = start + take, at + 1
         return np.concatenate(pieces).astype(np.int64)
 
+    def next_epoch(self) -> None:
+        """Go to the epoch behind this one."""
+        self.epoch, self.row = self.epoch + 1, 0
+        self.arrange()
+
+    def span(self) -> tuple[int, int, int]:
+        """Return the tokens of the next row, and how long it is."""
+        start = int(self.order[self.row]) * self.context
+        return start, min(start + self.context, len(self.tokens)), self.context
+
+    def rows(self) -> int:
+        """Return how many rows the next micro-batch has."""
+        return self.batch_size
+
     def next_row(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return inputs and targets of the next row."""
         if self.row == self.rows_per_epoch:
-            self.epoch, self.row = self.epoch + 1, 0
-            self.arrange()
-        start = int(self.order[self.row]) * self.context
+            self.next_epoch()
+        start, stop, length = self.span()
         self.row += 1
-        stop = min(start + self.context, len(self.tokens))
         span = self.read(start - 1, stop)
-        ids = np.full(self.context, self.eos)
-        targets = np.full(self.context, IGNORE)
+        ids, targets = np.full(length, self.eos), np.full(length, IGNORE)
         ids[: stop - start], targets[: stop - start] = span[:-1], span[1:]
         return ids, targets
 
     def next_step(self) -> StepBatch:
-        """Return `gradient_accumulation_steps` micro-batches of `batch_size` rows."""
+        """Return `gradient_accumulation_steps` micro-batches."""
         step = []
         for _ in range(self.accumulation):
             self.drawn = set()
-            rows = [self.next_row() for _ in range(self.batch_size)]
+            rows = [self.next_row() for _ in range(self.rows())]
             ids, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
             step.append({"ids": ids, "targets": targets, "documents": sorted(self.drawn)})
         return step
@@ -180,6 +191,18 @@ class Examples:
             )
             steps += [alike[n : n + self.batch_size] for n in range(0, len(alike), self.batch_size)]
         self.steps = [steps[n] for n in rng.permutation(len(steps))]
+
+    def positions(self) -> list[int]:
+        """Return the positions of every step of the epoch, padding of micro-batches included."""
+        size = self.micro_batch_size
+        lengths = [[self.length(self.examples[n]) for n in step] for step in self.steps]
+        return [
+            sum(
+                len(found[n : n + size]) * max(found[n : n + size])
+                for n in range(0, len(found), size)
+            )
+            for found in lengths
+        ]
 
     def next_step(self) -> StepBatch:
         """Return the micro-batches of the next step."""

@@ -35,7 +35,14 @@ NOT_NEGATIVE = (
     "eval_tokens",
     "sample_every_s",
 )
-SHARES = ("warmup_fraction", "decay_fraction", "fim_rate", "fim_spm_rate", "mlm_probability")
+SHARES = (
+    "warmup_fraction",
+    "decay_fraction",
+    "context_warmup_fraction",
+    "fim_rate",
+    "fim_spm_rate",
+    "mlm_probability",
+)
 MEMORIES = ("adam_beta1", "adam_beta2", "ema_decay")  # from 0 to below 1
 
 

@@ -39,6 +39,9 @@ MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more 
 LEAST_STEPS = 20
 MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
 COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
+TRIED_FROM = 12  # times that: trying costs it once more, and saves a quarter at the most
+# what a run does besides: its ten scores, in tokens trained, and samples, checkpoints, as a share
+SCORED_TOKENS, WATCHING = 110_000, 0.03
 MEMORY_SHARE = 0.8  # of what is free; memory_needed is a lower bound
 TOKENS_PER_WEIGHT = 1.0
 STEADY = 1.5  # the smallest size's two rates differ by no more on a machine left alone
@@ -62,7 +65,6 @@ class Plan:
     dtype: str
     compile: bool
     tokens_per_s: float
-    eager_tokens_per_s: float
     device: str
     parameters: int = 0
     tokens: int = 0
@@ -73,10 +75,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Measured:
-    """What timing sizes came to: the smallest, the one to train, eager and as it will run."""
+    """What timing sizes came to: the smallest, and the one to train, as it will run."""
 
     smallest: Timing
-    eager: Timing
     chosen: Timing
     rows: int  # of a micro-batch
     compile: bool
@@ -120,13 +121,13 @@ def memory_needed(config: ModelConfig, ranks: int = 1) -> float:
 
 
 def tokens_within(budget: Budget, config: ModelConfig, tokens_per_s: float) -> float:
-    """Return how many tokens a size can see within the budget."""
+    """Return how many tokens a size can see within the budget, scores and samples made besides."""
     if budget.tokens is not None:
         return budget.tokens
     if budget.flops is not None:
         return budget.flops / train_flops_per_token(config, config.max_position_embeddings)
     assert budget.seconds is not None, "dollars are turned into seconds first"
-    return budget.seconds * tokens_per_s
+    return max(0.0, budget.seconds * (1 - WATCHING) * tokens_per_s - SCORED_TOKENS)
 
 
 def choose(
@@ -231,7 +232,7 @@ def measured(
             rows, chosen = widest(chosen, rows, int(most / context), device, dtype)
         seconds = tokens_within(budget, config, chosen.tokens_per_s) / chosen.tokens_per_s
         faster = try_compiling(chosen, rows, seconds, device, dtype)
-        found = Measured(smallest, eager, faster or chosen, rows, faster is not None, rule)
+        found = Measured(smallest, faster or chosen, rows, faster is not None, rule)
         again = time_size(smallest.config).tokens_per_s / smallest.tokens_per_s
         if last or 1 / STEADY < again < STEADY:
             break
@@ -246,6 +247,8 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     found = measured(budget, vocab_size, train_tokens, device, dtype)
     chosen, config = found.chosen, found.chosen.config
     context = config.max_position_embeddings
+    if found.compile and budget.seconds:
+        budget = replace(budget, seconds=budget.seconds - compile_seconds(device))
     tokens = tokens_within(budget, config, chosen.tokens_per_s)
     wanted = step_law_tokens(tokens)
     rows, accumulation = batch_of(tokens, wanted, found.rows, context, budget)
@@ -266,7 +269,6 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
         dtype=dtype,
         compile=found.compile,
         tokens_per_s=chosen.tokens_per_s,
-        eager_tokens_per_s=found.eager.tokens_per_s,
         device=device.line,
         parameters=chosen.parameters,
         tokens=steps * per_step,
@@ -330,7 +332,7 @@ def try_compiling(
 ) -> Timing | None:
     """Return the compiled size's timing where it saves more than compiling costs."""
     cost = compile_seconds(device)
-    if seconds <= 4 * cost:
+    if seconds <= TRIED_FROM * cost:
         return None
     fast = timed(eager.config, rows, device, dtype, compile=True)
     saved_s = seconds * (1 - eager.tokens_per_s / max(fast.tokens_per_s, 1e-9))

@@ -4,6 +4,7 @@ Several ranks time together what they would train together, and go by what the f
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,14 +15,17 @@ from groundup.core.run import peak_memory_bytes, reset_peak_memory
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters
 from groundup.model.decoder import Decoder
+from groundup.train.batches import Examples, StepBatch
 from groundup.train.config import FitConfig
-from groundup.train.objectives import MicroBatch, NextToken
+from groundup.train.generators import kept_generators
+from groundup.train.objectives import NextToken, Objective
 from groundup.train.optim import make_optimizers
-from groundup.train.ranks import here
+from groundup.train.ranks import ALONE, Ranks, here
 from groundup.train.sharding import spread
 from groundup.train.step import DTYPES, accumulate, compiled
 
 TIMED_STEPS = 3
+TIMED_EXAMPLE_STEPS = 8  # of examples, which are of any length
 
 
 @dataclass(frozen=True)
@@ -55,27 +59,74 @@ def timed(
     optimizers = make_optimizers(model, FitConfig(steps=1), DTYPES[dtype])
     context = config.max_position_embeddings
     ids = torch.randint(config.vocab_size, (rows, context), device=device.device)
-    batch: list[MicroBatch] = [{"ids": ids, "targets": ids}] * ranks.size
+    batch: StepBatch = [{"ids": ids, "targets": ids}] * ranks.size
     forward: nn.Module | None = model
     if compile:
         forward = compiled(model, objective, batch[0], device.device, DTYPES[dtype])
     if forward is None:
         return Timing(config, 0.0, 0)
-    times = []
-    for _ in range(TIMED_STEPS + 1):  # the first one warms up
-        start = time.perf_counter()
-        accumulate(forward, objective, batch, device.device, DTYPES[dtype], ranks=ranks)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if device.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+    times = step_seconds(  # the first one warms up
+        forward,
+        objective,
+        [batch] * (TIMED_STEPS + 1),
+        optimizers,
+        device.device,
+        DTYPES[dtype],
+        ranks,
+    )
     on_gpu = device.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()
     rate = ranks.size * rows * context / min(times[1:])
     # the first rank holds the whole weights besides, so that it takes the most memory
     return Timing(config, *ranks.told((rate, memory)))
+
+
+def step_seconds(
+    forward: nn.Module,
+    objective: Objective,
+    steps: Sequence[StepBatch],
+    optimizers: Sequence[torch.optim.Optimizer],
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks = ALONE,
+) -> list[float]:
+    """Return how long each step takes: forward, backward and optimizer."""
+    times = []
+    for batch in steps:
+        start = time.perf_counter()
+        accumulate(forward, objective, batch, device, dtype, ranks=ranks)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def seconds_a_step(
+    model: nn.Module,
+    objective: Objective,
+    source: Examples,
+    config: FitConfig,
+    device: torch.device,
+) -> float:
+    """Return how long a step of a source takes on average, by its first few, timed at a rate of 0.
+
+    Steps differ in length, so that time is counted by the position. Model and source are left as
+    they were. Several ranks share the work, and go by what the first one measured.
+    """
+    dtype, begun, sizes = DTYPES[config.dtype], source.state_dict(), source.positions()
+    few = [source.next_step() for _ in range(min(TIMED_EXAMPLE_STEPS, len(sizes)))]
+    source.load_state_dict(begun)
+    model.train()
+    with kept_generators():
+        optimizers = make_optimizers(model, config, dtype)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = 0.0
+        times = step_seconds(model, objective, [few[0], *few], optimizers, device, dtype)[1:]
+    by_position = sum(times) / sum(sizes[: len(few)])
+    return here().told(by_position * sum(sizes) / len(sizes) / here().size)
 
 
 def widest(timing: Timing, rows: int, most: int, device: Device, dtype: str) -> tuple[int, Timing]:
