@@ -201,13 +201,14 @@ def test_sizes_are_timed_once_more_when_other_work_came_between(
     seen = []
 
     def fake(config, rows, device, dtype, *, compile=False):
-        seen.append(config.hidden_size)
+        seen.append((config.hidden_size, rows))
         share = 0.05 if len(seen) <= slow_for else 1.0
         return Timing(config, share * 4e10 / num_parameters(config, embeddings=False), 10**6)
 
     monkeypatch.setattr(plan, "timed", fake)
+    monkeypatch.setattr("groundup.train.timing.timed", fake)
     device = Device(torch.device("cpu"), torch.bfloat16, "cpu")
     made = make_plan(parse_budget("100s"), train_tokens=10**7, vocab_size=VOCAB, device=device)
     assert capsys.readouterr().err.count("once more") == rounds - 1
     assert made.hidden_size == (128 if slow_for == 40 else 192)
-    assert seen.count(128) == 2 * rounds
+    assert seen.count((128, 16)) == 2 * rounds

@@ -26,9 +26,10 @@ from groundup.recipe.curves import read_evaluations
 from groundup.recipe.monitoring import spread
 from groundup.recipe.shared import given, shards_of
 from groundup.tokenizer import Tokenizer
-from groundup.train import FitConfig, NextToken, Plan, TokenStream, fit, make_plan
+from groundup.train import FitConfig, NextToken, Plan, fit, make_plan
 from groundup.train.budget import Budget, parse_budget
-from groundup.train.plan import MUON_RATE, SIZES, shape
+from groundup.train.growing import GrowingStream, warmup_lengths
+from groundup.train.plan import CONTEXT_WARMUP, MUON_RATE, SIZES, shape
 from groundup.train.ranks import here, rows_each
 from groundup.train.scaling import FLOOR, Prediction, Trial, predict, step_law_tokens
 from groundup.train.step import DTYPES
@@ -44,6 +45,7 @@ PLANNED = (
     "steps",
     "learning_rate",
     "adam_learning_rate",
+    "context_warmup_fraction",
     "dtype",
     "compile",
 )
@@ -168,9 +170,10 @@ def run_trial(
     each, micro_batches = rows_each(rows, 1, ranks.size)
     torch.manual_seed(seed)
     model = Decoder(config)
-    source = TokenStream(
+    source = GrowingStream(
         train.tokens,
         train.offsets,
+        growth=warmup_lengths(CONTEXT_WARMUP, steps, context),
         eos_token_id=train.eos_token_id,
         context=context,
         batch_size=each,

@@ -42,6 +42,7 @@ from groundup.recipe.shared import (
 from groundup.recipe.sources import (
     check_tokens,
     refuse_overlap,
+    row_length,
     show_epochs,
     token_source,
     with_phases,
@@ -216,7 +217,6 @@ def watch(
     """Return what draws the loss, and adds its bits per byte to the metrics."""
     dtype = DTYPES[devices.training_dtype(config.device, config.dtype)]
     peak = devices.matmul_flops_per_s(place, dtype) * here().size
-    flops_per_token = train_flops_per_token(shape, config.max_position_embeddings)
     left = remaining()
 
     def run(state: State) -> None:
@@ -224,6 +224,7 @@ def watch(
         # z-loss and a router's loss are no text
         metrics["bits_per_byte"] = metrics.get("nll", metrics["loss"]) * bits_per_nat
         rate = metrics["tokens"] / metrics["seconds"]
+        flops_per_token = train_flops_per_token(shape, row_length(config, state.step))
         note = (
             f"loss {metrics['loss']:.3f}   {rate * flops_per_token / peak:.0%} of matmul   "
             f"{devices.peak_memory(place) / 1e9:.1f} GB   "

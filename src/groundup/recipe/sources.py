@@ -14,7 +14,7 @@ from groundup.recipe.monitoring import tokens_per_step
 from groundup.tokenizer import Tokenizer
 from groundup.train import MiddleStream, MiddleTokens, TokenStream
 from groundup.train.batches import BatchSource
-from groundup.train.growing import GrowingStream
+from groundup.train.growing import GrowingStream, warmup_lengths
 from groundup.train.middle import MIDDLE, PREFIX, SUFFIX
 from groundup.train.mixture import MixtureStream
 from groundup.train.packing import PackedStream
@@ -91,13 +91,19 @@ def check_tokens(config: PretrainConfig, tok: Tokenizer) -> None:
         )
 
 
-def warmup_lengths(config: PretrainConfig) -> list[tuple[int, int]]:
-    """Return steps and length of the shorter rows: half of the steps with each."""
-    context, steps = config.max_position_embeddings, config.context_warmup_fraction * config.steps
-    if context % 4:
-        raise ConfigError(f"rows cannot grow from a quarter of {context} tokens: no multiple of 4")
-    first = round(steps / 2)
-    return [(first, context // 4), (round(steps) - first, context // 2)]
+def growth_of(config: PretrainConfig) -> list[tuple[int, int]]:
+    """Return steps and length of the shorter rows that a run begins with."""
+    fraction = config.context_warmup_fraction
+    return warmup_lengths(fraction, config.steps, config.max_position_embeddings)
+
+
+def row_length(config: PretrainConfig, step: int) -> int:
+    """Return how long the rows of step 1, 2, ... are."""
+    for steps, length in growth_of(config):
+        if step <= steps:
+            return length
+        step -= steps
+    return config.max_position_embeddings
 
 
 def token_source(
@@ -115,7 +121,7 @@ def token_source(
         return mixture_source(config.mix, tok, options)
     if config.objective == "causal":
         if config.context_warmup_fraction:
-            growth = warmup_lengths(config)
+            growth = growth_of(config)
             return GrowingStream(train.tokens, train.offsets, growth=growth, **options)
         kind = PackedStream if config.packing_strategy == "bfd" else TokenStream
         return kind(train.tokens, train.offsets, **options)

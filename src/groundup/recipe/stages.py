@@ -49,6 +49,7 @@ STAGES = {
             config="groundup.recipe.configs:PlanConfig",
             run="groundup.recipe.planning:plan",
             help="time this machine; choose size, batch, rate and steps",
+            version=2,
         ),
         Stage(
             name="ladder",
@@ -74,7 +75,7 @@ STAGES = {
             config="groundup.recipe.configs:FinetuneConfig",
             run="groundup.recipe.tuning:finetune",
             help="fine-tune on conversations, loss on the answers only",
-            version=2,
+            version=3,
         ),
         Stage(
             name="cloze",
@@ -99,7 +100,7 @@ STAGES = {
             config="groundup.recipe.configs:AlignConfig",
             run="groundup.recipe.tuning:align",
             help="align to the preferences (DPO)",
-            version=2,
+            version=3,
         ),
         Stage(
             name="evaluate",

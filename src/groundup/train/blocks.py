@@ -82,8 +82,8 @@ class CompiledBlocks(nn.Module):
         """Return a block's forward pass, compiled."""
         forward = block.forward
         if isinstance(forward, partial) and forward.func is checkpoint:
-            return checkpointed(torch.compile(forward.args[0]))
-        return torch.compile(forward)
+            return checkpointed(torch.compile(forward.args[0], dynamic=False))
+        return torch.compile(forward, dynamic=False)
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """Call the model with compiled blocks."""

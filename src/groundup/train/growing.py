@@ -102,3 +102,13 @@ class GrowingStream(TokenStream):
         for _ in range(state["epoch"]):
             self.before += sum(part.rows * part.length for part in self.stretches(self.before))
         super().load_state_dict(state)
+
+
+def warmup_lengths(fraction: float, steps: int, context: int) -> list[tuple[int, int]]:
+    """Return steps and length of the rows that a share of all steps has: a quarter, then half."""
+    if not fraction:
+        return []
+    if context % 4:
+        raise ConfigError(f"rows cannot grow from a quarter of {context} tokens: no multiple of 4")
+    shorter = round(fraction * steps)
+    return [(shorter // 2, context // 4), (shorter - shorter // 2, context // 2)]

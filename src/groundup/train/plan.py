@@ -39,6 +39,8 @@ MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more 
 LEAST_STEPS = 20
 MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
 COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
+# share of the steps with shorter rows (docs/decisions/0004), which are of two lengths more
+CONTEXT_WARMUP, LENGTHS = 0.7, 3
 TRIED_FROM = 12  # times that: trying costs it once more, and saves a quarter at the most
 # what a run does besides: its ten scores, in tokens trained, and samples, checkpoints, as a share
 SCORED_TOKENS, WATCHING = 110_000, 0.03
@@ -62,6 +64,7 @@ class Plan:
     steps: int
     learning_rate: float
     adam_learning_rate: float
+    context_warmup_fraction: float
     dtype: str
     compile: bool
     tokens_per_s: float
@@ -224,12 +227,10 @@ def measured(
     free = here().told(memory_free(device))
     for last in (False, True):
         smallest, eager, rule = choose(budget, vocab_size, train_tokens, free, time_size)
-        config, chosen = eager.config, eager
-        context = config.max_position_embeddings
-        rows = micro_tokens(device) // context
-        if device.device.type == "cuda":
-            most = step_law_tokens(tokens_within(budget, config, eager.tokens_per_s))
-            rows, chosen = widest(chosen, rows, int(most / context), device, dtype)
+        config, context = eager.config, eager.config.max_position_embeddings
+        wanted = step_law_tokens(tokens_within(budget, config, eager.tokens_per_s))
+        most = max(1, round(wanted / context))
+        rows, chosen = widest(eager, micro_tokens(device) // context, most, device, dtype)
         seconds = tokens_within(budget, config, chosen.tokens_per_s) / chosen.tokens_per_s
         faster = try_compiling(chosen, rows, seconds, device, dtype)
         found = Measured(smallest, faster or chosen, rows, faster is not None, rule)
@@ -248,7 +249,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     chosen, config = found.chosen, found.chosen.config
     context = config.max_position_embeddings
     if found.compile and budget.seconds:
-        budget = replace(budget, seconds=budget.seconds - compile_seconds(device))
+        budget = replace(budget, seconds=budget.seconds - LENGTHS * compile_seconds(device))
     tokens = tokens_within(budget, config, chosen.tokens_per_s)
     wanted = step_law_tokens(tokens)
     rows, accumulation = batch_of(tokens, wanted, found.rows, context, budget)
@@ -266,6 +267,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
         steps=steps,
         learning_rate=MUON_RATE,
         adam_learning_rate=min(MOST_ADAM_RATE, max(LEAST_ADAM_RATE, law_rate)),
+        context_warmup_fraction=CONTEXT_WARMUP,
         dtype=dtype,
         compile=found.compile,
         tokens_per_s=chosen.tokens_per_s,
@@ -302,8 +304,11 @@ def reasons(
         f"{made.adam_learning_rate:.4f} for the rest: the Step Law says {law_rate:.4f} for AdamW, "
         f"kept between {LEAST_ADAM_RATE} and {MOST_ADAM_RATE}",
         "dtype": f"{made.dtype}: timed on a 512 x 512 product",
-        "compile": f"{'saves' if made.compile else 'does not save'} more than its "
-        f"{compile_s:.0f} s",
+        "rows": f"{context // 4} tokens for {made.context_warmup_fraction / 2:.0%} of the steps, "
+        f"{context // 2} for as many, then {context}: short rows are more places of the text in a "
+        "step (docs/decisions/0004)",
+        "compile": f"{'saves' if made.compile else 'does not save'} more than the "
+        f"{LENGTHS * compile_s:.0f} s that it takes for {LENGTHS} lengths of rows",
     }
 
 
@@ -337,4 +342,4 @@ def try_compiling(
     fast = timed(eager.config, rows, device, dtype, compile=True)
     saved_s = seconds * (1 - eager.tokens_per_s / max(fast.tokens_per_s, 1e-9))
     say(f"  compiled: {fast.tokens_per_s:,.0f} tokens/s, saves {saved_s:,.0f} s")
-    return fast if saved_s > cost else None
+    return fast if saved_s > LENGTHS * cost else None

@@ -166,11 +166,12 @@ def compiled(
     """Return the compiled model; None, and one line, where compiling fails.
 
     On a GPU its blocks are compiled, which are alike, so that one is compiled for all; on a CPU
-    the model as a whole, as calls cost more there beside smaller products.
+    the model as a whole, as calls cost more there beside smaller products. Rows that grow have few
+    lengths: each is compiled by itself when it is first met.
     """
     micro = to_device(micro, device)
     by_block = device.type == "cuda" and bool(blocks(model))
-    candidate: Any = CompiledBlocks(model) if by_block else torch.compile(model)
+    candidate: Any = CompiledBlocks(model) if by_block else torch.compile(model, dynamic=False)
     try:
         with kept_generators():  # a resumed run compiles again, and draws what it drew before
             with products(device, dtype):

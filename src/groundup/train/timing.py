@@ -130,14 +130,15 @@ def seconds_a_step(
 
 
 def widest(timing: Timing, rows: int, most: int, device: Device, dtype: str) -> tuple[int, Timing]:
-    """Return the rows of a micro-batch, doubled while that is faster and fits on the GPU.
+    """Return the rows of a micro-batch, on a GPU doubled while that is faster and fits.
 
     A step of `most` rows is as large as it should be: more are not laid side by side. Several
     ranks stop before it gets tight: one that ran out alone would leave the others waiting.
     """
-    if rows > max(1, most):
-        rows = max(1, most)
-        timing = timed(timing.config, rows, device, dtype)
+    if rows > most:
+        rows, timing = most, timed(timing.config, most, device, dtype)
+    if device.device.type != "cuda":
+        return rows, timing
     total = torch.cuda.mem_get_info()[1]
     while 2 * rows <= most and (here().size == 1 or 2 * timing.memory_bytes < total):
         try:
