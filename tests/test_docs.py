@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     command = (
         "groundup quickstart --text texts --budget 2m --set tokenizer.vocab_size=400 "
         "--set data.duplicate_similarity=0.95 --set preferences.sampled_prompts=10 "
-        "--set evaluate.questions=16 --set evaluate.max_tokens=8 --set plan.pretrain_s=4 "
+        "--set evaluate.questions=16 --set evaluate.max_tokens=8 --set plan.pretrain_s=8 "
         "--set finetune.seconds=3 --set align.seconds=2 --set data.validation_fraction=0.2"
     )
     run(command, place)

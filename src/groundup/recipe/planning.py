@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +23,7 @@ from groundup.model.decoder import Decoder
 from groundup.model.lm import NeuralLM
 from groundup.recipe.configs import PlanConfig, PretrainConfig
 from groundup.recipe.curves import read_evaluations
-from groundup.recipe.monitoring import spread
+from groundup.recipe.monitoring import EVALUATIONS, spread
 from groundup.recipe.shared import given, shards_of
 from groundup.tokenizer import Tokenizer
 from groundup.train import FitConfig, NextToken, Plan, fit, make_plan
@@ -77,6 +77,8 @@ def plan_for(
     """
     train, validation = open_shard(shards, "train"), open_shard(shards, "validation")
     say(f"  device: {device.line}")
+    scored = EVALUATIONS * min(PretrainConfig.eval_tokens, len(validation.tokens))
+    budget = replace(budget, scored_tokens=scored)
     made = make_plan(
         budget, train_tokens=len(train.tokens), vocab_size=train.vocab_size, device=device
     )

@@ -29,6 +29,7 @@ class Budget:
     flops: float | None = None
     tokens: float | None = None
     usd: float | None = None
+    scored_tokens: float = 0.0  # of the validation text, all scores of the run together
 
 
 MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}

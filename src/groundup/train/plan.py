@@ -36,14 +36,14 @@ SIZES = (
     (2048, 24, 32, 2048),
 )
 MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more may pay
-LEAST_STEPS = 20
+LEAST_STEPS, LEAST_STEP_TOKENS = 20, 1024  # smaller steps take nearly as long
 MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
 COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
-# share of the steps with shorter rows (docs/decisions/0004), which are of two lengths more
+# share of the steps with shorter rows (docs/decisions/0094), which are of two lengths more
 CONTEXT_WARMUP, LENGTHS = 0.7, 3
 TRIED_FROM = 12  # times that: trying costs it once more, and saves a quarter at the most
-# what a run does besides: its ten scores, in tokens trained, and samples, checkpoints, as a share
-SCORED_TOKENS, WATCHING = 110_000, 0.03
+WATCHING = 0.03  # of the time: samples, checkpoints
+SCORING = 1 / 3  # of a token trained: what a token scored costs
 MEMORY_SHARE = 0.8  # of what is free; memory_needed is a lower bound
 TOKENS_PER_WEIGHT = 1.0
 STEADY = 1.5  # the smallest size's two rates differ by no more on a machine left alone
@@ -130,7 +130,8 @@ def tokens_within(budget: Budget, config: ModelConfig, tokens_per_s: float) -> f
     if budget.flops is not None:
         return budget.flops / train_flops_per_token(config, config.max_position_embeddings)
     assert budget.seconds is not None, "dollars are turned into seconds first"
-    return max(0.0, budget.seconds * (1 - WATCHING) * tokens_per_s - SCORED_TOKENS)
+    tokens = budget.seconds * (1 - WATCHING) * tokens_per_s
+    return max(tokens / 2, tokens - SCORING * budget.scored_tokens)
 
 
 def choose(
@@ -229,7 +230,7 @@ def measured(
         smallest, eager, rule = choose(budget, vocab_size, train_tokens, free, time_size)
         config, context = eager.config, eager.config.max_position_embeddings
         wanted = step_law_tokens(tokens_within(budget, config, eager.tokens_per_s))
-        most = max(1, round(wanted / context))
+        most = max(1, round(max(wanted, LEAST_STEP_TOKENS) / context))
         rows, chosen = widest(eager, micro_tokens(device) // context, most, device, dtype)
         seconds = tokens_within(budget, config, chosen.tokens_per_s) / chosen.tokens_per_s
         faster = try_compiling(chosen, rows, seconds, device, dtype)
@@ -306,7 +307,7 @@ def reasons(
         "dtype": f"{made.dtype}: timed on a 512 x 512 product",
         "rows": f"{context // 4} tokens for {made.context_warmup_fraction / 2:.0%} of the steps, "
         f"{context // 2} for as many, then {context}: short rows are more places of the text in a "
-        "step (docs/decisions/0004)",
+        "step (docs/decisions/0094)",
         "compile": f"{'saves' if made.compile else 'does not save'} more than the "
         f"{LENGTHS * compile_s:.0f} s that it takes for {LENGTHS} lengths of rows",
     }
