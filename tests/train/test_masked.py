@@ -1,6 +1,7 @@
 """Masked words, pairs of segments, fill-in-the-middle: what batches hold, that they learn."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from groundup.model.loss import IGNORE
 from groundup.tokenizer import Tokenizer
 from groundup.train import MaskedPairs, MiddleStream, MiddleTokens
 from groundup.train.masked import DOES_NOT_FOLLOW, FOLLOWS
-from groundup.train.middle import rearranged
+from groundup.train.middle import joined, parts_of
 
 CLS, SEP, MASK, PAD, EOS, V = 1, 2, 3, 0, 4, 1000
 SENTINELS = MiddleTokens(prefix=900, middle=901, suffix=902)
@@ -132,9 +133,12 @@ def test_rearranged_documents_hold_the_same_text():
     text = np.arange(10, 30)
     for spm in (False, True):
         for cuts in ((0, 0), (0, 20), (5, 12), (20, 20)):
-            made = rearranged(text, cuts, SENTINELS, spm=spm)
+            parts = parts_of(text, cuts, SENTINELS, spm=spm)
+            made = np.concatenate(parts)
             assert len(made) == len(text) + 3
             assert restored(made) == text.tolist()
+            for start, stop in ((0, 23), (0, 1), (4, 19), (22, 23), (7, 7)):
+                assert joined(parts, start, stop).tolist() == made[start:stop].tolist()
 
 
 @pytest.mark.parametrize("level", ["document", "context"])
@@ -160,17 +164,81 @@ def test_no_token_is_lost_in_the_middle(text, level):
     assert len(sentinels) > 20
     assert sorted(token for token in targets if token < 900) == sorted(text[0].tolist())
     if level == "document":
-        whole = [
-            stream.tokens[a : b - 1]
-            for a, b in zip(stream.offsets[:-1], stream.offsets[1:], strict=True)
-        ]
-        originals = [
-            text[0][a : b - 1].tolist() for a, b in zip(text[1][:-1], text[1][1:], strict=True)
-        ]
-        assert [restored(document) for document in whole] == originals
-        before = stream.tokens.copy()
+        originals = np.split(text[0], text[1][1:-1])
+        now = documents(stream)
+        assert [restored(document[:-1]) for document in now] == [o[:-1].tolist() for o in originals]
         stream.next_row()
-        assert not np.array_equal(before, stream.tokens)  # another epoch, other cuts
+        later = documents(stream)  # another epoch, other cuts, of other documents
+        assert any(a.tolist() != b.tolist() for a, b in zip(now, later, strict=True))
+
+
+def documents(stream):
+    """Return the documents of a stream's epoch as they are laid into rows, in the text's order."""
+    bounds = pairwise(stream.offsets.tolist())
+    return [stream.piece(n, start, stop) for n, (start, stop) in enumerate(bounds)]
+
+
+class Mapped:
+    """Tokens on a disk: counts what is asked for."""
+
+    def __init__(self, tokens):
+        self.tokens, self.read = tokens, 0
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, part):
+        self.read += len(self.tokens[part])
+        return self.tokens[part]
+
+
+@pytest.mark.parametrize("level", ["document", "context"])
+def test_a_resumed_middle_has_the_same_rows_and_reads_no_others(level):
+    """In a later epoch too; starting and going on read nothing at all."""
+    lengths = np.random.default_rng(0).integers(2, 60, 2000)
+    ids = np.random.default_rng(1).integers(10, 900, lengths.sum()).astype(np.uint16)
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    ids[offsets[1:] - 1] = EOS
+    options = {"sentinels": SENTINELS, "rate": 0.5, "level": level, "eos_token_id": EOS}
+    options |= {"context": 64, "batch_size": 4, "gradient_accumulation_steps": 2, "seed": 3}
+    whole = MiddleStream(ids, offsets, **options)
+    for _ in range(int(whole.rows_per_epoch * 1.5) // 8):
+        whole.next_step()
+    state = json.loads(json.dumps(whole.state_dict()))
+    assert state["epoch"] == 1
+    tokens = Mapped(ids)
+    again = MiddleStream(tokens, offsets, **options)
+    again.load_state_dict(state)
+    assert tokens.read == 0
+    for mine, other in zip(again.next_step(), whole.next_step(), strict=True):
+        assert mine["documents"] == other["documents"]
+        assert torch.equal(mine["ids"], other["ids"])
+        assert torch.equal(mine["targets"], other["targets"])
+    assert 0 < tokens.read < 8 * (64 + 2 * 60)
+
+
+def test_a_share_of_the_documents_is_rearranged():
+    """Cuts are even over a document; half of the orders are SPM."""
+    ids = np.tile(np.append(np.full(20, 10, np.uint16), EOS), 6000)
+    stream = MiddleStream(
+        ids,
+        np.arange(0, len(ids) + 1, 21),
+        sentinels=SENTINELS,
+        rate=0.3,
+        level="document",
+        eos_token_id=EOS,
+        context=64,
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        seed=3,
+    )
+    cut = [found.tolist() for found in documents(stream) if len(found) > 21]
+    assert len(cut) / 6000 == pytest.approx(0.3, abs=0.02)
+    psm = [found for found in cut if found[1] != SENTINELS.suffix]
+    both = (20 / 21) ** 2  # neither cut is 0: with an empty prefix PSM looks like SPM
+    assert len(psm) / len(cut) == pytest.approx(0.5 * both, abs=0.05)
+    firsts = [found.index(SENTINELS.suffix) - 1 for found in psm]
+    assert np.mean(firsts) == pytest.approx(7.175, abs=0.7)  # the smaller of two from 1 to 20
 
 
 @pytest.mark.parametrize("spm_rate", [0.0, 1.0])
@@ -187,8 +255,9 @@ def test_one_order_alone_can_be_asked_for(text, spm_rate):
         gradient_accumulation_steps=1,
         seed=3,
     )
-    [at] = np.nonzero(stream.tokens == SENTINELS.prefix)
-    spm = stream.tokens[at + 1] == SENTINELS.suffix
+    tokens = np.concatenate(documents(stream))
+    [at] = np.nonzero(tokens == SENTINELS.prefix)
+    spm = tokens[at + 1] == SENTINELS.suffix
     if spm_rate:
         assert spm.all()
     else:

@@ -98,7 +98,7 @@ class TokenStream:
             end = int(self.ends[at])
             take = min(stop, end) - start
             first = int(self.offsets[document + 1]) - (end - start)
-            pieces.append(self.tokens[first : first + take])
+            pieces.append(self.piece(document, first, first + take))
             start, at = start + take, at + 1
         return np.concatenate(pieces).astype(np.int64)
 
@@ -110,7 +110,7 @@ class TokenStream:
     def span(self) -> tuple[int, int, int]:
         """Return the tokens of the next row, and how long it is."""
         start = int(self.order[self.row]) * self.context
-        return start, min(start + self.context, len(self.tokens)), self.context
+        return start, min(start + self.context, int(self.ends[-1])), self.context
 
     def rows(self) -> int:
         """Return how many rows the next micro-batch has."""

@@ -73,7 +73,8 @@ class MaskedPairs:
         self.word_starts = word_starts
         rows = -(-lengths[self.documents] // self.capacity)
         self.row_document = np.repeat(self.documents, rows)
-        self.row_start = np.concatenate([np.arange(n) * self.capacity for n in rows])
+        number = np.arange(len(self.row_document)) - np.repeat(np.cumsum(rows) - rows, rows)
+        self.row_start = number * self.capacity
         self.data = {"tokens": len(tokens), "documents": len(lengths), "seed": seed}
         self.epoch, self.row = 0, 0
         self.arrange()
