@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from groundup import Tokenizer, load_model
+from groundup import LLM, Tokenizer, load_model
 from groundup.cli.main import main
 from groundup.core.metrics import MetricsLog
 from groundup.data import open_shard, write_shards
@@ -58,6 +58,24 @@ def test_the_last_score_is_the_saved_models(place, corpus):
     assert sum(map(len, documents)) <= 9000  # every document was scored
     last = MetricsLog.read(folder / "evals.jsonl")[-1]
     assert last["bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-5)
+
+
+def test_samples_are_the_saved_models(place, corpus, monkeypatch):
+    """Of averaged weights too; what the engine made of earlier weights is forgotten."""
+    said, generate = [], LLM.generate
+
+    def listen(self, prompts, params):
+        said.append((prompts, params, generate(self, prompts, params)))
+        return said[-1][2]
+
+    monkeypatch.setattr(LLM, "generate", listen)
+    often = ["--sample-every-s", "0", "--ema-decay", "0.9", "--learning-rate", "0.05"]
+    pretrain(corpus, place, "averaged", *often)
+    assert len(said) == STEPS
+    prompts, params, outputs = said[-1]
+    again = generate(LLM(place / "averaged" / "model"), prompts, params)
+    written = [[o.outputs[0].token_ids for o in found] for found in (outputs, again)]
+    assert written[0] == written[1]
 
 
 def test_watching_changes_nothing(place):

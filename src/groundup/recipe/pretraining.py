@@ -260,7 +260,8 @@ def speaking_hook(
         nonlocal spoken
         due = time.monotonic() - spoken >= config.sample_every_s or not alone
         if prompts and (due or state.step == state.steps):
-            outputs = llm.generate(prompts, params)
+            with state.as_saved():
+                outputs = llm.generate(prompts, params)
             live.show_samples(
                 [
                     f"{tok.decode(ids)} -> {output.outputs[0].text}"
