@@ -3,15 +3,18 @@
 import dataclasses
 import math
 import re
+import sys
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from groundup.core.errors import ConfigError
+from groundup.core.run import peak_memory_bytes, reset_peak_memory
 from groundup.model import Decoder
 from groundup.model.counts import num_parameters
 from groundup.model.footprint import training_step, twin_of
+from groundup.model.heap import keep_memory
 from groundup.model.inspection import train_memory
 from groundup.train import FitConfig
 from groundup.train.memory import activation_bytes, check_memory, free_of_groups, kept_bytes
@@ -122,3 +125,13 @@ def test_a_control_groups_limit_counts(tmp_path, line, folder, names):
     (place / "step" / "memory.max").write_text("max\n")
     assert free_of_groups(groups, tmp_path / "own") == 10_000 - 7_000 + 2_500
     assert free_of_groups(groups, tmp_path / "nowhere") == math.inf
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
+def test_a_new_peak_is_not_that_of_earlier_work():
+    keep_memory()  # what is freed stays with the process
+    blocks = [torch.ones(1 << 20) for _ in range(50)]
+    high = peak_memory_bytes()
+    del blocks
+    reset_peak_memory()
+    assert peak_memory_bytes() < high - 150e6

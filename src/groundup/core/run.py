@@ -6,6 +6,8 @@ is continued only under an equal key. The key is a hash of the semantic config f
 contents of the inputs and a hand-bumped version; devices, workers and clocks are not in it.
 """
 
+import ctypes
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -275,13 +277,25 @@ def library_versions() -> dict[str, str]:
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak of resident memory, where the system (Linux) offers it, and of a GPU's."""
+    """Start a new peak of resident memory, where the system (Linux) offers it, and of a GPU's.
+
+    What the heap holds of earlier work goes back to the system first: it is none of the new peak.
+    """
+    release_memory()
     if (gpu := used_gpu()) is not None:
         gpu.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+def release_memory() -> None:
+    """Give back to the system what glibc's heap holds and nothing uses, where that is the heap."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def used_gpu() -> Any:

@@ -26,6 +26,8 @@ from groundup.model.rope import check_length, rotary_table, rotate
 
 PADDED_TO = 32  # rows may be padded to a multiple of this, beyond the last position
 LOGITS_IN_ONE_PIECE = 2**26  # more logits than this (256 MB in fp32) are computed in pieces
+# On a CPU without gradients: 16 MB, so that scoring takes less than a training step.
+LOGITS_READ, ROWS_READ = 2**22, 64
 
 
 class Cache(Protocol):
@@ -381,6 +383,8 @@ class Decoder(nn.Module):
             kept_N = (targets_N != IGNORE).nonzero().squeeze(-1)
             hidden_NE, targets_N = hidden_NE[kept_N], targets_N[kept_N]
         piece = max(1, LOGITS_IN_ONE_PIECE // self.config.vocab_size)
+        if hidden_NE.device.type == "cpu" and not torch.is_grad_enabled():
+            piece = min(piece, max(ROWS_READ, LOGITS_READ // self.config.vocab_size))
         if len(targets_N) <= piece:
             logps_N = self.piece_logprobs(hidden_NE, targets_N)
         else:

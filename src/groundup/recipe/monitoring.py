@@ -16,6 +16,7 @@ from groundup.core.errors import need
 from groundup.core.files import write_text
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say
+from groundup.core.run import release_memory
 from groundup.data import Shard
 from groundup.evaluate.tasks import read_task, run_task
 from groundup.model.decoder import Decoder
@@ -28,6 +29,7 @@ from groundup.train.step import DTYPES
 
 EVALUATIONS = 10  # a run, where eval_steps is unset
 FEW_BYTES = 20_000
+SCORED = 4096  # tokens at a time, but no more than are trained at a time: that would be the peak
 SCORES = ("acc", "acc_norm", "perplexity")
 
 
@@ -45,7 +47,10 @@ def evaluation_hooks(
     if not documents and not tasks:
         return []
     lm = NeuralLM(
-        model, tok.eos_token_id, dtype=DTYPES[training_dtype(config.device, config.dtype)]
+        model,
+        tok.eos_token_id,
+        batch_tokens=min(SCORED, config.batch_size * config.max_position_embeddings),
+        dtype=DTYPES[training_dtype(config.device, config.dtype)],
     )
     texts = [tok.decode([int(i) for i in d if i != tok.eos_token_id]) for d in documents]
     num_bytes = sum(len(text.encode()) for text in texts)
@@ -66,12 +71,17 @@ def evaluation_hooks(
 def scoring_hook(
     config: PretrainConfig, out: Path, score: Callable[[State], dict[str, float]]
 ) -> Hook:
-    """Return a hook that appends what `score` finds, of the weights that are saved, to the log."""
+    """Return a hook that appends what `score` finds, of the weights that are saved, to the log.
+
+    It needs less memory than a step, but in other pieces, which find no room among what steps left.
+    """
     log = MetricsLog(out / "evals.jsonl")
 
     def run(state: State) -> None:
+        release_memory()
         with state.as_saved():
             scores = score(state)
+        release_memory()
         log.truncate_after(state.step - 1)
         log.write(step=state.step, tokens=state.step * tokens_per_step(config), **scores)
         state.metrics |= {f"eval_{name}": value for name, value in scores.items()}

@@ -16,6 +16,7 @@ from groundup.core.errors import ConfigError, DataError
 from groundup.core.files import read_json, write_json
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say, show_table
+from groundup.core.run import reset_peak_memory
 from groundup.data import Shard, open_shard
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters
@@ -237,6 +238,7 @@ def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str
         budget = parse_budget(config.budget or "", usd_per_hour=config.usd_per_hour)
         shards = shards_of(config, Tokenizer.load(config.tokenizer), out)
         made = plan_for(budget, shards, devices.pick(config.device), out)
+        reset_peak_memory()  # sizes that were tried out are no part of the run
         if ranks.first:
             write_json(out / "plan.json", made)
     values = {name: made[name] for name in PLANNED} | {"max_position_embeddings": made["context"]}

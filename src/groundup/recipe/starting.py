@@ -7,6 +7,7 @@ from typing import Any
 from groundup.core.errors import CheckpointError, ConfigError, closest
 from groundup.core.progress import say
 from groundup.core.run import resolve_model
+from groundup.evaluate.tasks import read_task
 from groundup.model import Decoder, Encoder, load_network, remap_vocabulary
 from groundup.model.vocabulary import AnyModel
 from groundup.recipe.configs import PretrainConfig, ShapeOptions
@@ -118,6 +119,8 @@ def check_start(config: PretrainConfig) -> None:
             raise ConfigError(f"report_to: unknown tracker {name!r}{closest(name, TRACKERS)}")
     if config.tasks and config.objective in MLM:
         raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
+    for path in config.tasks:  # now, not when hours of text are encoded
+        read_task(path, limit=config.eval_limit, seed=config.seed)
     name, every = config.metric_for_best_model or "", config.eval_steps
     if name.startswith("eval_") and every and config.checkpoint_every % every:
         raise ConfigError(

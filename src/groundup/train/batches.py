@@ -102,6 +102,10 @@ class TokenStream:
             start, at = start + take, at + 1
         return np.concatenate(pieces).astype(np.int64)
 
+    def piece(self, document: int, start: int, stop: int) -> NDArray[np.integer]:
+        """Return tokens start..stop of the split, which are all of this document."""
+        return self.tokens[start:stop]
+
     def next_epoch(self) -> None:
         """Go to the epoch behind this one."""
         self.epoch, self.row = self.epoch + 1, 0

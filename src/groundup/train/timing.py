@@ -52,8 +52,6 @@ def timed(
     ranks = here(device.device)
     torch.manual_seed(0)
     reset_peak_memory()
-    if device.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     model = spread(Decoder(config), ranks, device.device, DTYPES[dtype], 0)
     objective = NextToken()
     optimizers = make_optimizers(model, FitConfig(steps=1), DTYPES[dtype])
