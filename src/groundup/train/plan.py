@@ -44,7 +44,7 @@ CONTEXT_WARMUP, LENGTHS = 0.7, 3
 TRIED_FROM = 12  # times that: trying costs it once more, and saves a quarter at the most
 WATCHING = 0.03  # of the time: samples, checkpoints
 SCORING = 1 / 3  # of a token trained: what a token scored costs
-COPIES = 2.0
+BESIDES_BYTES = 3e7  # what samples, scores and metrics hold, in a process on a CPU
 MEMORY_SHARE = 0.8  # of what is free; memory_needed is a lower bound
 TOKENS_PER_WEIGHT = 1.0
 STEADY = 1.5  # the smallest size's two rates differ by no more on a machine left alone
@@ -289,16 +289,17 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
 
 
 def expected_memory(found: Measured, rows: int, device: Device, dtype: str) -> float:
-    """Return the peak to expect of a run: a step's of so many rows, and what saving takes.
+    """Return the peak to expect of a run: a step's of so many rows, and on a CPU what else comes.
 
-    On a CPU a checkpoint's copy and the file's bytes lie beside what trains, mostly in memory that
-    activations have left: COPIES of the weights more were measured (docs/decisions/0092).
+    A checkpoint's copies lie mostly in what activations have left: the weights once more, for the
+    file's bytes, were measured (docs/decisions/0092).
     """
     chosen = found.chosen
     if rows != found.rows:  # fewer, for so small a budget
         chosen = timed(chosen.config, rows, device, dtype)
-    copies = COPIES if device.device.type == "cpu" else 0
-    return chosen.memory_bytes + copies * 4.0 * chosen.parameters
+    if device.device.type != "cpu":
+        return chosen.memory_bytes
+    return chosen.memory_bytes + 4.0 * chosen.parameters + BESIDES_BYTES
 
 
 def reasons(
