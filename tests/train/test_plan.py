@@ -215,15 +215,18 @@ def test_sizes_are_timed_once_more_when_other_work_came_between(
 
 
 def test_the_memory_is_that_of_the_rows_that_are_trained(monkeypatch):
-    """A small budget takes fewer than sizes are timed with; what saves and watches comes on top."""
+    """The smallest budget takes fewer than were timed; what saves and watches comes on top."""
+    seen = []
 
     def fake(config, rows, device, dtype, *, compile=False):
+        seen.append(rows)
         return Timing(config, 1e5, rows * 10**6)
 
     monkeypatch.setattr(plan, "timed", fake)
+    monkeypatch.setattr("groundup.train.timing.timed", fake)
     device = Device(torch.device("cpu"), torch.bfloat16, "cpu")
-    for tokens, rows in (("2M tokens", 16), ("40,000 tokens", 4)):
+    for tokens, once_more in (("2M tokens", False), ("6,000 tokens", True)):
         made = make_plan(parse_budget(tokens), train_tokens=10**7, vocab_size=VOCAB, device=device)
-        assert made.batch_size == rows
+        assert (seen[-1] == made.batch_size) == once_more
         more = 4 * made.parameters + plan.BESIDES_BYTES
-        assert made.predicted["memory_bytes"] == rows * 10**6 + more
+        assert made.predicted["memory_bytes"] == made.batch_size * 10**6 + more
