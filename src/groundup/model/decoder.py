@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from groundup.model import attention, flex
+from groundup.model import attention, flex, native
 from groundup.model.config import ModelConfig
-from groundup.model.fused import RMSNormed, TiedTable, plain, worthwhile
+from groundup.model.fused import TiedTable, dtype_of_products, plain, worthwhile
+from groundup.model.joined import Heads, joinable
 from groundup.model.loss import IGNORE, linear_cross_entropy
 from groundup.model.mlp import MLP, Experts
+from groundup.model.norm import RMSNorm, norm_of
 from groundup.model.rope import check_length, rotary_table, rotate
 
 PADDED_TO = 32  # rows may be padded to a multiple of this, beyond the last position
@@ -47,33 +49,6 @@ class Cache(Protocol):
     def in_kernel(self, rotary: tuple[Tensor, Tensor], layer: int | None = None) -> Any:
         """Return what a kernel needs to do one layer or all; None where it must not."""
         ...
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation in fp32 (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4).
-
-    Gemma's weights count from one and multiply before the result is narrowed.
-    """
-
-    def __init__(self, size: int, eps: float, *, gemma: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size) if gemma else torch.ones(size))
-        self.eps, self.gemma = eps, gemma
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        if not self.gemma and worthwhile(x, self.weight):
-            return RMSNormed.apply(x, self.weight, self.eps)
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        if self.gemma:
-            return (wide * (1.0 + self.weight.float())).to(x.dtype)
-        return self.weight * wide.to(x.dtype)
-
-
-def norm_of(config: ModelConfig, size: int) -> RMSNorm:
-    """Return a norm of the config's kind."""
-    return RMSNorm(size, config.rms_norm_eps, gemma=config.family.gemma)
 
 
 @dataclass
@@ -109,20 +84,17 @@ class Attention(nn.Module):
         self.qk_norm = config.family.qk_norm
         if self.qk_norm != "none":
             by_head = self.qk_norm == "head"
-            self.q_norm = norm_of(config, config.head_dim if by_head else width)
-            self.k_norm = norm_of(config, config.head_dim if by_head else narrow)
+            self.q_norm = norm_of(config, config.head_dim if by_head else width, feeds=True)
+            self.k_norm = norm_of(config, config.head_dim if by_head else narrow, feeds=True)
 
     def forward(self, x_BTE: Tensor, context: Context) -> Tensor:
         """Attend as far as the context reaches."""
-        q_BTHD, k_BTKD, v_BTKD = self.heads(x_BTE)
         local = self.window is not None
         rotary = context.local_rotary if local else context.rotary
         if context.cache is not None:
-            return self.o_proj(context.cache.attend(self, q_BTHD, k_BTKD, v_BTKD, rotary))
+            return self.o_proj(context.cache.attend(self, *self.heads(x_BTE), rotary))
         reach = context.local_reach if local else context.reach
-        q_BHTD = rotate(q_BTHD.transpose(1, 2), *rotary)
-        k_BKTD = rotate(k_BTKD.transpose(1, 2), *rotary)
-        v_BKTD = v_BTKD.transpose(1, 2)
+        q_BHTD, k_BKTD, v_BKTD = self.turned_heads(x_BTE, rotary)
         if self.softcap is None and attention.takes(q_BHTD, k_BKTD, v_BKTD):
             out_BHTD = attention.causal_attention(q_BHTD, k_BKTD, v_BKTD, reach.first(), self.scale)
         elif reach.blocks is not None and q_BHTD.dtype in flex.DTYPES:
@@ -131,6 +103,33 @@ class Attention(nn.Module):
             mask = reach.mask()
             out_BHTD = self.attend(q_BHTD, k_BKTD, v_BKTD, mask, causal=mask is None)
         return self.o_proj(out_BHTD.transpose(1, 2).flatten(2))
+
+    def turned_heads(
+        self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [B, heads, T, D], the first two turned."""
+        if self.in_one_step(x_BTE, rotary):
+            weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+            if self.qk_norm == "none":
+                return Heads.apply(x_BTE, *weights, None, None, 0.0, *rotary)
+            norms = (self.q_norm.weight, self.k_norm.weight)
+            return Heads.apply(x_BTE, *weights, *norms, self.q_norm.eps, *rotary)
+        q_BTHD, k_BTKD, v_BTKD = self.heads(x_BTE)
+        q_BHTD = rotate(q_BTHD.transpose(1, 2), *rotary)
+        k_BKTD = rotate(k_BTKD.transpose(1, 2), *rotary)
+        return q_BHTD, k_BKTD, v_BTKD.transpose(1, 2)
+
+    def in_one_step(self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor]) -> bool:
+        """Say whether `Heads` is for this: plain layers, norms and tables in fp32, kernels."""
+        norms = [] if self.qk_norm == "none" else [self.q_norm, self.k_norm]
+        return (
+            self.qk_norm != "width"
+            and joinable(x_BTE, self.q_proj, self.k_proj, self.v_proj)
+            and all(plain(norm, RMSNorm) and not norm.gemma for norm in norms)
+            and all(t.dtype == torch.float32 for t in (*rotary, *(norm.weight for norm in norms)))
+            and dtype_of_products(x_BTE) in attention.DTYPES
+            and native.passes() is not None
+        )
 
     def heads(self, x_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries [B, T, H, D], keys and values [B, T, K, D], not yet turned."""
@@ -199,11 +198,12 @@ class Layer(nn.Module):
             self.mlp = Experts(config)
         else:
             self.mlp = MLP(config, config.intermediate_size)
+        before, dense = self.norms == "before", isinstance(self.mlp, MLP)  # experts add up in fp32
         if self.norms != "after":
-            self.input_layernorm = norm_of(config, config.hidden_size)
-        self.post_attention_layernorm = norm_of(config, config.hidden_size)
+            self.input_layernorm = norm_of(config, config.hidden_size, feeds=True)
+        self.post_attention_layernorm = norm_of(config, config.hidden_size, feeds=before and dense)
         if self.norms == "both":
-            self.pre_feedforward_layernorm = norm_of(config, config.hidden_size)
+            self.pre_feedforward_layernorm = norm_of(config, config.hidden_size, feeds=dense)
         if self.norms != "before":
             self.post_feedforward_layernorm = norm_of(config, config.hidden_size)
 

@@ -15,20 +15,20 @@ from groundup.model import native, passes
 
 
 class RMSNormed(torch.autograd.Function):
-    """x / rms(x) * weight; keeps x and one number a row."""
+    """x / rms(x) * weight in `dtype`; keeps x and one number a row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """Return the normalised rows."""
-        out, scale = passes.norm(x, weight, eps)
+        out, scale = passes.norm(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, scale)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Return the gradients by x and by the weight."""
         x, weight, scale = ctx.saved_tensors
-        return *passes.norm_backward(x, weight, scale, upstream[0]), None
+        return *passes.norm_backward(x, weight, scale, upstream[0]), None, None
 
 
 class Rotated(torch.autograd.Function):
@@ -52,37 +52,18 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         """Return the gated values."""
-        ctx.save_for_backward(gate, up)
-        return passes.gate(gate, up)
+        gate_NE, up_NE = (x.reshape(-1, x.shape[-1]).contiguous() for x in (gate, up))
+        ctx.save_for_backward(gate_NE, up_NE)
+        return passes.gate(gate_NE, up_NE).view(gate.shape)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients by gate and up."""
-        own = upstream[0].clone(memory_format=torch.contiguous_format)  # it is overwritten
-        d_gate, d_up = passes.gate_backward(*ctx.saved_tensors, own)
-        return d_gate, d_up
-
-
-class SwiGLUDown(torch.autograd.Function):
-    """(silu(gate) * up) W^T; the gated values, of the MLP's width, are made again and not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        """Return the narrowed values, computed in gate's dtype."""
-        ctx.save_for_backward(gate, up, weight)
-        return F.linear(passes.gate(gate, up), weight.to(gate.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the gradients by gate, up and, where it is trained, the matrix."""
-        gate, up, weight = ctx.saved_tensors
-        (dy,) = upstream
-        gated = dy @ weight.to(dy.dtype)  # its gradient first
-        d_gate, d_up = passes.gate_backward(gate, up, gated)
-        if not ctx.needs_input_grad[2]:
-            return d_gate, d_up, None
-        d_weight = dy.flatten(0, -2).mT @ gated.flatten(0, -2)
-        return d_gate, d_up, d_weight.to(weight.dtype)
+        gate_NE, up_NE = ctx.saved_tensors
+        own_NE = upstream[0].clone(memory_format=torch.contiguous_format)  # it is overwritten
+        d_gate_NE, d_up_NE = torch.empty_like(gate_NE), torch.empty_like(up_NE)
+        passes.gate_backward(gate_NE, up_NE, own_NE.view(gate_NE.shape), d_gate_NE, d_up_NE)
+        return d_gate_NE.view(own_NE.shape), d_up_NE.view(own_NE.shape)
 
 
 class TiedTable(torch.autograd.Function):
@@ -133,3 +114,9 @@ def worthwhile(*tensors: Tensor, narrow: bool = False) -> bool:
             or (narrow and first.dtype == torch.bfloat16 and native.passes() is not None)
         )
     )
+
+
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """Return the dtype that a linear layer computes in, given x: autocast's, or x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundup.model.config import ModelConfig
-from groundup.model.decoder import MLP, Attention, Cache, Decoder, Layer, RMSNorm, Stack
+from groundup.model.decoder import MLP, Attention, Cache, Decoder, Layer, Stack
+from groundup.model.norm import RMSNorm
 from groundup.model.rope import rotary_table
 
 FEW = 4  # rows up to which products are ours

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundup.model.config import ModelConfig
-from groundup.model.fused import SwiGLU, SwiGLUDown, plain, worthwhile
+from groundup.model.fused import SwiGLU, worthwhile
+from groundup.model.joined import GatedMLP, joinable
 
 ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -33,10 +34,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate, widen and narrow again."""
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if self.activate is F.silu and joinable(x, *layers):
+            return GatedMLP.apply(x, *(layer.weight for layer in layers))
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.activate is F.silu and worthwhile(gate, up, narrow=True):
-            if plain(self.down_proj, nn.Linear) and self.down_proj.bias is None:  # not adapted
-                return SwiGLUDown.apply(gate, up, self.down_proj.weight)
             return self.down_proj(SwiGLU.apply(gate, up))
         return self.down_proj(self.activate(gate) * up)
 

@@ -37,11 +37,13 @@ def passes() -> ctypes.CDLL | None:
     """Return the kernels of passes.cpp, if they can be had."""
     found = library("passes")
     if found is not None:
-        found.gate.argtypes = (P,) * 3 + (L, N, N)
-        found.gate_backward.argtypes = (P,) * 5 + (L, N, N)
+        found.gate.argtypes = (P,) * 3 + (L,) * 3 + (N, N)
+        found.gate_backward.argtypes = (P,) * 5 + (L,) * 3 + (N, N)
         found.turn.argtypes = (P,) * 4 + (L, P, F, P, N, N)
-        found.norm.argtypes = (P,) * 4 + (L, L, F, N)
-        found.norm_backward.argtypes = (P,) * 6 + (L, L, N)
+        found.norm.argtypes = (P,) * 4 + (L, L, F, N, N, N)
+        found.norm_backward.argtypes = (P,) * 6 + (L, L, N, N, N)
+        found.heads.argtypes = (P,) * 4 + (N, N)
+        found.heads_backward.argtypes = (P,) * 8 + (N, N)
     return found
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from groundup.core.errors import ConfigError
 from groundup.model import gpu, kernels, passes
 from groundup.model.config import ModelConfig
-from groundup.model.decoder import Attention, Cache, Context, Decoder, Layer, RMSNorm, Stack
+from groundup.model.decoder import Attention, Cache, Context, Decoder, Layer, Stack
 from groundup.model.mlp import MLP, Experts
+from groundup.model.norm import RMSNorm
 from groundup.model.quant import FallbackLinear, Int8Linear, int8_class
 from groundup.model.rope import rotary_table
 
@@ -141,6 +142,10 @@ class FastAttention(Attention):
             q_BTHD, k_BTKD = self.q_norm(q_BTHD), self.k_norm(k_BTKD)
         return q_BTHD, k_BTKD, v_BTKD
 
+    def in_one_step(self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor]) -> bool:
+        """Say that they are not made as in training: the three are joined already."""
+        return False
+
 
 class FastMLP(MLP):
     """A gated MLP whose gate and up come from one product."""
@@ -181,9 +186,9 @@ class NarrowNorm(RMSNorm):
         """Normalise the last dimension in fp32."""
         if x.numel() <= FEW * x.shape[-1]:  # there a call costs more than it saves
             return super().forward(x)
-        wide = x.float()
-        normed, _ = passes.norm(wide, wide.new_ones(wide.shape[-1]), self.eps)
-        return normed.to(x.dtype).mul_(self.weight)
+        ones = self.weight.new_ones(self.weight.shape, dtype=torch.float32)
+        normed, _ = passes.norm(x, ones, self.eps, x.dtype)
+        return normed.mul_(self.weight)
 
 
 class NarrowMLP(MLP):
@@ -193,7 +198,8 @@ class NarrowMLP(MLP):
         """Gate, widen and narrow again."""
         if x.numel() <= FEW * x.shape[-1]:
             return super().forward(x)
-        return self.down_proj(passes.gate(self.gate_proj(x), self.up_proj(x)))
+        gate_NE, up_NE = (layer(x).flatten(0, -2) for layer in (self.gate_proj, self.up_proj))
+        return self.down_proj(passes.gate(gate_NE, up_NE)).view(x.shape)
 
 
 def evaluating(module: nn.Module) -> nn.Module:
