@@ -105,7 +105,7 @@ def test_hooks_do_not_disturb_the_run(tiny, tmp_path):
 
 
 def test_a_resumed_run_that_compiles_again_draws_the_same(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
 
     def crash(state):
         if state.step == 5:
