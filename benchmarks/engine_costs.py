@@ -25,15 +25,18 @@ from torch import Tensor
 
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM
-from groundup.model import Decoder, load_model
+from groundup.model import Decoder, load_model, load_network, save_model
 from groundup.model.view import view_of
+from groundup.model.weights import weight_files
 from groundup.tokenizer import Tokenizer
 
 WINDOW, ROUNDS = 256, 7
 BEGIN = """
-import sys, time
+import re, sys, time
 import torch
-started = time.perf_counter()
+status = "/proc/self/status"
+held = lambda kind: int(re.search(kind + r":\\s+(\\d+)", open(status).read())[1]) / 1024
+before, started = held("VmRSS"), time.perf_counter()
 import groundup as gu
 from groundup.core.types import SamplingParams
 gu.LLM  # the engine is imported when it is first named
@@ -41,7 +44,7 @@ imported = time.perf_counter()
 llm = gu.LLM(sys.argv[1], device="cpu", quantization=sys.argv[2] or None)
 loaded = time.perf_counter()
 llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=1))
-print(imported - started, loaded - imported, time.perf_counter() - loaded)
+print(imported - started, loaded - imported, time.perf_counter() - loaded, held("VmHWM") - before)
 """
 
 
@@ -108,12 +111,19 @@ def invariance() -> None:
 
 
 def start() -> None:
-    """Print how long a 125M model takes to its first token, from `import torch` and a shell."""
+    """Print how long a 125M model takes to its first token, from `import torch` and a shell.
+
+    Memory is what comes on top of torch's, at its peak: pages of the mapped file included.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_model("125M", Path(temporary), make_tokenizer())
-        for quantization in ("", "int8"):
-            command = [sys.executable, "-c", BEGIN, str(folder), quantization]
-            shell = [sys.executable, "-m", "groundup.cli.main", "generate", str(folder)]
+        stored = save_model(
+            load_network(folder), Tokenizer.load(folder), folder / "int8", dtype=torch.int8
+        )
+        kinds = [("fp32", folder, ""), ("int8", folder, "int8"), ("int8 stored", stored, "")]
+        for name, place, quantization in kinds:
+            command = [sys.executable, "-c", BEGIN, str(place), quantization]
+            shell = [sys.executable, "-m", "groundup.cli.main", "generate", str(place)]
             shell += ["--device", "cpu", "--prompt", "a", "--max-tokens", "1"]
             shell += ["--quantization", quantization] if quantization else []
             runs, whole, shells = [], [], []
@@ -121,15 +131,14 @@ def start() -> None:
                 begun = time.perf_counter()
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 whole.append(time.perf_counter() - begun)
-                runs.append([float(part) for part in done.stdout.split()[-3:]])
+                runs.append([float(part) for part in done.stdout.split()[-4:]])
                 begun = time.perf_counter()
                 subprocess.run(shell, capture_output=True, check=True)
                 shells.append(time.perf_counter() - begun)
-            parts = [statistics.median(column) for column in zip(*runs, strict=True)]
-            print(
-                f"{quantization or 'fp32'}: groundup {parts[0]:.2f} s, model {parts[1]:.2f} s, ",
-                end="",
-            )
+            *parts, memory = [statistics.median(column) for column in zip(*runs, strict=True)]
+            size = sum(file.stat().st_size for file in weight_files(place)) / 1e6
+            print(f"{name}: {size:.0f} MB on disk, {memory:.0f} MB of memory; groundup ", end="")
+            print(f"{parts[0]:.2f} s, model {parts[1]:.2f} s, ", end="")
             print(f"first token {parts[2]:.2f} s, together {sum(parts):.2f} s; ", end="")
             print(f"with Python and torch {statistics.median(whole):.2f} s, ", end="")
             print(f"`groundup generate` {statistics.median(shells):.2f} s")

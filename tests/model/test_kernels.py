@@ -37,6 +37,20 @@ def test_int8_products_equal_integer_arithmetic(M, N, K):
     torch.testing.assert_close(made(x), wanted.float(), atol=1e-5, rtol=1e-5)
 
 
+@needs_kernels
+@pytest.mark.parametrize(("N", "K"), [(N, K) for _, N, K in SHAPES])
+def test_packed_rows_are_the_rows_that_quantising_packs(N, K):
+    arena, layers = kernels.Arena(), [linear(N, K), linear(20, K)]
+    wanted = kernels.quantize([layer.weight for layer in layers], arena)
+    rows, scale = quant.quantize_rows(layers[0].weight)
+    for given in (
+        [(rows, scale), layers[1].weight],
+        [(rows.T.contiguous().T, scale), layers[1].weight],
+    ):
+        found = kernels.quantize(given, arena)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.fixture(params=["native", "x86-64-v3", "x86-64"])
 def architecture(request, monkeypatch, tmp_path):
     """Have the kernels built for this processor, for any with AVX2, and for any at all."""
@@ -60,6 +74,7 @@ def forget():
 def test_every_processor_computes_the_same(architecture):
     for M, N, K in SHAPES:
         test_int8_products_equal_integer_arithmetic(M, N, K)
+        test_packed_rows_are_the_rows_that_quantising_packs(N, K)
         for int8 in (False, True):
             test_a_row_has_the_same_bits_in_every_batch(M, N, K, int8)
     test_norm_and_gate_equal_torchs()

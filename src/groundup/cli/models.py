@@ -20,7 +20,9 @@ def export(argv: Sequence[str]) -> None:
         "--format", metavar="{hf,gguf}", help="unset: gguf where --out ends in .gguf, else hf"
     )
     flags.add_argument(
-        "--dtype", metavar="TYPE", help="hf: f32 (default), f16, bf16; gguf: f32, f16, q8_0 (f16)"
+        "--dtype",
+        metavar="TYPE",
+        help="hf: f32 (default), f16, bf16, int8; gguf: f32, f16, q8_0 (f16)",
     )
     flags.add_argument("--out", type=Path, metavar="PATH", help="a folder, or a .gguf file")
     flags.add_argument(

@@ -1,5 +1,6 @@
 """`LLM`: a model and its tokenizer behind vLLM's offline interface."""
 
+import dataclasses
 import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from groundup.model.decoder import Decoder
 from groundup.model.heads import HeadedDecoder
 from groundup.model.hf import load_network, need_decoder, read_ends
 from groundup.model.ngram import NGram, is_ngram
+from groundup.model.quant import StoredInt8
 from groundup.model.view import Move
 from groundup.tokenizer import Tokenizer
 
@@ -80,8 +82,10 @@ class LLM:
             if is_ngram(folder):
                 decoder = NGramDecoder(NGram.load(folder), tokenizer.bos_token_id)
             else:
-                decoder = self.load_decoder(folder, device, config.dtype)
+                decoder = self.load_decoder(folder, device, config)
                 ends = ends_of(folder, decoder, tokenizer)
+                if any(isinstance(module, StoredInt8) for module in decoder.modules()):
+                    config = dataclasses.replace(config, quantization="int8")
             tokenizer.need_rows(decoder.config.vocab_size, folder)
         self.tokenizer = tokenizer
         self.engine = Engine(decoder, tokenizer, config, ends=ends, speculative=speculative)
@@ -89,13 +93,17 @@ class LLM:
         if decoder is not model and config.quantization is None:  # int8 views have large pages
             self.engine.move = Move(decoder)
 
-    def load_decoder(self, folder: Path, device: str | None, dtype: str | None) -> Decoder:
-        """Return a folder's network; a head for labels names them."""
+    def load_decoder(self, folder: Path, device: str | None, config: EngineConfig) -> Decoder:
+        """Return a folder's network; a head for labels names them.
+
+        Weights that are stored in int8 stay so on a CPU, unless a dtype is asked for.
+        """
         devices.route_products()
         place = devices.place(device)
         usual = devices.fastest_dtype(place) if place.type == "cuda" else torch.float32
-        wanted = usual if dtype is None else getattr(torch, dtype)
-        network = load_network(folder, device=place, dtype=wanted)
+        wanted = usual if config.dtype is None else getattr(torch, config.dtype)
+        keep = place.type == "cpu" and (config.dtype is None or config.quantization == "int8")
+        network = load_network(folder, device=place, dtype=wanted, keep_int8=keep)
         if isinstance(network, HeadedDecoder) and network.task == "sequence":
             self.labels = network.labels or tuple(map(str, range(network.num_labels)))
             network = network.as_decoder()

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from groundup.core.errors import CheckpointError, closest
 from groundup.core.files import atomic_folder, read_json, write_json
+from groundup.core.progress import say
+from groundup.model import compressed
 from groundup.model.config import FAMILIES, ModelConfig
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
@@ -73,21 +75,29 @@ def load_network(
     num_labels: int = 2,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    keep_int8: bool = False,
 ) -> Network:
     """Load any model folder: a decoder, a decoder with another head, or an encoder.
 
     On the CPU, weights that are stored in the wanted dtype stay mapped into the file.
     `task` puts a new head of that task on the body ("sequence", "token", "span", "mlm", ...);
-    the new head's weights are drawn with torch's seed.
+    the new head's weights are drawn with torch's seed. `keep_int8` leaves weights that are stored
+    in int8 as they are, for an engine; else they are floats, and a line says so.
     """
     folder = Path(path)
-    values = read_config(folder)
-    model = empty_network(values, str(folder / "config.json"))
+    values, where = read_config(folder), str(folder / "config.json")
+    model = empty_network(values, where)
     stored = read_weights(folder)
+    if int8 := compressed.stores_int8(values, where):
+        stored = compressed.scaled(stored, str(folder))
     check_numbers(stored, folder)
     tensors = once(renamed(stored, values), model)
     wanted = dtype or torch.float32
-    tensors = {name: value.to(device, wanted) for name, value in tensors.items()}
+    if int8 and keep_int8:
+        compressed.store(model, tensors)
+    elif int8:
+        say(f"{folder}: int8 weights, read as {str(wanted).removeprefix('torch.')}")
+    tensors = compressed.placed(tensors, device, wanted, keep=keep_int8)
     if task is not None:
         return with_new_head(model, tensors, task, num_labels, folder).to(device, wanted)
     check_tensors(model, tensors, folder)
@@ -110,7 +120,8 @@ def check_folder(model: Network, folder: Path) -> None:
     A folder without weights, or with a pickle alone, is described by its config all the same.
     """
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
-        check_tensors(model, once(checkpoint_weights(model, folder), model), folder)
+        found = compressed.without_scales(checkpoint_weights(model, folder))
+        check_tensors(model, once(found, model), folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -130,6 +141,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     named = values.get("architectures")
     if named is not None and not (isinstance(named, list) and named and isinstance(named[0], str)):
         raise CheckpointError(f"{where}: architectures = {named!r} is not a list of one class name")
+    compressed.stores_int8(values, str(where))
     known = values.get("model_type")
     if str(known) in ("ngram", "mixture"):
         raise CheckpointError(f"{folder} holds a model of kind {known}: this needs a network")
@@ -186,17 +198,20 @@ def with_new_head(
 
 
 def check_numbers(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Refuse quantised weights, whose scales would be lost, and numbers that are not finite."""
+    """Refuse quantised weights without their scales, and numbers that are not finite."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in WEIGHT_DTYPES and not name.endswith(TWICE):
+        strange = tensor.dtype not in WEIGHT_DTYPES and not name.endswith(TWICE)
+        if strange and f"{name}_scale" not in tensors:
             raise CheckpointError(
-                f"{folder}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: "
-                "quantised checkpoints are not read, take the one in bf16, f16 or f32"
+                f"{folder}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, "
+                "without a scale: of quantised weights int8 of compressed-tensors is read, else "
+                "take the checkpoint in bf16, f16 or f32"
             )
     with one_thread():
-        sums = [tensor.sum(dtype=torch.float32) for tensor in tensors.values()]
+        floats = {n: tensor for n, tensor in tensors.items() if tensor.is_floating_point()}
+        sums = [tensor.sum(dtype=torch.float32) for tensor in floats.values()]
     if sums and not torch.stack(sums).isfinite().all():
-        name = next(n for n, total in zip(tensors, sums, strict=True) if not total.isfinite())
+        name = next(n for n, total in zip(floats, sums, strict=True) if not total.isfinite())
         raise CheckpointError(
             f"{folder}: {name} holds numbers that are not finite: the training that wrote it "
             "failed, go back to an earlier checkpoint"
@@ -300,11 +315,11 @@ def write_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a Hugging Face model's files into an existing folder."""
-    tensors = model_tensors(model)
-    if dtype is not None:
-        tensors = {name: weight.to(dtype) for name, weight in tensors.items()}
+    tensors = compressed.narrowed(model_tensors(model), dtype)
     stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    write_json(folder / "config.json", config_json(model) | {"torch_dtype": stored})
+    values = config_json(model)
+    described = compressed.description(renamed(compressed.kept(model), values, back=True), tensors)
+    write_json(folder / "config.json", values | {"torch_dtype": stored} | described)
     if isinstance(model, Decoder):
         config = model.config
         ends = list(tokenizer.stop_token_ids) if tokenizer else config.eos_token_id
@@ -332,14 +347,18 @@ def save_model(
 ) -> Path:
     """Write a Hugging Face folder, complete or not at all, and read it back to be sure.
 
-    The copy must have the same weights and, on a few tokens, the same outputs.
+    The copy must have the same weights and, on a few tokens, the same outputs. In torch.int8 the
+    linear layers of a decoder's body are, as `quantization="int8"` has them (`compressed.py`).
     """
+    if dtype == torch.int8:
+        model = compressed.rounded(model)
+        dtype = compressed.narrow_dtype(model)
     with atomic_folder(Path(out)) as folder:
         write_model(model, tokenizer, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        copy = load_network(folder)
+        copy = load_network(folder, keep_int8=True)
         written = model_tensors(copy)
-        for name, weight in model_tensors(model).items():
-            if not torch.equal(written[name], weight.to(dtype or weight.dtype).float()):
+        for name, weight in compressed.narrowed(model_tensors(model), dtype).items():
+            if not torch.equal(written[name], weight.to(written[name].dtype)):
                 raise CheckpointError(f"{out}: {name} did not survive writing: is the disk sound?")
         first = next(model.parameters())
         exact = first.dtype == torch.float32 and first.device.type == "cpu" and dtype is None

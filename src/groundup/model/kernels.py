@@ -56,6 +56,7 @@ class Layer(ctypes.Structure):
     )
 
 
+Weights = Tensor | tuple[Tensor, Tensor]  # fp32 [N, K]; or int8, and its scales [N]
 Place = tuple[Step, Any, Any]  # a step, and where every layer's keys and values are
 
 ARGUMENTS = {
@@ -65,6 +66,7 @@ ARGUMENTS = {
     "silu_mul": (P, P, L, P, L, L, N),
     "attend": (P, P, P, P, P, L, L, L, P, P, P, N),
     "layers": (P, L, P, P, P, P, P, N),
+    "pack": (P, L, L, P, L, N),
     "quantize": (P, L, L, P, P, L, N),
 }
 
@@ -167,28 +169,28 @@ class Product:
         return out
 
 
-def quantize(weights: Sequence[Tensor], arena: Arena) -> tuple[Tensor, Tensor]:
-    """Return fp32 matrices [N, K] as one in int8, and the scale of every row.
+def quantize(weights: Sequence[Weights], arena: Arena) -> tuple[Tensor, Tensor]:
+    """Return matrices [N, K] as one in int8, and the scale of every row.
 
-    The bytes lie in panels [N/16, K/4, 16, 4], in the processor's kind of bytes.
+    What is int8 already is taken as it is. The bytes lie in panels [N/16, K/4, 16, 4], in the
+    processor's kind of bytes.
     """
-    count, K = sum(map(len, weights)), weights[0].shape[1]
+    shapes = [(w if isinstance(w, Tensor) else w[0]).shape for w in weights]
+    count, K = sum(N for N, _ in shapes), shapes[0][1]
     panels = arena.empty((-(-count // 16), -(-K // 4), 16, 4), torch.uint8)
     if count % 16 or K % 4:  # what no weight fills
         panels.fill_(lib().int8_offset())
-    scale_N, first = torch.empty(count), 0
-    for weight_NK in weights:
-        weight_NK = weight_NK.detach().contiguous()
-        lib().quantize(
-            weight_NK.data_ptr(),
-            len(weight_NK),
-            K,
-            panels.data_ptr(),
-            scale_N.data_ptr(),
-            first,
-            torch.get_num_threads(),
-        )
-        first += len(weight_NK)
+    scale_N, first, threads = torch.empty(count), 0, torch.get_num_threads()
+    for given, (N, _) in zip(weights, shapes, strict=True):
+        if isinstance(given, Tensor):
+            wide_NK = given.detach().contiguous()
+            places = panels.data_ptr(), scale_N.data_ptr()
+            lib().quantize(wide_NK.data_ptr(), N, K, *places, first, threads)
+        else:
+            rows_NK = given[0].contiguous()
+            lib().pack(rows_NK.data_ptr(), N, K, panels.data_ptr(), first, threads)
+            scale_N[first : first + N] = given[1]
+        first += N
     return panels, scale_N
 
 

@@ -14,6 +14,7 @@ from groundup.core.errors import ConfigError
 from groundup.model.adapter import Adapter, LowRank
 from groundup.model.decoder import Decoder
 from groundup.model.lora import row_norms
+from groundup.model.quant import wide_weight
 
 
 @dataclass
@@ -29,13 +30,14 @@ class MixedLinear(nn.Module):
     def __init__(self, base: nn.Linear, changes: Mapping[str, LowRank], mix: Mix) -> None:
         super().__init__()
         self.base, self.bias, self.mix = base, base.bias, mix
+        weight_OI = wide_weight(base).detach()
         self.changes = {
-            name: (change.A_RI.to(base.weight), change.scaling * change.B_OR.to(base.weight))
+            name: (change.A_RI.to(weight_OI), change.scaling * change.B_OR.to(weight_OI))
             for name, change in changes.items()
         }
         self.ratios = {
-            name: change.magnitude_O.to(base.weight)
-            / row_norms(base.weight.detach() + self.changes[name][1] @ self.changes[name][0])
+            name: change.magnitude_O.to(weight_OI)
+            / row_norms(weight_OI + self.changes[name][1] @ self.changes[name][0])
             for name, change in changes.items()
             if change.magnitude_O is not None  # DoRA
         }

@@ -27,12 +27,44 @@ def quantize_rows(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     return (weight_NK / divisor_N1).round().to(torch.int8), scale_N
 
 
+class StoredInt8(nn.Linear):
+    """A linear layer as it is stored: int8 rows and their scales, multiplied in floats.
+
+    Engines exchange it for a product of int8 numbers; it cannot be trained.
+    """
+
+    def __init__(self, base: nn.Linear, rows_NK: Tensor, scale_N: Tensor) -> None:
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight = nn.Parameter(rows_NK, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale_N.view(-1, 1), requires_grad=False)
+        self.bias = base.bias
+        self.training = base.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the weights that the numbers stand for."""
+        return F.linear(x, wide_weight(self).to(x.dtype), self.bias)
+
+
+def stored_or_not(layer: nn.Linear) -> kernels.Weights:
+    """Return a layer's int8 rows and scales where it has them, else its weights."""
+    if isinstance(layer, StoredInt8):
+        return layer.weight.data, layer.weight_scale.data.flatten()
+    return layer.weight
+
+
+def wide_weight(layer: nn.Linear) -> Tensor:
+    """Return a linear layer's weights [N, K] as floats."""
+    if isinstance(layer, StoredInt8):
+        return layer.weight * layer.weight_scale
+    return layer.weight
+
+
 class Int8Linear(nn.Module):
     """Linear layers of the same input, side by side, with int8 weights in our kernel."""
 
     def __init__(self, parts: Sequence[nn.Linear], arena: kernels.Arena) -> None:
         super().__init__()
-        panels, scale_N = kernels.quantize([part.weight for part in parts], arena)
+        panels, scale_N = kernels.quantize([stored_or_not(part) for part in parts], arena)
         self.product = kernels.Product([panels], [joined_bias(parts)], scale_N)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +77,9 @@ class FallbackLinear(nn.Module):
 
     def __init__(self, parts: Sequence[nn.Linear], arena: kernels.Arena) -> None:
         super().__init__()
-        rows, scales = zip(*(quantize_rows(part.weight) for part in parts), strict=True)
+        given = map(stored_or_not, parts)
+        pairs = [quantize_rows(p) if isinstance(p, Tensor) else p for p in given]
+        rows, scales = zip(*pairs, strict=True)
         self.scale_N, self.bias_N = torch.cat(scales), joined_bias(parts)
         wide_NK = torch.cat(rows).float() * self.scale_N[:, None]
         self.packed = pack_fbgemm(wide_NK, self.scale_N, self.bias_N) if has_fbgemm() else None
@@ -76,10 +110,7 @@ def joined_bias(parts: Sequence[nn.Linear]) -> Tensor | None:
     if all(part.bias is None for part in parts):
         return None
     return torch.cat(
-        [
-            part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias
-            for part in parts
-        ]
+        [torch.zeros(part.out_features) if part.bias is None else part.bias for part in parts]
     ).detach()
 
 

@@ -20,7 +20,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.decoder import Attention, Cache, Context, Decoder, Layer, Stack
 from groundup.model.mlp import MLP, Experts
 from groundup.model.norm import RMSNorm
-from groundup.model.quant import FallbackLinear, Int8Linear, int8_class
+from groundup.model.quant import FallbackLinear, Int8Linear, StoredInt8, int8_class
 from groundup.model.rope import rotary_table
 
 FEW = 16  # rows up to which the fp32 kernel beats torch's
@@ -260,6 +260,11 @@ class Maker:
         self.fast, self.arena = kernels.available(), kernels.Arena()
         self.int8: Any = int8_class() if quantization else None
 
+    def takes(self, *parts: nn.Module) -> bool:
+        """Return whether all parts are plain linear layers; int8 ones where views are int8."""
+        kinds = (nn.Linear, StoredInt8) if self.quantization else (nn.Linear,)
+        return all(type(part) in kinds for part in parts)
+
     def join(self, *parts: nn.Linear) -> nn.Module:
         """Return one module for linear layers of the same input."""
         if self.quantization:
@@ -269,11 +274,11 @@ class Maker:
 
 def exchange(module: nn.Module, make: Maker) -> nn.Module:
     """Return a copy of a module tree around the same weights, its hot modules exchanged."""
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear) and make.takes(module):
         return make.join(module)
     made: Any = copy.copy(module)
     made._modules, made.training = dict(module._modules), False
-    if type(module) is Attention and joinable(module.q_proj, module.k_proj, module.v_proj):
+    if type(module) is Attention and make.takes(module.q_proj, module.k_proj, module.v_proj):
         made.__class__ = FastAttention
         made.qkv_proj = make.join(module.q_proj, module.k_proj, module.v_proj)
         made.widths = [p.out_features for p in (module.q_proj, module.k_proj, module.v_proj)]
@@ -281,7 +286,7 @@ def exchange(module: nn.Module, make: Maker) -> nn.Module:
             del made._modules[name]
     elif type(module) is RMSNorm and make.fast:
         made.__class__ = FastNorm
-    elif type(module) is MLP and make.fast and is_swiglu(module):
+    elif type(module) is MLP and make.fast and is_swiglu(module, make):
         made.__class__ = FastMLP
         made.gate_up_proj = make.join(module.gate_proj, module.up_proj)
         made.widths = [p.out_features for p in (module.gate_proj, module.up_proj)]
@@ -332,14 +337,9 @@ def heads_of(attention: Attention) -> kernels.Heads:
     return kernels.Heads(*attention.head_counts, attention.head_dim, window, attention.scale)
 
 
-def is_swiglu(mlp: MLP) -> bool:
+def is_swiglu(mlp: MLP, make: Maker) -> bool:
     """Return whether the kernel computes what this MLP does."""
-    return mlp.activate is F.silu and joinable(mlp.gate_proj, mlp.up_proj)
-
-
-def joinable(*parts: nn.Module) -> bool:
-    """Return whether all parts are plain linear layers."""
-    return all(type(part) is nn.Linear for part in parts)
+    return mlp.activate is F.silu and make.takes(mlp.gate_proj, mlp.up_proj)
 
 
 def stamp(model: Decoder) -> list[float]:

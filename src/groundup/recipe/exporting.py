@@ -16,7 +16,7 @@ from groundup.recipe.gguf import export_gguf
 from groundup.recipe.model_card import write_card
 from groundup.tokenizer import Tokenizer
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 FORMATS = ("hf", "gguf")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -68,7 +68,7 @@ def export_folder(
         raise ConfigError(f"dtype {dtype!r}{closest(dtype, DTYPES)}")
     if out.exists():
         raise StorageError(f"{out} exists: delete it, or choose another --out")
-    model = load_network(source)
+    model = load_network(source, keep_int8=dtype == "int8")
     tok = Tokenizer.load(source) if (source / "tokenizer.json").is_file() else None
     save_model(model, tok, out, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
     write_card(model, asked, source, out, push or out.name)

@@ -9,6 +9,7 @@ import yaml
 from groundup.core import config as configs
 from groundup.core.files import read_json
 from groundup.core.run import FINISHED, RUN_FILE
+from groundup.model.compressed import without_scales
 from groundup.model.counts import num_parameters
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
@@ -39,6 +40,8 @@ def write_card(model: Network, asked: str | Path, source: Path, out: Path, name:
     else:
         parts.append("How it was trained is not known: no `stage.json` lies beside it.")
     parts += ["## Use", usage(model, name)]
+    if read_json(out / "config.json").get("quantization_config"):
+        parts.append("Its weights are int8: transformers needs `pip install compressed-tensors`.")
     (out / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return out / "README.md"
 
@@ -95,7 +98,7 @@ def stages(records: list[dict[str, Any]]) -> list[str]:
 def shape(model: Network) -> str:
     """Return what the model is, in one sentence."""
     config = model.config
-    total = sum(weight.numel() for weight in model.parameters())
+    total = sum(w.numel() for w in without_scales(dict(model.named_parameters())).values())
     text = (
         f"A {config.model_type} model of {total:,} parameters: {config.num_hidden_layers} layers, "
         f"width {config.hidden_size:,}, {config.vocab_size:,} tokens, "

@@ -63,6 +63,13 @@ void one_layer(Crew& crew, const Layer& l, const Step& step, float* x, float* ke
     product(crew, &l.down, 1, gated, gate, x, x, T, l.wide, s.bytes);
 }
 
+// Row `at` of a matrix goes into its panel, four bytes beside those of the panel's other rows.
+void place_row(const std::vector<uint8_t>& bytes, uint8_t* packed, long at) {
+    long stride = long(bytes.size());
+    uint8_t* out = packed + at / PANEL * stride * PANEL + at % PANEL * 4;
+    for (long k = 0; k < stride; k += 4) std::memcpy(out + k * PANEL, &bytes[k], 4);
+}
+
 }  // namespace
 
 extern "C" {
@@ -119,6 +126,21 @@ void layers(const Layer* layers, long count, const Step* step, float* x, float* 
     });
 }
 
+// int8 rows in panels; `first` is the row that they start at.
+void pack(const int8_t* rows, long N, long K, uint8_t* packed, long first, int threads) {
+    long stride = padded(K);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<uint8_t> bytes(stride, uint8_t(OFFSET));
+#pragma omp for schedule(static)
+        for (long n = 0; n < N; n++) {
+            const int8_t* row = rows + n * K;
+            for (long k = 0; k < K; k++) bytes[k] = uint8_t(row[k] + OFFSET);
+            place_row(bytes, packed, first + n);
+        }
+    }
+}
+
 // int8 rows and scales of a float32 matrix, in panels; `first` is the row that it starts at.
 void quantize(const float* weight, long N, long K, uint8_t* packed, float* scale, long first,
               int threads) {
@@ -138,8 +160,7 @@ void quantize(const float* weight, long N, long K, uint8_t* packed, float* scale
 #pragma omp simd
             for (long k = 0; k < K; k++)
                 bytes[k] = uint8_t(int32_t(std::nearbyint(row[k] / divisor)) + OFFSET);
-            uint8_t* out = packed + at / PANEL * stride * PANEL + at % PANEL * 4;
-            for (long k = 0; k < stride; k += 4) std::memcpy(out + k * PANEL, &bytes[k], 4);
+            place_row(bytes, packed, at);
         }
     }
 }

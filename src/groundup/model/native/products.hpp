@@ -126,7 +126,7 @@ void int8_tile(const uint8_t* w, long panel_bytes, const int8_t* a, long stride,
 }
 #elif defined(__AVX2__)
 // maddubs multiplies unsigned by signed bytes too, and saturates sums of two; with |w| and the
-// activation under w's sign no sum exceeds 2 * 127 * 127 < 2^15.
+// activation under w's sign no sum exceeds 2 * 128 * 127 < 2^15.
 constexpr int OFFSET = 0;
 template <int M, int P>
 void int8_tile(const uint8_t* w, long panel_bytes, const int8_t* a, long stride, long K4,
