@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -253,3 +254,31 @@ def test_a_folders_names_are_synced_before_it_appears(tmp_path, monkeypatch):
         (aside / "below" / "file").write_text("x")
     wanted = [aside / "below", aside / "below" / "file", aside, tmp_path]
     assert synced == wanted
+
+
+@pytest.mark.parametrize("name", ["x", "x/y", "x" * 300])
+def test_places_that_cannot_be_made_are_one_line(name, tmp_path):
+    """In /proc nothing can be made, which the system says as "No such file"."""
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("needs Linux")
+    for write in (
+        lambda place: files.write_text(place, "x"),
+        lambda place: enter(files.atomic_folder(place)),
+        lambda place: enter(files.atomic_file(place)),
+        lambda place: enter(run.exclusive(place)),
+    ):
+        with pytest.raises(StorageError, match="cannot write /proc/"):
+            write(Path("/proc") / name)
+    with pytest.raises(FileNotFoundError), files.atomic_folder(tmp_path / "out"):
+        (tmp_path / "input").read_text()  # what we should have looked for stays a bug
+
+
+def enter(context):
+    with context:
+        pass
+
+
+@pytest.mark.parametrize("given", [5, None, b"x", ["a"], True, "x" * 5000, "a\0b"])
+def test_what_is_no_path_of_a_model_is_named(given):
+    with pytest.raises(CheckpointError, match=r"is no (model|path)|does not exist"):
+        run.resolve_model(given)

@@ -1,6 +1,8 @@
 """Bad parameters and bad requests: named in one line, and nobody else's trouble."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.types import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 from groundup.generate import LLM
 from groundup.generate.config import BeamSearchParams, SpeculativeConfig
+from groundup.model import save_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -278,3 +281,59 @@ def test_a_model_that_computes_no_numbers_says_so(llm, params):
     for answer in llm.generate([5, 9], params)[0].outputs:
         assert (answer.finish_reason, answer.token_ids) == ("error", [])
         assert answer.stop_reason == "the model's logits hold nan: its weights are broken"
+
+
+CALLS = {
+    "a tokenizer": lambda llm, tok, m: LLM(m, "tok"),
+    "a number for a model": lambda llm, tok, m: LLM(5),
+    "parameters of a stream": lambda llm, tok, m: list(llm.stream("x", 5)),
+    "a number for a stream": lambda llm, tok, m: list(llm.stream(5)),
+    "parameters of beams": lambda llm, tok, m: llm.beam_search("x", BeamSearchParams(), 5),
+    "a number for a conversation": lambda llm, tok, m: llm.chat(5),
+    "numbers for messages": lambda llm, tok, m: llm.chat([5]),
+    "a message without a role": lambda llm, tok, m: llm.chat([{"content": "x"}]),
+    "a message that is a number": lambda llm, tok, m: llm.chat([{"role": "user", "content": 5}]),
+    "a number for an adapter": lambda llm, tok, m: llm.generate("x", adapter=5),
+    "a number for its folder": lambda llm, tok, m: llm.load_adapter("a", 5),
+    "a dtype that is text": lambda llm, tok, m: save_model(m, tok, Path("x"), dtype="int8"),
+    "no model to save": lambda llm, tok, m: save_model(5, tok, Path("x")),
+    "no end of answers": lambda llm, tok, m: llm.generate("x", SamplingParams(n=10**30)),
+    "a number beyond all": lambda llm, tok, m: llm.generate("x", SamplingParams(top_p=10**400)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_values_of_the_wrong_kind_are_one_line(llm, tok, tiny, name):
+    with pytest.raises(
+        GroundupError, match=r" = |dtype 'int8'|is no (model|prompt|conversation)|must be"
+    ):
+        CALLS[name](llm, tok, tiny)
+    assert not llm.engine.busy
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "[" * 100_000),
+        ("config.json", "[1]"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"bos_token": 5}'),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}'),
+        ("model.safetensors", ""),
+    ],
+)
+def test_damaged_folders_are_one_line(tiny, tok, tmp_path, file, content):
+    folder = save_model(tiny, tok, tmp_path / "m")
+    (folder / file).write_text(content)
+    with pytest.raises(GroundupError):
+        LLM(folder).generate("x", GREEDY)
+
+
+def test_a_context_that_no_memory_holds_is_one_line(tiny, tok, tmp_path):
+    folder = save_model(tiny, tok, tmp_path / "m")
+    values = json.loads((folder / "config.json").read_text())
+    values["max_position_embeddings"] = 10**15
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="set kv_cache_memory_bytes"):
+        LLM(folder)
+    assert LLM(folder, kv_cache_memory_bytes=2**20).context > 0

@@ -17,7 +17,15 @@ FULL = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the limit of a file's size (ulimit -f) is reached",
 }
-FORBIDDEN = {errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+FORBIDDEN = {
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
 
 
 @contextmanager
@@ -32,14 +40,21 @@ def storage_errors(path: Path) -> Iterator[None]:
                 f"{FULL[err.errno]} while writing {path} ({free / 1e6:.0f} MB free): "
                 "free some, or choose another --out"
             ) from err
-        if err.errno in FORBIDDEN:
-            raise StorageError(f"cannot write {path}: {os.strerror(err.errno)}") from err
+        if err.errno in FORBIDDEN or cannot_be_made(err, path):
+            raise StorageError(f"cannot write {path}: {err.strerror}") from err
         raise
     except Exception as err:  # native libraries put the system's words into their own errors
         for number, what in FULL.items():
             if os.strerror(number) in str(err):
                 raise StorageError(f"{what} while writing {path}") from err
         raise
+
+
+def cannot_be_made(err: OSError, path: Path) -> bool:
+    """Return whether `path`, one aside of it or a folder above could not be made, as in /proc."""
+    missing, path = Path(err.filename or "").absolute(), path.absolute()
+    aside = missing.parent == path.parent and path.name in missing.name
+    return err.errno == errno.ENOENT and (aside or missing in path.parents)
 
 
 def existing_parent(path: Path) -> Path:
@@ -91,6 +106,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
         raise DataError(f"{path} does not exist") from err
+    except RecursionError as err:
+        raise DataError(f"{path} is nested too deeply to be read") from err
     except (json.JSONDecodeError, UnicodeDecodeError) as err:
         where = f"line {err.lineno}: {err.msg}" if isinstance(err, json.JSONDecodeError) else err
         raise DataError(f"{path} is not valid JSON ({where})") from err

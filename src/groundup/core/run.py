@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import reprlib
 import resource
 import shutil
 import sys
@@ -322,13 +323,26 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def model_path(path: str | Path) -> Path:
+    """Return the path of a model; what is none, or too long for one, is a CheckpointError."""
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(
+            f"{reprlib.repr(path)} is no model: give a folder, a hub id, or a model in memory"
+        )
+    try:
+        Path(path).exists()
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{reprlib.repr(str(path))} is no path: {err.args[-1]}") from err
+    return Path(path)
+
+
 def resolve_model(path: str | Path) -> Path:
     """Return the model folder meant by a model, stage or run folder, or by a hub id.
 
     In a run folder the last finished model counts, in the order of its recipe. "org/name",
     where no such path is, is fetched from the hub (or its cache).
     """
-    place = Path(path)
+    place = model_path(path)
     for candidate in (place, place / "model"):
         if (candidate / "config.json").is_file():
             return candidate

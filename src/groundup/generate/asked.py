@@ -48,6 +48,8 @@ def as_names(adapter: Adapters, count: int) -> list[str | None]:
     """Return one adapter's name or None a prompt."""
     if adapter is None or isinstance(adapter, str):
         return [adapter] * count
+    if not isinstance(adapter, list | tuple):
+        raise ConfigError(f"adapter = {reprlib.repr(adapter)} must be a name, or a list of them")
     if len(adapter) != count:
         raise ConfigError(f"{len(adapter)} adapters were given for {count} prompts")
     return list(adapter)

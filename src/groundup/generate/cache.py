@@ -67,7 +67,13 @@ def zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Ten
     if device.type != "cpu":
         return torch.zeros(*shape, device=device, dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(size + LINE_BYTES, np.uint8)
+    try:
+        raw = np.zeros(size + LINE_BYTES, np.uint8)
+    except (MemoryError, ValueError) as err:
+        raise ConfigError(
+            f"the cache of a layer takes {size:,} bytes, more than there are: set "
+            "kv_cache_memory_bytes (max_position_embeddings in config.json asks for so much)"
+        ) from err
     start = -raw.ctypes.data % LINE_BYTES
     return torch.from_numpy(raw[start : start + size]).view(dtype).view(*shape)
 

@@ -45,6 +45,8 @@ from groundup.model.quant import StoredInt8
 from groundup.model.view import Move
 from groundup.tokenizer import Tokenizer
 
+NO_CONVERSATION = '{} is no conversation: give [{{"role": "user", "content": "..."}}]'
+
 
 class LLM:
     """Generate with a model folder, a run folder, or a model in memory.
@@ -68,6 +70,8 @@ class LLM:
         if not isinstance(speculative, SpeculativeConfig | None):
             raise ConfigError(f"speculative = {speculative!r} must be a SpeculativeConfig")
         config = configs.load(EngineConfig, settings, where="LLM")
+        if not isinstance(tokenizer, Tokenizer | None):
+            raise ConfigError(f"tokenizer = {reprlib.repr(tokenizer)} must be a Tokenizer")
         self.labels: tuple[str, ...] = ()
         ends: Sequence[int] | None = None
         if isinstance(model, Decoder):
@@ -265,7 +269,7 @@ class LLM:
         """
         if not isinstance(beams, BeamSearchParams):
             raise ConfigError(f"beams = {beams!r} must be BeamSearchParams")
-        params = params or SamplingParams()
+        [params] = as_params(params, 1)
         if params.n > beams.beam_width:
             raise ConfigError(f"n = {params.n} answers need a beam_width of as many")
         self.engine.check_adapter(adapter, params)
@@ -308,6 +312,8 @@ class LLM:
         adapter: Adapters = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many."""
+        if not isinstance(conversations, list | tuple):
+            raise ConfigError(NO_CONVERSATION.format(reprlib.repr(conversations)))
         one = bool(conversations) and isinstance(conversations[0], dict)
         many = [conversations] if one else conversations
         ids = [self.chat_ids(messages) for messages in many]  # type: ignore[arg-type]
@@ -324,7 +330,7 @@ class LLM:
 
         An answer that fails on its way is a GroundupError, behind the text that there was.
         """
-        params = params or SamplingParams()
+        [params] = as_params(params, 1)
         if params.n != 1 or params.best_of not in (None, 1):
             raise ConfigError("a stream is of one answer: n and best_of must be 1")
         [[request]] = self.queue([self.prompt_ids(prompt)], [params], adapter)
@@ -340,7 +346,7 @@ class LLM:
 
     def prompt_ids(self, prompt: Prompt | Sequence[Message]) -> list[int]:
         """Return the ids of a prompt or a conversation."""
-        if len(prompt) and isinstance(prompt[0], dict):
+        if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
             return self.chat_ids(prompt)  # type: ignore[arg-type]
         return self.encode(prompt)  # type: ignore[arg-type]
 
@@ -352,10 +358,16 @@ class LLM:
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return a conversation's ids, ready for the assistant's turn."""
-        if isinstance(messages, str) or not all(isinstance(m, dict) for m in messages):
-            shown = reprlib.repr(messages)
-            raise ConfigError(f'{shown} is no conversation: give [{{"role": ..., "content": ...}}]')
+        if not isinstance(messages, list | tuple) or not all(map(is_message, messages)):
+            raise ConfigError(NO_CONVERSATION.format(reprlib.repr(messages)))
         return self.tokenizer.render(messages, add_generation_prompt=True).ids
+
+
+def is_message(message: Any) -> bool:
+    """Return whether a value has a message's role and, if any, content."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str | list | None)
 
 
 def best(group: Sequence[Request]) -> list[CompletionOutput]:

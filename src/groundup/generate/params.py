@@ -10,6 +10,7 @@ from groundup.core.errors import ConfigError
 from groundup.core.types import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 
 MOST_LOGPROBS = 20
+MOST_ANSWERS = 16_384  # to one prompt: each of them is a request of its own
 COLDEST = 1e-5  # below it, vLLM too takes the likeliest token: logits over it could overflow
 LARGEST_SEED = 2**63 - 1
 INTEGERS = ("n", "top_k", "no_repeat_ngram_size", "min_tokens")
@@ -76,7 +77,12 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Return whether a value is a finite number."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
 def check_ranges(params: SamplingParams) -> None:
@@ -84,7 +90,9 @@ def check_ranges(params: SamplingParams) -> None:
     best_of, most = params.best_of, params.max_tokens
     rules = (
         ("n", params.n >= 1, "at least 1"),
+        ("n", params.n <= MOST_ANSWERS, f"at most {MOST_ANSWERS:,}"),
         ("best_of", best_of is None or best_of >= params.n, f"at least n, which is {params.n}"),
+        ("best_of", (best_of or 1) <= MOST_ANSWERS, f"at most {MOST_ANSWERS:,}"),
         ("temperature", params.temperature >= 0, "0 (greedy) or above"),
         ("top_k", params.top_k >= 0, "0 (off) or above"),
         ("top_p", 0 < params.top_p <= 1, "above 0 and at most 1"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from groundup.core.errors import CheckpointError, ConfigError
 from groundup.core.files import atomic_folder, read_json, write_json
+from groundup.core.run import model_path
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
@@ -127,7 +128,7 @@ def load_adapter(folder: str | Path, model: Network) -> Adapter:
 
     What does not fit (a layer, a shape, a half of a pair, a setting) is a CheckpointError.
     """
-    folder = Path(folder)
+    folder = model_path(folder)
     config, base = read_adapter_config(folder)
     own_layers = adaptable(model)
     own = dict(model.named_parameters())

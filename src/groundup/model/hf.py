@@ -1,6 +1,7 @@
 """Hugging Face model folders, both ways; never a pickle, never code from a checkpoint."""
 
 import dataclasses
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from groundup.core.errors import CheckpointError, closest
+from groundup.core.errors import CheckpointError, ConfigError, closest
 from groundup.core.files import atomic_folder, read_json, write_json
 from groundup.core.progress import say
+from groundup.core.run import model_path
 from groundup.model import compressed
 from groundup.model.config import FAMILIES, ModelConfig
 from groundup.model.decoder import Decoder
@@ -84,7 +86,7 @@ def load_network(
     the new head's weights are drawn with torch's seed. `keep_int8` leaves weights that are stored
     in int8 as they are, for an engine; else they are floats, and a line says so.
     """
-    folder = Path(path)
+    folder = model_path(path)
     values, where = read_config(folder), str(folder / "config.json")
     model = empty_network(values, where)
     stored = read_weights(folder)
@@ -350,6 +352,10 @@ def save_model(
     The copy must have the same weights and, on a few tokens, the same outputs. In torch.int8 the
     linear layers of a decoder's body are, as `quantization="int8"` has them (`compressed.py`).
     """
+    if not isinstance(model, Network):
+        raise ConfigError(f"{reprlib.repr(model)} is no model of groundup's: nothing to save")
+    if dtype not in (None, torch.int8, *WEIGHT_DTYPES):
+        raise ConfigError(f"dtype {dtype!r} is none that weights are written in: torch.bfloat16")
     if dtype == torch.int8:
         model = compressed.rounded(model)
         dtype = compressed.narrow_dtype(model)

@@ -21,7 +21,7 @@ def weight_files(folder: Path) -> list[Path]:
         index = read_json(folder / INDEX)
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
             raise CheckpointError(f"{folder / INDEX} has no weight_map: copy the folder again")
-        names = sorted(set(index["weight_map"].values()))
+        names = sorted(set(map(str, index["weight_map"].values())))
         if strange := [name for name in names if Path(name).name != name]:
             raise CheckpointError(f"{folder / INDEX} names a file outside the folder: {strange[0]}")
         return [folder / name for name in names]

@@ -39,6 +39,8 @@ def complete_file(
     A row may name an "adapter" that is loaded, in place of `adapter`.
     A row that cannot be answered gets an "error" and disturbs no other. Returns the summary.
     """
+    if not out.name or os.path.isdir(out):  # no trouble with a name that is too long
+        raise ConfigError(f"--out {out} is a folder: name a file for the answers")
     partial = out.with_name(f".{out.name}.partial")
     notes = out.with_name(f".{out.name}.partial.json")
     given = params.logits_processors

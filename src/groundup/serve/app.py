@@ -266,7 +266,9 @@ def serve(llm: LLM, name: str, card: dict[str, Any], *, host: str, port: int) ->
     try:
         listener.bind((host, port))
     except (OSError, OverflowError) as err:
-        raise ServeError(f"cannot listen on {host}:{port} ({err}): try --port {port + 1}") from err
+        raise ServeError(
+            f"cannot listen on {host}:{port} ({err}): try --port {min(port + 1, 65535)}"
+        ) from err
     app = make_app(llm, name, card)
     port = listener.getsockname()[1]
     say(f"serving {name} at http://{host}:{port}  (chat page at /, OpenAI's API at /v1)")

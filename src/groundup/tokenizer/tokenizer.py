@@ -116,7 +116,10 @@ class Tokenizer:
         backend, sentencepiece, settings = loaded
         folder = place if place.is_dir() else place.parent
         if (folder / "tokenizer_config.json").is_file():
-            settings = settings | read_json(folder / "tokenizer_config.json")
+            found = read_json(folder / "tokenizer_config.json")
+            if not isinstance(found, dict):
+                raise TokenizerError(f"{folder / 'tokenizer_config.json'} holds no object")
+            settings = settings | found
         if settings.get(OWN_KEY, {}).get("framed"):  # what `save` added beside an encoder goes
             backend.post_processor = None
             settings = {k: v for k, v in settings.items() if k != "model_max_length"}
@@ -254,6 +257,10 @@ class Tokenizer:
         for key in keys:
             name = self.settings.get(key)
             name = name.get("content") if isinstance(name, dict) else name
+            if not isinstance(name, str | None):
+                raise TokenizerError(
+                    f"{key} is {name!r} in tokenizer_config.json, which is no text"
+                )
             found = self.backend.token_to_id(name) if name else None
             if found is not None:
                 return found
