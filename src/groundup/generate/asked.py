@@ -3,9 +3,10 @@
 import operator
 import reprlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from groundup.core.errors import ConfigError
-from groundup.core.types import SamplingParams
+from groundup.core.types import Message, SamplingParams
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -53,3 +54,26 @@ def as_names(adapter: Adapters, count: int) -> list[str | None]:
     if len(adapter) != count:
         raise ConfigError(f"{len(adapter)} adapters were given for {count} prompts")
     return list(adapter)
+
+
+def as_conversations(
+    given: Sequence[Message] | Sequence[Sequence[Message]],
+) -> list[Sequence[Message]]:
+    """Return one conversation or many as a list of them."""
+    if isinstance(given, list | tuple) and given and isinstance(given[0], dict):
+        given = [given]  # type: ignore[list-item]
+    many = given if isinstance(given, list | tuple) else [given]
+    for messages in many:
+        if not isinstance(messages, list | tuple) or not all(map(is_message, messages)):
+            raise ConfigError(
+                f"{reprlib.repr(messages)} is no conversation: give "
+                '[{"role": "user", "content": "..."}]'
+            )
+    return list(many)
+
+
+def is_message(message: Any) -> bool:
+    """Return whether a value has a message's role and, if any, content."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str | list | None)

@@ -19,6 +19,7 @@ from groundup.generate.asked import (
     Adapters,
     Params,
     Prompt,
+    as_conversations,
     as_list,
     as_names,
     as_params,
@@ -44,8 +45,6 @@ from groundup.model.ngram import NGram, is_ngram
 from groundup.model.quant import StoredInt8
 from groundup.model.view import Move
 from groundup.tokenizer import Tokenizer
-
-NO_CONVERSATION = '{} is no conversation: give [{{"role": "user", "content": "..."}}]'
 
 
 class LLM:
@@ -312,11 +311,7 @@ class LLM:
         adapter: Adapters = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many."""
-        if not isinstance(conversations, list | tuple):
-            raise ConfigError(NO_CONVERSATION.format(reprlib.repr(conversations)))
-        one = bool(conversations) and isinstance(conversations[0], dict)
-        many = [conversations] if one else conversations
-        ids = [self.chat_ids(messages) for messages in many]  # type: ignore[arg-type]
+        ids = [self.chat_ids(messages) for messages in as_conversations(conversations)]
         return self.generate(ids, params, adapter=adapter)
 
     def stream(
@@ -358,16 +353,8 @@ class LLM:
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return a conversation's ids, ready for the assistant's turn."""
-        if not isinstance(messages, list | tuple) or not all(map(is_message, messages)):
-            raise ConfigError(NO_CONVERSATION.format(reprlib.repr(messages)))
+        [messages] = as_conversations([messages])
         return self.tokenizer.render(messages, add_generation_prompt=True).ids
-
-
-def is_message(message: Any) -> bool:
-    """Return whether a value has a message's role and, if any, content."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    return isinstance(message.get("content"), str | list | None)
 
 
 def best(group: Sequence[Request]) -> list[CompletionOutput]:

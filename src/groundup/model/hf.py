@@ -2,8 +2,6 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,7 +22,16 @@ from groundup.model.encoder_config import EncoderConfig
 from groundup.model.heads import TASKS as HEADS
 from groundup.model.heads import HeadedDecoder
 from groundup.model.lora import adapted, folded
-from groundup.model.weights import INDEX, MAX_SHARD_BYTES, WEIGHTS, read_weights, write_weights
+from groundup.model.weights import (
+    INDEX,
+    MAX_SHARD_BYTES,
+    TWICE,
+    WEIGHT_DTYPES,
+    WEIGHTS,
+    check_numbers,
+    read_weights,
+    write_weights,
+)
 
 T = TypeVar("T")
 Network = Decoder | HeadedDecoder | Encoder
@@ -199,42 +206,6 @@ def with_new_head(
     return changed
 
 
-def check_numbers(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Refuse quantised weights without their scales, and numbers that are not finite."""
-    for name, tensor in tensors.items():
-        strange = tensor.dtype not in WEIGHT_DTYPES and not name.endswith(TWICE)
-        if strange and f"{name}_scale" not in tensors:
-            raise CheckpointError(
-                f"{folder}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}, "
-                "without a scale: of quantised weights int8 of compressed-tensors is read, else "
-                "take the checkpoint in bf16, f16 or f32"
-            )
-    with one_thread():
-        floats = {n: tensor for n, tensor in tensors.items() if tensor.is_floating_point()}
-        sums = [tensor.sum(dtype=torch.float32) for tensor in floats.values()]
-    if sums and not torch.stack(sums).isfinite().all():
-        name = next(n for n, total in zip(floats, sums, strict=True) if not total.isfinite())
-        raise CheckpointError(
-            f"{folder}: {name} holds numbers that are not finite: the training that wrote it "
-            "failed, go back to an earlier checkpoint"
-        )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch's operators in one thread, where memory is the limit and each of them is short.
-
-    Beside other work the threads of a short operator wait for each other longer than it takes:
-    165 sums over 500 MB took two threads 1.6 to 2.5 s, and one 0.2.
-    """
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
-
-
 def check_tensors(model: Network, tensors: dict[str, Tensor], folder: Path) -> None:
     """Compare names and shapes with the model's; tied weights are listed once."""
     expected = {name: weight.shape for name, weight in model.named_parameters()}
@@ -272,9 +243,6 @@ NAMES = {
 }
 
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What encoders' checkpoints hold beside their parameters.
-TWICE = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))
 
 
