@@ -139,7 +139,7 @@ def test_logits_and_gradients_equal_transformers(fresh, padded, tmp_path):
     own = model_tensors(ours)
     assert own.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        assert relative(own[name], gradient) < 1e-5, name
+        assert relative(own[name], gradient) < 2e-5, name  # fp32: each 3e-6 to 7e-6 off float64
 
 
 def test_cached_logits_and_tokens_equal_transformers(fresh, tok):
