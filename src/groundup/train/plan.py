@@ -323,9 +323,18 @@ def reasons(
         "rows": f"{context // 4} tokens for {made.context_warmup_fraction / 2:.0%} of the steps, "
         f"{context // 2} for as many, then {context}: short rows are more places of the text in a "
         "step (docs/decisions/0094)",
-        "compile": f"{'saves' if made.compile else 'does not save'} more than the "
-        f"{LENGTHS * compile_s:.0f} s that it takes for {LENGTHS} lengths of rows",
+        "compile": compiling(made, compile_s),
     }
+
+
+def compiling(made: Plan, compile_s: float) -> str:
+    """Return why a plan compiles, or does not."""
+    cost = f"{LENGTHS * compile_s:.0f} s that it takes for {LENGTHS} lengths of rows"
+    if made.compile:
+        return f"saves more than the {cost}"
+    if made.predicted["seconds"] <= TRIED_FROM * compile_s:
+        return f"not tried: the run is short beside the {cost}"
+    return f"does not save more than the {cost}"
 
 
 def batch_of(
