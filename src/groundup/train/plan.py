@@ -38,9 +38,9 @@ SIZES = (
 MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more may pay
 LEAST_STEPS, LEAST_STEP_TOKENS = 20, 1024  # smaller steps take nearly as long
 MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
+CONTEXT_WARMUP = 0.7  # share of the steps with shorter rows (docs/decisions/0094)
 COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
-# share of the steps with shorter rows (docs/decisions/0094), which are of two lengths more
-CONTEXT_WARMUP, LENGTHS = 0.7, 3
+COMPILES = 1.8  # times that: each of the two lengths more takes 0.4 of the first
 TRIED_FROM = 12  # times that: trying costs it once more, and saves a quarter at the most
 WATCHING = 0.03  # of the time: samples, checkpoints
 SCORING = 1 / 3  # of a token trained: what a token scored costs
@@ -251,7 +251,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     chosen, config = found.chosen, found.chosen.config
     context = config.max_position_embeddings
     if found.compile and budget.seconds:
-        budget = replace(budget, seconds=budget.seconds - LENGTHS * compile_seconds(device))
+        budget = replace(budget, seconds=budget.seconds - COMPILES * compile_seconds(device))
     tokens = tokens_within(budget, config, chosen.tokens_per_s)
     wanted = step_law_tokens(tokens)
     rows, accumulation = batch_of(tokens, wanted, found.rows, context, budget)
@@ -329,7 +329,7 @@ def reasons(
 
 def compiling(made: Plan, compile_s: float) -> str:
     """Return why a plan compiles, or does not."""
-    cost = f"{LENGTHS * compile_s:.0f} s that it takes for {LENGTHS} lengths of rows"
+    cost = f"{COMPILES * compile_s:.0f} s that it takes for three lengths of rows"
     if made.compile:
         return f"saves more than the {cost}"
     if made.predicted["seconds"] <= TRIED_FROM * compile_s:
@@ -367,4 +367,4 @@ def try_compiling(
     fast = timed(eager.config, rows, device, dtype, compile=True)
     saved_s = seconds * (1 - eager.tokens_per_s / max(fast.tokens_per_s, 1e-9))
     say(f"  compiled: {fast.tokens_per_s:,.0f} tokens/s, saves {saved_s:,.0f} s")
-    return fast if saved_s > LENGTHS * cost else None
+    return fast if saved_s > COMPILES * cost else None
