@@ -40,13 +40,14 @@ def source_of(count=90, batch=4):
 
 def test_timing_leaves_model_source_and_generators_as_they_were():
     torch.manual_seed(0)
-    model, source = Decoder(SHAPE), source_of()
+    model, source = Decoder(SHAPE).eval(), source_of()
     source.next_step()
     weights = {name: weight.clone() for name, weight in model.named_parameters()}
     place, drawn = source.state_dict(), torch.get_rng_state()
     settings = FitConfig(steps=10, weight_decay=0.1)
     cpu = torch.device("cpu")
     assert timing.seconds_a_step(model, NextToken(), source, settings, cpu) > 0
+    assert not model.training
     assert source.state_dict() == place
     assert torch.equal(torch.get_rng_state(), drawn)
     for name, weight in model.named_parameters():

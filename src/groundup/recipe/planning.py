@@ -52,7 +52,7 @@ PLANNED = (
 )
 TRIAL_SHARE, MOST_TRIAL_S = 0.04, 120.0  # of the budget, for two small runs to predict from
 LEAST_TRIAL_TOKENS = 60_000
-LEAST_STEP_TOKENS = 512  # of a small run: smaller steps take as long
+TRIAL_STEP_TOKENS = 512  # or more: smaller steps take as long
 TRIAL_EVAL_TOKENS = 32_768
 
 
@@ -149,7 +149,7 @@ def small_trials(
 
 def trial_rows(tokens: float, context: int) -> int:
     """Return the rows of a small run's step."""
-    return max(1, round(max(LEAST_STEP_TOKENS, step_law_tokens(tokens)) / context))
+    return max(1, round(max(TRIAL_STEP_TOKENS, step_law_tokens(tokens)) / context))
 
 
 def run_trial(

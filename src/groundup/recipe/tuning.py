@@ -43,11 +43,10 @@ from groundup.train import (
     pack_rows,
 )
 from groundup.train.ranks import here
-from groundup.train.timing import seconds_a_step
+from groundup.train.timing import TIMED_EXAMPLE_STEPS, seconds_a_step
 
 STEPS = "steps.json"  # how many steps the time was worth; a resumed run has as many
 LEAST_STEPS = 10
-FEW_PAIRS = 8  # steps of pairs, to time what the reference takes
 
 
 def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
@@ -154,7 +153,6 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     objective = DPO(
         beta=config.beta, label_smoothing=config.label_smoothing, sft_weight=config.sft_weight
     )
-
     rows = rows_for_ranks(config.batch_size)[0]
 
     def referred(chosen: Sequence[Pair]) -> Examples:
@@ -170,7 +168,7 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
 
     def timed() -> float:
         before = time.perf_counter()
-        few = referred(pairs[: FEW_PAIRS * config.batch_size])
+        few = referred(pairs[: TIMED_EXAMPLE_STEPS * config.batch_size])
         reference_s = (time.perf_counter() - before) / len(few.examples) * config.batch_size
         step_s = seconds_a_step(model, objective, few, settings(config), device.device)
         return reference_s + step_s

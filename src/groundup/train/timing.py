@@ -117,12 +117,14 @@ def seconds_a_step(
     dtype, begun, sizes = DTYPES[config.dtype], source.state_dict(), source.positions()
     few = [source.next_step() for _ in range(min(TIMED_EXAMPLE_STEPS, len(sizes)))]
     source.load_state_dict(begun)
+    was_training = model.training
     model.train()
     with kept_generators():
         optimizers = make_optimizers(model, config, dtype)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 0.0
         times = step_seconds(model, objective, [few[0], *few], optimizers, device, dtype)[1:]
+    model.train(was_training)
     by_position = sum(times) / sum(sizes[: len(few)])
     return here().told(by_position * sum(sizes) / len(sizes) / here().size)
 
