@@ -24,6 +24,7 @@ from groundup.data import (
     write_preferences,
     write_shards,
 )
+from groundup.data.blocks import split_size
 from groundup.data.clean import Tidy, clean_up, tidy
 
 
@@ -145,6 +146,26 @@ def test_answers_can_be_known_from_the_prompt(chats):
     assert min(seen[t] for t in ("arguments", "returns", "summary", "complete")) > 100
     assert seen["greeting"] >= 30
     assert seen["refusal"] >= 30
+
+
+def test_of_a_large_corpus_a_part_of_the_documents_becomes_chats(
+    chats, corpus, tmp_path, monkeypatch
+):
+    """The part is drawn by seed, about as large as asked for, and what is left out is counted."""
+    monkeypatch.setattr("groundup.data.chats.LEAST_ROWS", 1)
+    size = sum(split_size(corpus, split)[1] for split in SPLITS)
+    documents = sum(split_size(corpus, split)[0] for split in SPLITS)
+    assert documents == sum(1 for split in SPLITS for _ in read_corpus(corpus, split))
+    monkeypatch.setattr("groundup.data.chats.READ_BYTES", size // 2)
+    left_out = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        out.mkdir()
+        left_out.append(build_chats(ChatsConfig(corpus=corpus), out)["skipped"])
+    assert (tmp_path / "a/chats.jsonl").read_bytes() == (tmp_path / "b/chats.jsonl").read_bytes()
+    assert left_out[0] == left_out[1]
+    assert 0.25 * documents < left_out[0]["documents not read"] < 0.75 * documents
+    sources = {chat.source for chat in read_chats(tmp_path / "a/chats.jsonl")}
+    assert sources < {chat.source for chat in read_chats(chats)}
 
 
 def test_chats_keep_to_their_files_split(chats, corpus):

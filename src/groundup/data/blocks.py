@@ -109,6 +109,18 @@ def read_corpus(folder: Path, split: Split) -> Iterator[Document]:
         yield from read_block(file)
 
 
+def split_size(folder: Path, split: Split) -> tuple[int, int]:
+    """Return a split's documents, and about its bytes of text, as the files' footers have them."""
+    documents = size = 0
+    for file in corpus_files(folder, split):
+        with pq.ParquetFile(file) as table:
+            text = table.schema_arrow.get_field_index("text")
+            groups = [table.metadata.row_group(n) for n in range(table.num_row_groups)]
+            documents += table.metadata.num_rows
+            size += sum(group.column(text).total_uncompressed_size for group in groups)
+    return documents, size
+
+
 def digest(text: str) -> tuple[int, int]:
     """Return 128 bits of a text's SHA-256."""
     found = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -9,7 +9,7 @@ import ast
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from groundup.core.errors import DataError
 from groundup.core.files import read_jsonl, write_json, write_jsonl
 from groundup.core.progress import show_table, track
 from groundup.core.types import SPLITS, Chat, Document, Message, Split
-from groundup.data.blocks import read_corpus
+from groundup.data.blocks import read_corpus, split_size
 from groundup.data.smalltalk import CANNOT, GREETINGS, REFUSALS
 
 LEAST_ROWS = 50
+READ_BYTES = 2**24  # of text, about: 20,000 to 40,000 rows of code, from which `max_rows` are chosen
 SMALLTALK_REPEATS = 4  # in training, each with another letter case or full stop
 Row = tuple[str, str, str, str]  # task, question, answer, baseline's answer
 
@@ -69,9 +70,12 @@ def build_chats(config: ChatsConfig, out: Path) -> dict[str, Any]:
     rng = np.random.default_rng(config.seed)
     chats: list[Chat] = []
     skipped: Counter[str] = Counter()
+    sizes = {split: split_size(config.corpus, split) for split in SPLITS}
+    share = READ_BYTES / max(1, sum(size for _, size in sizes.values()))
     for split in SPLITS:
-        documents = list(read_corpus(config.corpus, split))
-        for document in track(documents, f"conversations ({split})"):
+        documents = read_corpus(config.corpus, split)
+        tracked = track(documents, f"conversations ({split})", sizes[split][0])
+        for document in drawn(tracked, share, config.seed, skipped):
             for task, question, answer, baseline in rows_of(document, skipped, rng):
                 if len(question) + len(answer) > config.max_characters:
                     skipped["too long"] += 1
@@ -99,6 +103,18 @@ def build_chats(config: ChatsConfig, out: Path) -> dict[str, Any]:
     summary = {"rows": table, "skipped": dict(skipped)}
     write_json(out / "stats.json", summary)
     return summary
+
+
+def drawn(
+    documents: Iterable[Document], share: float, seed: int, skipped: Counter[str]
+) -> Iterator[Document]:
+    """Yield about a share of the documents, drawn by seed: of a large corpus a part is enough."""
+    rng = np.random.default_rng((seed, 1))
+    for document in documents:
+        if share >= 1 or rng.random() < share:
+            yield document
+        else:
+            skipped["documents not read"] += 1
 
 
 def with_earlier_turns(chats: list[Chat], rng: np.random.Generator) -> list[Chat]:
