@@ -12,6 +12,7 @@ from groundup.cli.main import main
 from groundup.core.metrics import MetricsLog
 from groundup.data import open_shard, write_shards
 from groundup.model.lm import NeuralLM
+from groundup.recipe.evaluation import part_of
 
 STEPS = 12
 
@@ -41,6 +42,24 @@ def test_scores_come_every_few_steps_and_at_the_end(place):
     assert [row["step"] for row in rows] == [5, 10, STEPS]
     assert [row["tokens"] for row in rows] == [128 * n for n in (5, 10, STEPS)]
     assert 0 <= rows[-1]["names_acc"] <= 1
+
+
+def test_of_much_validation_text_a_part_is_scored(place, corpus, capsys):
+    tok = Tokenizer.load(place / "tok")
+    write_shards(corpus, tok, place / "parted")
+    whole = open_shard(place / "parted", "validation")
+    assert part_of(whole, len(whole.tokens), tok) is whole
+    most = len(whole.tokens) // 2
+    capsys.readouterr()
+    part = part_of(whole, most, tok)
+    assert f"{most:,} of {len(whole.tokens):,} tokens" in capsys.readouterr().err
+    assert len(part.tokens) == part.offsets[-1] == most
+    texts = {tok.decode(ids.tolist()) for ids in whole.documents()}
+    found = [tok.decode(ids.tolist()) for ids in part.documents()]
+    assert set(found[:-1]) <= texts
+    assert any(text.startswith(found[-1]) for text in texts)  # the last may be cut
+    texts = [tok.decode(ids[ids != tok.eos_token_id].tolist()) for ids in part.documents()]
+    assert part.num_bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_the_last_score_is_the_saved_models(place, corpus):

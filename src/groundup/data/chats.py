@@ -25,7 +25,7 @@ from groundup.data.blocks import read_corpus, split_size
 from groundup.data.smalltalk import CANNOT, GREETINGS, REFUSALS
 
 LEAST_ROWS = 50
-READ_BYTES = 2**24  # of text, about: 20,000 to 40,000 rows of code, from which `max_rows` are chosen
+READ_BYTES = 2**24  # of text, about: some 30,000 rows of code, from which `max_rows` are chosen
 SMALLTALK_REPEATS = 4  # in training, each with another letter case or full stop
 Row = tuple[str, str, str, str]  # task, question, answer, baseline's answer
 

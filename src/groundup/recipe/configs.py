@@ -285,6 +285,7 @@ class EvaluateConfig:
     aligned: Path = field(help="aligned model folder", input=True)
     chats: Path = field(help="chats.jsonl", input=True)
     preferences: Path = field(help="preferences.jsonl", input=True)
+    eval_tokens: int = field(2**18, help="most validation tokens scored, drawn from all over it")
     questions: int = field(240, help="held-out questions to answer, all tasks together")
     max_tokens: int = field(48, help="longest answer in tokens")
     seed: int = field(1, help="seed of the choice of questions and of samples")

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from groundup.model.loading import AnyLM, load_lm
 from groundup.model.mixture import save_mixture
 from groundup.model.ngram import NGram
 from groundup.recipe.configs import EvaluateConfig
+from groundup.recipe.monitoring import bytes_of, spread
 from groundup.recipe.tuning import pair_rows
 from groundup.tokenizer import Tokenizer
 
@@ -47,7 +49,8 @@ def evaluate(config: EvaluateConfig, out: Path) -> dict[str, Any]:
     base = load_model(config.base, device=device.device)
     validation = open_shard(config.shards, "validation")
     ngram = NGram.load(config.ngram)
-    three = compare_three(ngram, NeuralLM(base, tok.eos_token_id), validation)
+    scored = part_of(validation, config.eval_tokens, tok)
+    three = compare_three(ngram, NeuralLM(base, tok.eos_token_id), scored)
     show_three(three, f"Kneser-Ney {ngram.order}-gram")
     folders = {"base": config.base, "finetuned": config.finetuned, "aligned": config.aligned}
     engines = {
@@ -71,6 +74,21 @@ def evaluate(config: EvaluateConfig, out: Path) -> dict[str, Any]:
         "exact_match": scores["aligned"]["all"]["exact_match"],
         "preference_accuracy": preferences["aligned"]["accuracy"],
     }
+
+
+def part_of(validation: Shard, most_tokens: int, tok: Tokenizer) -> Shard:
+    """Return documents from all over a split, and say so where that is not all of it."""
+    total = len(validation.tokens)
+    if total <= most_tokens:
+        return validation
+    documents = spread(validation, most_tokens)
+    say(f"  {most_tokens:,} of {total:,} tokens of the validation text, drawn from all over it")
+    return replace(
+        validation,
+        tokens=np.concatenate(documents),
+        offsets=np.cumsum([0, *map(len, documents)]),
+        num_bytes=bytes_of(documents, tok),
+    )
 
 
 def show_three(three: dict[str, Any], ngram: str, title: str = "Validation text") -> None:

@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,7 @@ def evaluation_hooks(
         batch_tokens=min(SCORED, config.batch_size * config.max_position_embeddings),
         dtype=DTYPES[training_dtype(config.device, config.dtype)],
     )
-    texts = [tok.decode([int(i) for i in d if i != tok.eos_token_id]) for d in documents]
-    num_bytes = sum(len(text.encode()) for text in texts)
+    num_bytes = bytes_of(documents, tok)
 
     def score(state: State) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -115,6 +114,12 @@ def spread(validation: Shard, most_tokens: int) -> list[NDArray[np.integer]]:
             chosen.append(documents[n][:left])
             left -= len(chosen[-1])
     return chosen
+
+
+def bytes_of(documents: Sequence[NDArray[np.integer]], tok: Tokenizer) -> int:
+    """Return the bytes of documents' text, without their ends."""
+    texts = (tok.decode(ids[ids != tok.eos_token_id].tolist()) for ids in documents)
+    return sum(len(text.encode()) for text in texts)
 
 
 @contextmanager
