@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,6 +182,21 @@ def test_explanations_tell_the_answer_that_would_be_given(model, tmp_path, capsy
     )  # fmt: skip
     assert code == 0
     assert "Guesses, kept and rejected" in page.read_text()
+
+
+def test_explaining_contrastive_search_shows_what_candidates_are_weighed_by(
+    model, tmp_path, capsys
+):
+    args = ("--prompt", "def alpha(", "--max-tokens", "3", "--temperature", "0", "--ignore-eos")
+    args += ("--penalty-alpha", "0.6", "--top-k", "3", "--explain", tmp_path / "e.html")
+    code, told, _ = run(capsys, model, *args)
+    assert code == 0
+    assert told.count("cosine    score") == 3
+    for step in told.split("token ")[1:4]:
+        weighed = re.findall(r"^  ([> ]) .* (-?\d\.\d{3})$", step, re.MULTILINE)
+        assert [mark for mark, _ in weighed].count(">") == 1
+        assert max((float(score), mark) for mark, score in weighed)[1] == ">"
+        assert len(weighed) == 3
 
 
 @pytest.mark.parametrize(

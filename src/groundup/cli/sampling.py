@@ -36,6 +36,7 @@ MORE_NUMBERS: dict[str, tuple[type, str]] = {
     "logprobs": (int, "log-probabilities of so many likeliest tokens (--json)"),
     "prompt_logprobs": (int, "the same for the prompt's tokens (--json)"),
     "guidance_scale": (float, "above 1: away from what follows --negative-prompt"),
+    "penalty_alpha": (float, "contrastive search: weight of being unlike the text (--top-k 4)"),
 }
 TEXTS = {
     "negative_prompt": "what guidance moves away from: the question without its context, say",

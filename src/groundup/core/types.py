@@ -85,9 +85,10 @@ class SamplingParams:
     """How to sample one request: the names and meanings of vLLM and OpenAI.
 
     Names that vLLM lacks are transformers'. `top_k=0` and a mass of 1 switch filters off;
-    `temperature=0` is greedy, and so is one below 1e-5, as in vLLM. `order` says whose order the
-    parameters are applied in. `logits_processors` are called with (prompt ids, written ids,
-    logits_V) and return logits_V; `max_time` is in seconds.
+    `temperature=0` is greedy, and so is one below 1e-5, as in vLLM; with `penalty_alpha` it is
+    contrastive search among `top_k` tokens. `order` says whose order the parameters are applied in.
+    `logits_processors` are called with (prompt ids, written ids, logits_V) and return logits_V;
+    `max_time` is in seconds.
     """
 
     n: int = 1
@@ -109,6 +110,7 @@ class SamplingParams:
     guidance_scale: float = 1.0
     negative_prompt: str | None = None
     dola_layers: Literal["low", "high"] | tuple[int, ...] | None = None
+    penalty_alpha: float = 0.0
     structured_outputs: StructuredOutputsParams | None = None
     logits_processors: tuple[Callable[..., Any], ...] = ()
     order: Literal["transformers", "vllm", "llama.cpp"] = "transformers"

@@ -245,8 +245,8 @@ def holding(beam: Beam) -> Holding:
 
 def check_params(params: SamplingParams) -> None:
     """Raise where a parameter only makes sense for sampling, or would be passed over."""
-    for name in ("best_of", "logprobs", "prompt_logprobs"):
-        if getattr(params, name) is not None:
+    for name in ("best_of", "logprobs", "prompt_logprobs", "penalty_alpha"):
+        if getattr(params, name) != getattr(DEFAULTS, name):
             raise ConfigError(
                 f"beam search ranks and gives beams by score: {name} has no place in it"
             )

@@ -1,7 +1,8 @@
 """Sequences over one model that grow together, fork and are cut back: what strategies need.
 
 Beam search, guidance and speculation hold branches of the paged cache; full blocks are shared
-by forks, so that a fork copies one block at most. Shape suffixes: T tokens, V vocabulary.
+by forks, so that a fork copies one block at most. Shape suffixes: T tokens, E hidden
+size, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from groundup.generate.paged import make_batch
 from groundup.model.decoder import Decoder
 
 BLOCK = 16
+Want = Literal["logits", "layers", "hidden"]
 
 
 @dataclass
@@ -31,7 +33,8 @@ class Branches:
     """Room for `count` sequences of at most `longest` tokens, each with its own end.
 
     The model is a view for inference, as `view_of` makes it; `exact` as there. `prepare` is told
-    before each forward how many tokens it has.
+    before each forward how many tokens it has. `own` is in how many last tokens forks may differ,
+    where it is less than all of them: what is before them is shared, and needs room once.
     """
 
     def __init__(
@@ -42,9 +45,12 @@ class Branches:
         *,
         exact: bool = False,
         prepare: Callable[[int], None] | None = None,
+        own: int | None = None,
     ) -> None:
         weight = next(model.parameters())
         blocks = count * (-(-longest // BLOCK) + 1)
+        if own is not None:
+            blocks = -(-longest // BLOCK) + count * (-(-own // BLOCK) + 1)
         self.model, self.device, self.prepare = model, weight.device, prepare
         shape = (model.config, blocks, BLOCK, weight.device, weight.dtype)
         self.cache = KVCache(*shape, exact=exact)
@@ -56,9 +62,12 @@ class Branches:
         branches: Sequence[Holding],
         ids: Sequence[Sequence[int]],
         *,
-        want: Literal["logits", "layers"] = "logits",
+        want: Want = "logits",
     ) -> list[Tensor]:
-        """Append ids to each branch; return the logits_V behind the last one, or every layer's."""
+        """Append ids to each branch; return the logits_V behind the last one, or every layer's.
+
+        `want="hidden"`: the last hidden states_TE of all that is new.
+        """
         for branch, new in zip(branches, ids, strict=True):
             room = self.pool.extend(branch, branch.computed + len(new))
             assert room, "more branches or tokens than were planned for"
@@ -67,28 +76,28 @@ class Branches:
         batch = make_batch(self.cache, feeds)
         if self.prepare is not None:
             self.prepare(batch.ids_1T.shape[1])
-        at = torch.tensor([len(ids[n]) for n in order], device=self.device).cumsum(0) - 1
-        logits = self.model(
-            batch.ids_1T, positions=batch.positions_1T, cache=batch, at=at, want=want
-        )
-        found: list[Tensor] = [logits] * len(order)
-        for place, n in enumerate(order):
-            branches[n].computed += len(ids[n])
-            found[n] = logits[..., 0, place, :]
-        return found
+        counts = [len(ids[n]) for n in order]
+        at = None if want == "hidden" else torch.tensor(counts, device=self.device).cumsum(0) - 1
+        made = self.model(batch.ids_1T, positions=batch.positions_1T, cache=batch, at=at, want=want)
+        if want == "hidden":
+            parts = list(made[0].split(counts))
+        else:
+            parts = [made[..., 0, place, :] for place in range(len(order))]
+        found = dict(zip(order, parts, strict=True))
+        for branch, new in zip(branches, ids, strict=True):
+            branch.computed += len(new)
+        return [found[n] for n in range(len(ids))]
 
-    def rewind(self, reading: Reading, text: Sequence[int]) -> list[int]:
-        """Forget what no longer fits a text; return its ids to feed, at least the last one."""
-        same = min(len(reading.ids), len(text) - 1)
+    def rewind(self, reading: Reading, text: Sequence[int], *, least: int = 1) -> list[int]:
+        """Forget what no longer fits a text; return its ids to feed, the last `least` at least."""
+        same = min(len(reading.ids), len(text) - least)
         while reading.ids[:same] != text[:same]:
             same -= 1
         self.cut(reading.branch, same)
         reading.ids = list(text)
         return reading.ids[same:]
 
-    def follow(
-        self, reading: Reading, text: Sequence[int], *, want: Literal["logits", "layers"] = "logits"
-    ) -> Tensor:
+    def follow(self, reading: Reading, text: Sequence[int], *, want: Want = "logits") -> Tensor:
         """Bring one reading to the end of a text; return the logits behind it."""
         new = self.rewind(reading, text)
         return self.feed([reading.branch], [new], want=want)[0]

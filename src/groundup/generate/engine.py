@@ -22,7 +22,7 @@ from groundup.generate.config import STEP_TOKENS, EngineConfig, SpeculativeConfi
 from groundup.generate.decoding import Decoding, Flight
 from groundup.generate.paged import make_batch
 from groundup.generate.params import check, check_prompt, check_room, tidy
-from groundup.generate.processors import LogitsProcessors, make_processors
+from groundup.generate.processors import DEFAULTS, SECOND_LOOKS, LogitsProcessors, make_processors
 from groundup.generate.request import Pooling, Request
 from groundup.generate.sampling import choose, cuts_hold
 from groundup.generate.schedule import Plan, Schedule
@@ -146,8 +146,8 @@ class Engine:
         if name not in self.adapters:
             hint = closest(name, self.adapters) if self.adapters else ": load_adapter() reads one"
             raise ConfigError(f"no adapter {name!r} is loaded{hint}")
-        for look in ("guidance_scale", "dola_layers"):
-            if getattr(params, look) not in (None, 1.0):
+        for look in SECOND_LOOKS:
+            if getattr(params, look) != getattr(DEFAULTS, look):
                 raise ConfigError(
                     f"{look} looks at the model without the adapter {name!r}: "
                     "merge the adapter into a model of its own"

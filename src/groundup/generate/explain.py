@@ -19,6 +19,7 @@ from groundup.figure import page as html
 from groundup.generate import logits as fn
 from groundup.generate.beam import Candidate
 from groundup.generate.config import BeamSearchParams
+from groundup.generate.contrastive import Weighed
 from groundup.generate.llm import LLM
 from groundup.generate.request import Request
 
@@ -34,6 +35,7 @@ class Step:
     logits_V: Tensor
     written: list[int]
     stages: dict[str, Tensor]
+    weighed: dict[int, Weighed] = field(default_factory=dict)  # by contrastive search
     token: int | None = None
 
     def candidates(self, count: int) -> list[int]:
@@ -58,12 +60,16 @@ class Story:
         logits_V = logits_V.float().clone()
         stages = {"model": logits_V.softmax(-1)}
         written = list(request.output.token_ids)
+        weighed: dict[int, Weighed] = {}
         try:
             for name, changed_V in request.processors.trace(logits_V, written):
-                stages[name] = changed_V.softmax(-1)
+                if name == "penalty_alpha":  # scores, no logits of a distribution
+                    weighed = {w.token: w for w in request.processors.helpers[name].weighed}
+                else:
+                    stages[name] = changed_V.softmax(-1)
         except Exception:  # choosing the token meets it too, and ends the answer
             return
-        self.steps.append(Step(logits_V, written, stages))
+        self.steps.append(Step(logits_V, written, stages, weighed))
 
 
 def explain(
@@ -113,12 +119,15 @@ def step_lines(llm: LLM, step: Step) -> Iterator[str]:
     names = list(step.stages)
     widths = [max(7, len(name)) for name in names]
     header = "  ".join(name.rjust(width) for name, width in zip(names, widths, strict=True))
+    header += "   cosine    score" if step.weighed else ""
     yield f"token {len(step.written) + 1:<3} {'':<14} {header}"
     for i in step.candidates(SHOWN):
         cells = [
             percent(float(probs_V[i])).rjust(width)
             for probs_V, width in zip(step.stages.values(), widths, strict=True)
         ]
+        if (weighed := step.weighed.get(i)) is not None:
+            cells += [f"{weighed.similarity:7.3f}", f"{weighed.score:7.3f}"]
         mark = ">" if i == step.token else " "
         yield f"  {mark} {show(llm, i):<18} {'  '.join(cells)}"
     yield ""

@@ -11,6 +11,7 @@ from groundup.core.types import RepetitionDetectionParams, SamplingParams, Struc
 
 MOST_LOGPROBS = 20
 MOST_ANSWERS = 16_384  # to one prompt: each of them is a request of its own
+MOST_CANDIDATES = 256  # of contrastive search: all of them are read at each step
 COLDEST = 1e-5  # below it, vLLM too takes the likeliest token: logits over it could overflow
 LARGEST_SEED = 2**63 - 1
 INTEGERS = ("n", "top_k", "no_repeat_ngram_size", "min_tokens")
@@ -25,6 +26,7 @@ SWITCHES = ("ignore_eos", "include_stop_str_in_output")
 REALS = (
     *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "guidance_scale"),
+    "penalty_alpha",
 )
 
 
@@ -105,6 +107,7 @@ def check_ranges(params: SamplingParams) -> None:
         ("frequency_penalty", -2 <= params.frequency_penalty <= 2, "between -2 and 2"),
         ("no_repeat_ngram_size", params.no_repeat_ngram_size >= 0, "0 (off) or above"),
         ("guidance_scale", params.guidance_scale >= 0, "0 or above"),
+        ("penalty_alpha", 0 <= params.penalty_alpha <= 1, "between 0 (off) and 1"),
         ("max_tokens", most is None or most >= 1, "at least 1"),
         ("min_tokens", params.min_tokens >= 0, "0 or above"),
         ("min_tokens", most is None or params.min_tokens <= most, f"at most max_tokens = {most}"),
@@ -169,6 +172,20 @@ def check_choices(params: SamplingParams) -> None:
         require("repetition_detection", repeated, repeated.min_count >= 2, "of min_count 2 or more")
     if params.negative_prompt is not None and params.guidance_scale == 1:
         raise ConfigError("negative_prompt needs a guidance_scale other than 1")
+    if params.penalty_alpha:
+        check_contrastive(params)
+
+
+def check_contrastive(params: SamplingParams) -> None:
+    """Raise where contrastive search is asked to sample, or has nothing to choose among."""
+    what = f"penalty_alpha = {params.penalty_alpha} is contrastive search"
+    if params.temperature != 0:
+        raise ConfigError(f"{what}, which does not sample: set temperature = 0")
+    if not 2 <= params.top_k <= MOST_CANDIDATES:
+        raise ConfigError(
+            f"{what} among top_k tokens: set top_k to 2 or more, at most {MOST_CANDIDATES}; "
+            "4 to 10 are usual"
+        )
 
 
 def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:

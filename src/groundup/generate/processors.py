@@ -16,6 +16,7 @@ from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.types import SamplingParams
 from groundup.generate import logits as fn
 from groundup.generate.constrain import Grammar
+from groundup.generate.contrastive import ContrastiveSearch
 from groundup.generate.guidance import Guidance, LayerContrast, dola_layers
 from groundup.generate.words import bad_words
 from groundup.model.decoder import Decoder
@@ -28,23 +29,25 @@ ORDERS: dict[str, tuple[str, ...]] = {
         *("guidance_scale", "dola_layers", "logit_bias", *PENALTIES, "no_repeat_ngram_size"),
         *("bad_words", "min_tokens", "allowed_token_ids", "structured_outputs"),
         *("logits_processors", "temperature", "top_k", "top_p", "min_p", "typical_p", *RARE_CUTS),
+        "penalty_alpha",
     ),
     "vllm": (
         *("guidance_scale", "dola_layers", "structured_outputs", "allowed_token_ids"),
         *("bad_words", "min_tokens", "logit_bias", "logits_processors", *PENALTIES),
         *("no_repeat_ngram_size", "temperature", "min_p", "top_k", "top_p", "typical_p"),
-        *RARE_CUTS,
+        *(*RARE_CUTS, "penalty_alpha"),
     ),
     "llama.cpp": (
         *("guidance_scale", "dola_layers", "structured_outputs", "allowed_token_ids"),
         *("bad_words", "min_tokens", "logits_processors", "logit_bias", *PENALTIES),
         *("no_repeat_ngram_size", "top_k", "typical_p", "top_p", "min_p", *RARE_CUTS),
-        "temperature",
+        *("temperature", "penalty_alpha"),
     ),
 }
 SAMPLING_ONLY = frozenset(
     ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 )
+SECOND_LOOKS = ("guidance_scale", "dola_layers", "penalty_alpha")  # run the model once more
 DEFAULTS = SamplingParams()
 
 
@@ -56,7 +59,8 @@ class LogitsProcessors:
     """What a request's parameters make of its logits, given what it has written.
 
     `helpers` do what needs more than logits, by the name of their parameter: each is called with
-    (written, logits_V) and has `fork()`, as the grammar's, guidance's and DoLa's are.
+    (written, logits_V) and has `fork()`, as the grammar's, guidance's and DoLa's are, and that of
+    contrastive search.
     """
 
     def __init__(
@@ -200,4 +204,7 @@ def second_looks(
     if params.dola_layers is not None:
         layers = dola_layers(params.dola_layers, depth, tied=model.config.tie_word_embeddings)
         helpers["dola_layers"] = LayerContrast(model, prompt, layers, most)
+    if params.penalty_alpha:
+        alpha, count = params.penalty_alpha, params.top_k
+        helpers["penalty_alpha"] = ContrastiveSearch(model, prompt, alpha, count, most)
     return helpers

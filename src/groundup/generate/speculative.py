@@ -103,8 +103,8 @@ class Speculator:
         for request in running:
             request.draft, request.draft_probs = [], None
             most = min(self.config.num_speculative_tokens, request.stopping.left - 1)
-            if request.pooling is not None:
-                continue
+            if request.pooling is not None or request.params.penalty_alpha:
+                continue  # contrastive search reads candidates at each step, guessed or not
             if request.length - request.holding.computed == 1 and most > 0:
                 pace = self.paces.setdefault(request, Pace())
                 if count := pace.length(most, cost):
