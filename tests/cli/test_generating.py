@@ -330,3 +330,16 @@ def test_rows_behind_a_long_one_are_answered_meanwhile(model):
     found = list(answer_rows(llm, rows, SamplingParams(temperature=0, ignore_eos=True)))
     assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
     assert len(steps) < 90  # the others' 80 tokens beside the first one's
+
+
+def test_rows_that_nobody_waits_for_leave_the_engine(model):
+    from groundup.core.types import SamplingParams
+    from groundup.generate import LLM
+    from groundup.recipe.completions import answer_rows
+
+    llm = LLM(model, device="cpu", max_num_seqs=2)
+    rows = [{"prompt": f"y{n}"} for n in range(6)]
+    answers = answer_rows(llm, rows, SamplingParams(max_tokens=9, ignore_eos=True))
+    next(answers)
+    answers.close()
+    assert not llm.engine.busy

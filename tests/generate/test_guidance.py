@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams
-from groundup.generate import LLM
+from groundup.generate import LLM, contrastive, guidance
+from groundup.generate.branches import Branches
 from groundup.generate.config import BeamSearchParams, SpeculativeConfig
 from groundup.generate.guidance import dola_layers
 from groundup.generate.logits import contrast_layers
@@ -22,6 +24,7 @@ from groundup.model.view import view_of
 PROMPTS = [[5, 9, 31, 7], [8, 8, 3]]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 GUIDED = dataclasses.replace(GREEDY, guidance_scale=1.7, negative_prompt="def alpha(")
+CONTRASTIVE = dataclasses.replace(GREEDY, penalty_alpha=0.6, top_k=4)
 
 
 def tokens(outputs):
@@ -123,6 +126,35 @@ def test_second_looks_go_with_batches_guesses_and_beams(tiny, tok, params):
     one_beam = LLM(tiny, tok).beam_search(PROMPTS, BeamSearchParams(beam_width=1), params)
     assert tokens(one_beam) == alone
     assert tokens(LLM(tiny, tok).generate(PROMPTS, GREEDY)) != alone
+
+
+@pytest.mark.parametrize("params", [GUIDED, CONTRASTIVE])
+def test_second_looks_see_weights_trained_since_the_last_call(tiny, tok, params):
+    llm = LLM(tiny, tok, quantization="int8")  # its view holds numbers of its own
+    before = tokens(llm.generate(PROMPTS, params))
+    with torch.no_grad():
+        for weight in tiny.parameters():
+            weight.add_(torch.randn_like(weight) * 0.3)
+    wanted = tokens(LLM(tiny, tok, quantization="int8").generate(PROMPTS, params))
+    assert before != wanted
+    assert tokens(llm.generate(PROMPTS, params)) == wanted
+
+
+@pytest.mark.parametrize("params", [GUIDED, CONTRASTIVE])
+def test_caches_of_second_looks_are_there_while_their_requests_run(tiny, tok, params, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(Branches):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            alive.add(self)
+            most.append(len(alive))
+
+    for module in (guidance, contrastive):
+        monkeypatch.setattr(module, "Branches", Counted)
+    LLM(tiny, tok, max_num_seqs=2).generate(PROMPTS * 5, params)
+    assert len(most) == 10
+    assert max(most) <= 3
 
 
 def test_layers_of_dola():

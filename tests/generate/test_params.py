@@ -297,6 +297,11 @@ CALLS = {
     "a number for its folder": lambda llm, tok, m: llm.load_adapter("a", 5),
     "a dtype that is text": lambda llm, tok, m: save_model(m, tok, Path("x"), dtype="int8"),
     "no model to save": lambda llm, tok, m: save_model(5, tok, Path("x")),
+    "a number for a place to save": lambda llm, tok, m: save_model(m, tok, 5),
+    "a tokenizer to save that is text": lambda llm, tok, m: save_model(m, "tok", Path("x")),
+    "text for a number of beams' answers": lambda llm, tok, m: llm.beam_search(
+        "x", BeamSearchParams(), SamplingParams(n="3")
+    ),
     "no end of answers": lambda llm, tok, m: llm.generate("x", SamplingParams(n=10**30)),
     "a number beyond all": lambda llm, tok, m: llm.generate("x", SamplingParams(top_p=10**400)),
 }

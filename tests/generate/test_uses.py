@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -101,6 +102,65 @@ def test_awaited_requests_share_the_batch_and_cancel(tiny, tok):
             return found
 
     assert asyncio.run(main()) == wanted
+
+
+def test_threads_share_an_llm(tiny, tok):
+    prompts = [[n, n + 1, n + 2] for n in range(5, 29)]
+    kinds = [PARAMS, SamplingParams(seed=3, max_tokens=20, ignore_eos=True, stop="e")]
+    asked = [(prompt, params) for prompt in prompts for params in kinds]
+    wanted = [LLM(tiny, tok).generate([prompt], own)[0].outputs[0] for prompt, own in asked]
+    beams = BeamSearchParams(beam_width=3)
+    best = LLM(tiny, tok).beam_search([[5, 9]], beams, PARAMS)[0].outputs
+    shared = LLM(tiny, tok)
+
+    def ask(prompt, own):
+        if own is PARAMS:
+            return shared.generate([prompt], own)[0].outputs[0].text
+        return "".join(shared.stream(prompt, own))
+
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(ask, *zip(*asked, strict=True))
+        searched = [pool.submit(shared.beam_search, [[5, 9]], beams, PARAMS) for _ in range(3)]
+        assert list(found) == [output.text for output in wanted]
+        assert all(search.result()[0].outputs == best for search in searched)
+    assert not shared.engine.busy
+
+
+def test_an_awaited_llm_may_be_used_by_other_threads(tiny, tok):
+    llm = LLM(tiny, tok)
+    wanted = [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS)]
+
+    async def last(served, prompt):
+        async for output in served.generate(prompt, PARAMS):
+            found = output
+        return found.outputs[0].token_ids
+
+    async def main():
+        async with AsyncLLM(llm) as served:
+            for _ in range(5):
+                beside = asyncio.to_thread(llm.generate, PROMPTS, PARAMS)
+                outputs, *found = await asyncio.wait_for(
+                    asyncio.gather(beside, *(last(served, p) for p in PROMPTS)), 60
+                )
+                assert found == wanted
+                assert [o.outputs[0].token_ids for o in outputs] == wanted
+
+    asyncio.run(main())
+
+
+def test_a_prompt_of_several_answers_is_scored_once(tiny, tok):
+    prompt, fed = list(range(5, 65)), []
+    llm = LLM(tiny, tok, block_size=4)
+    run = llm.engine.run
+    llm.engine.run = lambda plan: fed.append(sum(count for _, count in plan)) or run(plan)
+    one, many = (SamplingParams(n=n, max_tokens=1, prompt_logprobs=2, seed=1) for n in (1, 6))
+    [wanted] = llm.generate([prompt], one)
+    fed.clear()
+    llm.engine.pool.forget()
+    [found] = llm.generate([prompt], many)
+    assert found.prompt_logprobs == wanted.prompt_logprobs
+    assert len(found.outputs) == 6
+    assert sum(fed) < 2 * len(prompt)
 
 
 def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(tiny, tok, monkeypatch):

@@ -27,6 +27,7 @@ from groundup.generate.processors import (
     NothingAllowed,
 )
 from groundup.generate.stop import Stopping
+from groundup.model.decoder import Decoder
 
 MOST_BEAMS = 16  # of several prompts, at a time: each has room in the cache for its whole length
 
@@ -72,6 +73,32 @@ Observer = Callable[[Candidate], None]
 
 Ask = tuple[Sequence[Holding], Sequence[Sequence[int]]]  # branches, and ids to append to each
 Search = Generator[Ask, list[Tensor], list[Beam]]
+
+
+def search_all(
+    model: Decoder,
+    ready: Sequence[tuple[Sequence[int], LogitsProcessors, Stopping]],
+    params: BeamSearchParams,
+    rows: int,
+    *,
+    exact: bool = False,
+    told: Callable[[int], None] | None = None,
+    observe: Observer | None = None,
+) -> list[list[Beam]]:
+    """Search for the answers to prompts, as many at a time as have `rows` beams together.
+
+    `model`, `exact` and `told` are those of `Branches`, the last one its `prepare`.
+    """
+    rooms = [stopping.left for _, _, stopping in ready]
+    lengths = [len(ids) + room for (ids, _, _), room in zip(ready, rooms, strict=True)]
+    at_once = max(1, min(rows, MOST_BEAMS) // params.beam_width)
+    count = min(at_once, len(ready)) * params.beam_width
+    branches = Branches(model, count, max(lengths, default=0), exact=exact, prepare=told)
+    searches = [
+        beam_search(branches, Beam(stopping, rules), ids, params, most=room, observe=observe)
+        for (ids, rules, stopping), room in zip(ready, rooms, strict=True)
+    ]
+    return search_together(branches, searches, at_once)
 
 
 def search_together(

@@ -6,13 +6,13 @@ blocks run out, the request that matters least gives its own back and is compute
 There is one forward, the model's; the engine owns the cache, and of the weights only views.
 """
 
-import math
+import threading
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
-from torch import Tensor
 
 from groundup.core.errors import ConfigError, closest
 from groundup.core.types import SamplingParams
@@ -22,9 +22,9 @@ from groundup.generate.config import STEP_TOKENS, EngineConfig, SpeculativeConfi
 from groundup.generate.decoding import Decoding, Flight
 from groundup.generate.paged import make_batch
 from groundup.generate.params import check, check_prompt, check_room, tidy
-from groundup.generate.processors import DEFAULTS, SECOND_LOOKS, LogitsProcessors, make_processors
-from groundup.generate.request import Pooling, Request
-from groundup.generate.sampling import choose, cuts_hold
+from groundup.generate.processors import LogitsProcessors, looks_of, make_processors
+from groundup.generate.request import Pooling, PromptLogprobs, Request
+from groundup.generate.sampling import Watch, cuts_hold, sample
 from groundup.generate.schedule import Plan, Schedule
 from groundup.generate.speculative import Speculator, make_speculator
 from groundup.generate.stop import Stopping
@@ -37,11 +37,25 @@ from groundup.model.mixing import Mix, check_mixable, with_adapters
 from groundup.model.view import Move, stamp, view_of
 from groundup.tokenizer import Tokenizer
 
-Watch = Callable[[Request, Tensor], None]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def in_turn(method: F) -> F:
+    """Let threads that share an engine call a method one after the other."""
+
+    @wraps(method)
+    def waits(self: "Engine", *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return cast(F, waits)
 
 
 class Engine:
-    """Run requests over one model; weights may change between calls, never within a request."""
+    """Run requests over one model; weights may change between calls, never within a request.
+
+    Threads may share it: whoever steps moves the requests of all of them on.
+    """
 
     def __init__(
         self,
@@ -52,7 +66,7 @@ class Engine:
         ends: Sequence[int] | None = None,
         speculative: SpeculativeConfig | None = None,
     ) -> None:
-        self.source, self.tokenizer = model, tokenizer
+        self.source, self.tokenizer, self.lock = model, tokenizer, threading.RLock()
         self.config = config = config or EngineConfig()
         self.ends = tuple(ends if ends is not None else tokenizer.stop_token_ids)
         weight = next(model.parameters())
@@ -97,6 +111,7 @@ class Engine:
                 speculative, model, tokenizer, self.rows, self.context, exact=exact
             )
 
+    @in_turn
     def load_adapter(self, name: str, folder: str | Path) -> None:
         """Read a LoRA adapter that requests may name; one of that name is replaced."""
         if any(r.adapter == name for r in self.queue.all):
@@ -109,6 +124,7 @@ class Engine:
         self.adapters[name] = adapter
         self.weights_version = []  # the views are made anew before the next step
 
+    @in_turn
     def add(
         self,
         prompt: Sequence[int],
@@ -130,11 +146,16 @@ class Engine:
         if pooling not in (None, *get_args(Pooling)):
             raise ConfigError(f"pooling = {pooling!r}{closest(str(pooling), get_args(Pooling))}")
         prompt, processors, stopping = self.prepare(prompt, params, writes=pooling is None)
+        found: PromptLogprobs | None = None
+        if params.prompt_logprobs is not None:
+            found = [None] * first_scored
         requests = []
         for n in range(params.best_of or params.n):
             own = (processors.fork(), stopping.fork()) if n else (processors, stopping)
-            requests.append(Request(prompt, n, *own, priority=priority, adapter=adapter))
-            requests[-1].pooling, requests[-1].first_scored = pooling, first_scored
+            request = Request(prompt, n, *own, priority=priority, adapter=adapter)
+            request.pooling, request.first_scored = pooling, first_scored
+            request.prompt_logprobs, request.scorer = found, found is not None and n == 0
+            requests.append(request)
         for request in requests:
             self.queue.add(request)
         return requests
@@ -146,12 +167,11 @@ class Engine:
         if name not in self.adapters:
             hint = closest(name, self.adapters) if self.adapters else ": load_adapter() reads one"
             raise ConfigError(f"no adapter {name!r} is loaded{hint}")
-        for look in SECOND_LOOKS:
-            if getattr(params, look) != getattr(DEFAULTS, look):
-                raise ConfigError(
-                    f"{look} looks at the model without the adapter {name!r}: "
-                    "merge the adapter into a model of its own"
-                )
+        for look in looks_of(params):
+            raise ConfigError(
+                f"{look} looks at the model without the adapter {name!r}: "
+                "merge the adapter into a model of its own"
+            )
 
     def prepare(
         self, prompt: Sequence[int], params: SamplingParams, *, writes: bool = True
@@ -175,9 +195,12 @@ class Engine:
             specials=self.tokenizer.specials,
         )
         ends = (*stopping.ends, *params.stop_token_ids)
+        if looks_of(params) and not self.busy:
+            self.notice_new_weights()  # a second look keeps the view that it is given
         processors = make_processors(params, prompt, ends, self.tokenizer, self.model)
         return prompt, processors, stopping
 
+    @in_turn
     def abort(self, requests: Sequence[Request]) -> None:
         """End requests at once."""
         for request in requests:
@@ -190,6 +213,7 @@ class Engine:
         """Return whether any request is unfinished."""
         return bool(self.queue.running or self.queue.waiting)
 
+    @in_turn
     def step(self) -> list[Request]:
         """Run one step's tokens; return the requests that got a new one or ran out of time."""
         late = self.queue.end_late()
@@ -254,7 +278,7 @@ class Engine:
         if not flight.drawn:
             rows = [n for n, request in enumerate(flight.requests) if not request.finished]
             if ready:
-                self.sample(ready, flight.logits_BV[rows])
+                sample(ready, flight.logits_BV[rows], self.watch)
             return ready
         for request, token in zip(flight.requests, tokens, strict=True):
             if not request.finished:
@@ -354,7 +378,8 @@ class Engine:
                 ready.append(request)
                 rows.append(last - 1)
         if ready:
-            self.sample(ready, logits_NV if len(rows) == len(logits_NV) else logits_NV[rows])
+            logits_BV = logits_NV if len(rows) == len(logits_NV) else logits_NV[rows]
+            sample(ready, logits_BV, self.watch)
         return [*ready, *done]
 
     def through(self, adapter: str | None) -> tuple[Decoder, Callable[[int], None]]:
@@ -378,23 +403,3 @@ class Engine:
             return self.model
         self.mix.places = {n: torch.tensor(p, device=self.device) for n, p in places.items()}
         return self.mixed
-
-    def sample(self, ready: list[Request], logits_BV: Tensor) -> None:
-        """Give each request its next token."""
-        if self.watch:
-            for request, logits_V in zip(ready, logits_BV, strict=True):
-                self.watch(request, logits_V)
-        if self.device.type == "cpu":  # on a GPU the host would wait for it
-            for request, best in zip(ready, logits_BV.amax(-1).tolist(), strict=True):
-                if not math.isfinite(best):
-                    request.end("error", f"the model's logits hold {best}: its weights are broken")
-        tokens = choose(logits_BV, ready)
-        asked = [n for n, r in enumerate(ready) if r.output.cumulative_logprob is not None]
-        if asked:
-            logps_BV = logits_BV[asked].float().log_softmax(-1)
-            for n, logps_V in zip(asked, logps_BV, strict=True):
-                if not ready[n].finished:
-                    ready[n].note_logprobs(tokens[n], logps_V)
-        for request, token in zip(ready, tokens, strict=True):
-            if not request.finished:  # its processors may have failed
-                request.accept(token)

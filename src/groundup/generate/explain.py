@@ -89,12 +89,13 @@ def explain(
         )
         yield from beam_lines(llm, story)
     else:
-        llm.engine.watch = story.watch
-        try:
-            one = dataclasses.replace(params, n=1, best_of=None)
-            [output] = llm.generate([prompt], one, adapter=adapter)
-        finally:
-            llm.engine.watch = None
+        one = dataclasses.replace(params, n=1, best_of=None)
+        with llm.engine.lock:  # no other thread's requests are watched
+            llm.engine.watch = story.watch
+            try:
+                [output] = llm.generate([prompt], one, adapter=adapter)
+            finally:
+                llm.engine.watch = None
         for step, token in zip(story.steps, output.outputs[0].token_ids, strict=False):
             step.token = token
             yield from step_lines(llm, step)

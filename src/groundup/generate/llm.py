@@ -25,15 +25,7 @@ from groundup.generate.asked import (
     as_params,
     ids_of,
 )
-from groundup.generate.beam import (
-    MOST_BEAMS,
-    Beam,
-    Observer,
-    beam_search,
-    completion,
-    search_together,
-)
-from groundup.generate.branches import Branches
+from groundup.generate.beam import Observer, completion, search_all
 from groundup.generate.config import BeamSearchParams, EngineConfig, SpeculativeConfig
 from groundup.generate.engine import Engine
 from groundup.generate.request import Pooling, Request
@@ -269,24 +261,17 @@ class LLM:
         if not isinstance(beams, BeamSearchParams):
             raise ConfigError(f"beams = {beams!r} must be BeamSearchParams")
         [params] = as_params(params, 1)
-        if params.n > beams.beam_width:
-            raise ConfigError(f"n = {params.n} answers need a beam_width of as many")
-        self.engine.check_adapter(adapter, params)
-        self.engine.notice_new_weights()
-        many = as_list(prompts)
-        ready = [self.engine.prepare(self.encode(prompt), params) for prompt in many]
-        rooms = [min(stop.room, params.max_tokens or stop.room) for _, _, stop in ready]
-        longest = max(
-            (len(i) + room for (i, _, _), room in zip(ready, rooms, strict=True)), default=0
-        )
-        at_once = max(1, min(self.engine.rows, MOST_BEAMS) // beams.beam_width)
-        rows = min(at_once, len(many)) * beams.beam_width
-        (model, prepare), exact = self.engine.through(adapter), self.engine.config.batch_invariant
-        branches = Branches(model, rows, longest, exact=exact, prepare=prepare)
-        searches = [
-            beam_search(branches, Beam(stop, rules), ids, beams, most=room, observe=observe)
-            for (ids, rules, stop), room in zip(ready, rooms, strict=True)
-        ]
+        many, engine = as_list(prompts), self.engine
+        with engine.lock:
+            engine.check_adapter(adapter, params)
+            engine.notice_new_weights()
+            ready = [engine.prepare(self.encode(prompt), params) for prompt in many]
+            if params.n > beams.beam_width:
+                raise ConfigError(f"n = {params.n} answers need a beam_width of as many")
+            (model, told), exact = engine.through(adapter), engine.config.batch_invariant
+            found = search_all(
+                model, ready, beams, engine.rows, exact=exact, told=told, observe=observe
+            )
         return [
             RequestOutput(
                 request_id=str(number),
@@ -294,12 +279,12 @@ class LLM:
                 prompt_token_ids=ids,
                 outputs=[
                     completion(beam, index, beams.length_penalty)
-                    for index, beam in enumerate(found[: params.n])
+                    for index, beam in enumerate(answers[: params.n])
                 ],
                 finished=True,
             )
-            for number, (prompt, (ids, _, _), found) in enumerate(
-                zip(many, ready, search_together(branches, searches, at_once), strict=True)
+            for number, (prompt, (ids, _, _), answers) in enumerate(
+                zip(many, ready, found, strict=True)
             )
         ]
 
@@ -332,7 +317,9 @@ class LLM:
         try:
             while not request.finished:
                 self.engine.step()
-                if text := request.take_text():
+                with self.engine.lock:  # another thread may be in the middle of a step
+                    text = request.take_text()
+                if text:
                     yield text
         finally:
             self.engine.abort([request])

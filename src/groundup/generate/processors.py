@@ -184,6 +184,11 @@ def make_processors(
     return LogitsProcessors(params, prompt, ends, helpers)
 
 
+def looks_of(params: SamplingParams) -> list[str]:
+    """Return the parameters that have the model run a second time."""
+    return [name for name in SECOND_LOOKS if getattr(params, name) != getattr(DEFAULTS, name)]
+
+
 def second_looks(
     params: SamplingParams, prompt: Sequence[int], tokenizer: Tokenizer, model: Decoder
 ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from groundup.generate.processors import LogitsProcessors
 from groundup.generate.stop import Stopping
 
 Pooling = Literal["last", "mean", "logits"]
+PromptLogprobs = list[dict[int, float] | None]  # by token id; None where none are wanted
 AT_ONCE = 64  # numbers drawn of a generator: one at a time costs 20 times as much
 TOGETHER = {"temperature", "top_k", "top_p", "min_p"}  # applied to all rows at once
 Dials = tuple[float, float, float, float]  # temperature, k, p, and the logarithm of min-p's p
@@ -50,7 +51,8 @@ class Request:
         self.cuts = self.dials[1:] != UNCUT[1:]
         scored = self.output.cumulative_logprob is not None
         self.plain = self.simple and not scored  # nothing but its token is wanted of a step
-        self.prompt_logprobs: list[dict[int, float] | None] | None = None
+        self.prompt_logprobs: PromptLogprobs | None = None
+        self.scorer = False  # fills these, for all answers to its prompt
         self.taken = 0
         self.holding = Holding(root=adapter)  # other adapters have other keys and values
         self.arrival = 0
@@ -82,10 +84,8 @@ class Request:
 
     @property
     def scores(self) -> bool:
-        """Return whether log-probabilities of the prompt are wanted and not all there."""
-        found = self.prompt_logprobs
-        wanted = self.params.prompt_logprobs is not None
-        return wanted and (found is None or len(found) < len(self.prompt))
+        """Return whether it is to find log-probabilities of the prompt that are not there yet."""
+        return self.scorer and len(self.prompt_logprobs or ()) < len(self.prompt)
 
     def uniform(self) -> float:
         """Return the generator's next number in [0, 1); many are drawn at once."""
@@ -98,7 +98,7 @@ class Request:
         """Return the tokens from the first on that others may have computed for it."""
         if self.pooling == "mean":
             return []
-        if self.params.prompt_logprobs is not None:
+        if self.scorer:
             return self.prompt[: self.first_scored]
         return self.tokens(0, self.length)
 
@@ -136,8 +136,7 @@ class Request:
 
     def score_prompt(self, logits_TV: Tensor) -> None:
         """Add log-probabilities of the prompt's tokens behind those just read."""
-        if self.prompt_logprobs is None:
-            self.prompt_logprobs = [None] * self.first_scored
+        assert self.prompt_logprobs is not None
         found, first = self.prompt_logprobs, self.holding.computed + 1
         for n, logps_V in enumerate(logits_TV.float().log_softmax(-1), start=first):
             if n == len(found) < len(self.prompt):  # after preemption some are there already
@@ -165,6 +164,8 @@ class Request:
         output, stopping = self.output, self.stopping
         output.text = stopping.text
         output.finish_reason, output.stop_reason = stopping.reason, stopping.detail
+        if self.finished:
+            self.processors.helpers = {}  # some hold a cache of their own
 
 
 def dials_of(params: SamplingParams) -> Dials:

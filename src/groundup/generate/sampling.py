@@ -8,7 +8,7 @@ which the mass of those kept exceeds a share. Shape suffixes: B rows, V vocabula
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -18,14 +18,36 @@ from groundup.generate.logits import reached
 from groundup.generate.request import UNCUT, Dials, Request
 from groundup.model import gpu
 
+Watch = Callable[[Request, Tensor], None]  # sees every token's logits before it is chosen
 CPU, TRIED = torch.device("cpu"), 5000  # logits of a row that kernels are tried on: two pieces
 CANDIDATES = 256  # where the likeliest so many decide, the others are not sorted
+
+
+def sample(ready: Sequence[Request], logits_BV: Tensor, watch: Watch | None = None) -> None:
+    """Give each request its next token, and the log-probabilities that it wants."""
+    if watch:
+        for request, logits_V in zip(ready, logits_BV, strict=True):
+            watch(request, logits_V)
+    if logits_BV.device.type == "cpu":  # on a GPU the host would wait for it
+        for request, best in zip(ready, logits_BV.amax(-1).tolist(), strict=True):
+            if not math.isfinite(best):
+                request.end("error", f"the model's logits hold {best}: its weights are broken")
+    tokens = choose(logits_BV, ready)
+    asked = [n for n, r in enumerate(ready) if r.output.cumulative_logprob is not None]
+    if asked:
+        logps_BV = logits_BV[asked].float().log_softmax(-1)
+        for n, logps_V in zip(asked, logps_BV, strict=True):
+            if not ready[n].finished:
+                ready[n].note_logprobs(tokens[n], logps_V)
+    for request, token in zip(ready, tokens, strict=True):
+        if not request.finished:  # its processors may have failed
+            request.accept(token)
 
 
 def choose(logits_BV: Tensor, requests: Sequence[Request]) -> list[int]:
     """Return one token a row; a request whose processors fail ends, and no other."""
     logits_BV = logits_BV.float()
-    special = [n for n, r in enumerate(requests) if not r.simple]
+    special = [n for n, r in enumerate(requests) if not (r.simple or r.finished)]
     if special:
         logits_BV = logits_BV.clone()
         for n in special:

@@ -9,7 +9,7 @@ one more, V vocabulary.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from groundup.core.run import resolve_model
 from groundup.generate.branches import Branches, Reading
 from groundup.generate.config import SpeculativeConfig
 from groundup.generate.request import Request
-from groundup.generate.sampling import choose
+from groundup.generate.sampling import Watch, choose
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model
 from groundup.model.ngram import NGram
@@ -118,7 +118,7 @@ class Speculator:
         self,
         request: Request,
         logits_TV: Tensor,
-        watch: Callable[[Request, Tensor], None] | None = None,
+        watch: Watch | None = None,
     ) -> int:
         """Give a request the guesses that hold and one token more; return how many it got."""
         draft, before = request.draft, len(request.output.token_ids)

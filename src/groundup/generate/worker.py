@@ -16,7 +16,10 @@ Event = tuple[Request, str, FinishReason | None]
 
 
 class Worker:
-    """Batches whatever requests are there; each is answered through an asyncio queue."""
+    """Batches whatever requests are there; each is answered through an asyncio queue.
+
+    Other threads may use the engine too, and a step of theirs may end a request from here.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -86,7 +89,7 @@ class Worker:
         while True:
             try:
                 while True:
-                    kind, body = self.inbox.get(block=not self.engine.busy)
+                    kind, body = self.inbox.get(block=not (self.engine.busy or self.listeners))
                     if kind == "stop":
                         self.close()
                         return
@@ -97,22 +100,22 @@ class Worker:
 
     def close(self) -> None:
         """End what is unfinished, and tell who listens."""
-        left = self.engine.queue.all
+        left = list(self.listeners)
         self.engine.abort(left)
         for request in left:
             self.tell(request)
 
     def step(self) -> None:
         """Step the engine; where a step fails, everyone in it is told, and the thread goes on."""
-        try:
-            progressed = self.engine.step()
-        except Exception as err:
-            progressed = self.engine.queue.all
-            for request in progressed:
-                request.end("error", f"{type(err).__name__}: {err}")
-            self.engine.queue.release()
-        for request in progressed:
-            self.tell(request)
+        with self.engine.lock:
+            try:
+                self.engine.step()
+            except Exception as err:
+                for request in self.engine.queue.all:
+                    request.end("error", f"{type(err).__name__}: {err}")
+                self.engine.queue.release()
+            for request in list(self.listeners):
+                self.tell(request)
 
     def handle(self, kind: str, body: Any) -> None:
         """Add or abort requests."""
@@ -135,12 +138,11 @@ class Worker:
 
     def tell(self, request: Request) -> None:
         """Pass a request's new text to its listener."""
-        events = self.listeners.get(request)
         text = request.take_text()
-        if events is not None and (text or request.finished):
+        if text or request.finished:
             assert self.loop is not None
             self.loop.call_soon_threadsafe(
-                events.put_nowait, (request, text, request.output.finish_reason)
+                self.listeners[request].put_nowait, (request, text, request.output.finish_reason)
             )
         if request.finished:
-            self.listeners.pop(request, None)
+            del self.listeners[request]

@@ -1,6 +1,7 @@
 """Hugging Face model folders, both ways; never a pickle, never code from a checkpoint."""
 
 import dataclasses
+import os
 import reprlib
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -322,6 +323,10 @@ def save_model(
     """
     if not isinstance(model, Network):
         raise ConfigError(f"{reprlib.repr(model)} is no model of groundup's: nothing to save")
+    if not (tokenizer is None or callable(getattr(tokenizer, "save", None))):
+        raise ConfigError(f"tokenizer = {reprlib.repr(tokenizer)} must be a Tokenizer, or None")
+    if not isinstance(out, str | os.PathLike):
+        raise ConfigError(f"out = {reprlib.repr(out)} must be the path of a folder")
     if dtype not in (None, torch.int8, *WEIGHT_DTYPES):
         raise ConfigError(f"dtype {dtype!r} is none that weights are written in: torch.bfloat16")
     if dtype == torch.int8:

@@ -128,26 +128,33 @@ def answer_rows(
     ahead, most, queue = 2 * engine.rows, BEHIND * engine.rows, engine.queue
     under_way: deque[tuple[Row, list[Request]]] = deque()
     waiting = deque(rows)
-    while waiting or under_way:
-        while waiting and len(under_way) < most and len(queue.all) < ahead:
-            row = waiting.popleft()
-            try:
-                ids, own = request_of(llm, row, params)
-                named = row.get("adapter", adapter)
-                under_way.append((row, engine.add(ids, own, adapter=named)))
-            except Exception as err:  # whatever is wrong with a row is told in its place
-                known = isinstance(err, GroundupError)
-                error = str(err) if known else f"{type(err).__name__}: {err}"
-                under_way.append((row | {"error": error}, []))
-        if any(not request.finished for request in under_way[0][1]):
-            engine.step()
-            continue
-        row, requests = under_way.popleft()
-        if requests:
-            row = row | {"outputs": [as_json(output) for output in best(requests)]}
-            if requests[0].prompt_logprobs is not None:
-                row["prompt_logprobs"] = requests[0].prompt_logprobs
-        yield row
+    try:
+        while waiting or under_way:
+            while waiting and len(under_way) < most and len(queue.all) < ahead:
+                under_way.append(started(llm, waiting.popleft(), params, adapter))
+            if any(not request.finished for request in under_way[0][1]):
+                engine.step()
+                continue
+            row, requests = under_way.popleft()
+            if requests:
+                row = row | {"outputs": [as_json(output) for output in best(requests)]}
+                if requests[0].prompt_logprobs is not None:
+                    row["prompt_logprobs"] = requests[0].prompt_logprobs
+            yield row
+    finally:
+        engine.abort([request for _, requests in under_way for request in requests])
+
+
+def started(
+    llm: LLM, row: Row, params: SamplingParams, adapter: str | None
+) -> tuple[Row, list[Request]]:
+    """Return a row and its requests, now under way; what is wrong with it is told in its place."""
+    try:
+        ids, own = request_of(llm, row, params)
+        return row, llm.engine.add(ids, own, adapter=row.get("adapter", adapter))
+    except Exception as err:
+        known = isinstance(err, GroundupError)
+        return row | {"error": str(err) if known else f"{type(err).__name__}: {err}"}, []
 
 
 def request_of(llm: LLM, row: Row, params: SamplingParams) -> tuple[list[int], SamplingParams]:
