@@ -13,6 +13,8 @@ import pytest
 from groundup.cli.main import main
 from groundup.model import save_model
 
+CONTRASTIVE = ("--temperature", "0", "--penalty-alpha", "0.6", "--top-k", "3")
+
 
 @pytest.fixture(scope="module")
 def model(tok, tmp_path_factory):
@@ -187,9 +189,8 @@ def test_explanations_tell_the_answer_that_would_be_given(model, tmp_path, capsy
 def test_explaining_contrastive_search_shows_what_candidates_are_weighed_by(
     model, tmp_path, capsys
 ):
-    args = ("--prompt", "def alpha(", "--max-tokens", "3", "--temperature", "0", "--ignore-eos")
-    args += ("--penalty-alpha", "0.6", "--top-k", "3", "--explain", tmp_path / "e.html")
-    code, told, _ = run(capsys, model, *args)
+    args = ("--prompt", "def alpha(", "--max-tokens", "3", "--ignore-eos", *CONTRASTIVE)
+    code, told, _ = run(capsys, model, *args, "--explain", tmp_path / "e.html")
     assert code == 0
     assert told.count("cosine    score") == 3
     for step in told.split("token ")[1:4]:
@@ -225,6 +226,11 @@ def test_explaining_contrastive_search_shows_what_candidates_are_weighed_by(
         (("--data", "f", "--out", "o", "--chat"), 'give rows "messages"'),
         (("--prompt", "x", "--explain", "--n", "3"), "--explain tells of one answer"),
         (("--prompt", "x", "--beam-width", "2", "--speculative", "lookup"), "not for beams"),
+        (
+            ("--prompt", "x", "--speculative", "lookup", *CONTRASTIVE),
+            "not for contrastive search",
+        ),
+        (("--prompt", "x", "y", "z", "--choice", ""), "must be non-empty strings"),
         (("--prompt", "x", "--beam-width", "2", "--logprobs", "1"), "logprobs has no place"),
         (("--prompt", "x", "--json-schema", "types.jso"), "is no file"),
         (("--prompt", "x", "--repetition-detection", "0"), "repetition_detection"),
@@ -240,6 +246,17 @@ def test_bad_input_is_one_clear_line(model, capsys, args, message):
     assert code == 2
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_number_out_of_range_is_said_without_waiting_for_torch():
+    code = (
+        "import sys; from groundup.cli.main import main; "
+        "code = main(['generate', 'nowhere', '--prompt', 'x', '--top-p', '2']); "
+        "sys.exit(code if 'torch' not in sys.modules else 'torch')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "top_p = 2.0 must be above 0 and at most 1" in done.stderr
 
 
 def test_every_prompt_that_fails_is_named(model, capsys):

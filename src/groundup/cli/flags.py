@@ -28,12 +28,15 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{self.prog}: {message} (--help lists the options)")
 
 
+Flags = argparse._ActionsContainer  # a parser, or one group of its flags in the help
+
+
 def parser(prog: str, description: str) -> Parser:
     """Return a parser for `groundup PROG`."""
     return Parser(prog=f"groundup {prog}", description=description, allow_abbrev=False)
 
 
-def add_config(into: Parser, cls: type[Any], *, positional: str | None = None) -> None:
+def add_config(into: Flags, cls: type[Any], *, positional: str | None = None) -> None:
     """Add one flag for each field of a config; `positional` names the field without a flag.
 
     Fields of a base class form a group of their own in the help, named by its docstring.

@@ -14,10 +14,10 @@ from groundup.core.types import SamplingParams
 from groundup.generate.config import EngineConfig
 
 BEAM_FLAGS: dict[str, tuple[Any, str]] = {
-    "length_penalty": (float, "beams: scores are divided by length to this power (1)"),
-    "early_stopping": (str, "beams: false, true or never"),
-    "num_beam_groups": (int, "beams: groups that keep apart"),
-    "diversity_penalty": (float, "beams: taken from tokens that earlier groups chose"),
+    "length_penalty": (float, "scores are divided by length to this power (1)"),
+    "early_stopping": (str, "false, true or never"),
+    "num_beam_groups": (int, "groups that keep apart"),
+    "diversity_penalty": (float, "taken from tokens that earlier groups chose"),
 }
 EARLY = {"true": True, "false": False}
 
@@ -70,8 +70,11 @@ def check_together(args: Any) -> None:
         raise ConfigError(
             "--explain tells of one answer in words: leave out --json, --n, --best-of"
         )
-    if args.beam_width is not None and args.speculative:
-        raise ConfigError("--speculative guesses for sampled and greedy answers, not for beams")
+    for name, what in (("beam_width", "beams"), ("penalty_alpha", "contrastive search")):
+        if args.speculative and getattr(args, name):
+            raise ConfigError(
+                f"--speculative guesses for sampled and greedy answers, not for {what}"
+            )
 
 
 def load_adapters(llm: Any, args: Any) -> str | None:
@@ -110,22 +113,26 @@ def generate_flags() -> Parser:
         help="print every step's candidates; write pictures to FILE (explained.html)",
     )
     flags.add_argument("--device", help="cpu, cuda or mps; unset: the best there is")
-    add_config(flags, EngineConfig)
     flags.add_argument(
         "--lora-modules", nargs="+", metavar="NAME=FOLDER", help="LoRA adapters that rows may name"
     )
     flags.add_argument(
         "--adapter", metavar="NAME", help="adapter for all prompts: one of those, or a folder"
     )
-    flags.add_argument(
-        "--speculative", metavar="HOW", help="guess ahead: lookup, draft:MODEL or ngram:FOLDER"
-    )
-    flags.add_argument("--num-speculative-tokens", type=int, default=8, help="guesses a step")
-    flags.add_argument("--beam-width", type=int, metavar="N", help="search with so many beams")
+    add_all(flags)
+    search = flags.add_argument_group("beam search")
+    search.add_argument("--beam-width", type=int, metavar="N", help="search with so many beams")
     for name, (kind, help_text) in BEAM_FLAGS.items():
         flag = "--" + name.replace("_", "-")
-        flags.add_argument(flag, type=kind, metavar="N", help=help_text)
-    add_all(flags)
+        search.add_argument(flag, type=kind, metavar="N", help=help_text)
+    guesses = flags.add_argument_group("speculation")
+    guesses.add_argument(
+        "--speculative", metavar="HOW", help="guess ahead: lookup, draft:MODEL or ngram:FOLDER"
+    )
+    guesses.add_argument(
+        "--num-speculative-tokens", type=int, default=8, metavar="N", help="guesses a step"
+    )
+    add_config(flags.add_argument_group("the engine"), EngineConfig)
     return flags
 
 
@@ -181,6 +188,8 @@ def answer(llm: Any, args: Any, params: SamplingParams, search: Any, adapter: st
     from groundup.recipe.completions import answer_rows, as_json
 
     prompts = prompts_of(args)
+    if len(prompts) > 1:
+        llm.engine.prepare([], params)  # what is wrong for all of them is said once
     answers: Iterator[dict[str, Any]]
     if search is not None:
         ids = [prompt_ids(llm, args, prompt) for prompt in prompts]

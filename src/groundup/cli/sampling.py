@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from groundup.cli.flags import Parser
+from groundup.cli.flags import Flags, Parser
 from groundup.core import config as configs
 from groundup.core.errors import ConfigError
 from groundup.core.run import load_object
 from groundup.core.types import SamplingParams
+from groundup.generate.params import check_numbers, tidy
 
 # field: (type, help); every flag takes one value
 NUMBERS: dict[str, tuple[type, str]] = {
@@ -36,7 +37,10 @@ MORE_NUMBERS: dict[str, tuple[type, str]] = {
     "logprobs": (int, "log-probabilities of so many likeliest tokens (--json)"),
     "prompt_logprobs": (int, "the same for the prompt's tokens (--json)"),
     "guidance_scale": (float, "above 1: away from what follows --negative-prompt"),
-    "penalty_alpha": (float, "contrastive search: weight of being unlike the text (--top-k 4)"),
+    "penalty_alpha": (
+        float,
+        "contrastive search among --top-k: what being like the text costs",
+    ),
 }
 TEXTS = {
     "negative_prompt": "what guidance moves away from: the question without its context, say",
@@ -64,16 +68,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_common(into: Parser) -> None:
-    """Add the sampling parameters that a chat needs."""
+def add_common(flags: Parser) -> Flags:
+    """Add the sampling parameters that a chat needs; return their group."""
+    into = flags.add_argument_group("sampling and stopping")
     for name, (kind, help_text) in NUMBERS.items():
         into.add_argument(flag(name), type=kind, metavar="N", help=help_text)
     into.add_argument("--stop", nargs="+", metavar="TEXT", help="strings that end the answer")
+    return into
 
 
-def add_all(into: Parser) -> None:
+def add_all(flags: Parser) -> None:
     """Add every sampling parameter."""
-    add_common(into)
+    into = add_common(flags)
     for name, (kind, help_text) in MORE_NUMBERS.items():
         into.add_argument(flag(name), type=kind, metavar="N", help=help_text)
     for name, help_text in TEXTS.items():
@@ -92,10 +98,11 @@ def add_all(into: Parser) -> None:
     into.add_argument(
         "--logits-processors", nargs="+", metavar="MODULE:F", help="functions of your own"
     )
+    bound = flags.add_argument_group("constraints")
     for name, help_text in LANGUAGES.items():
-        into.add_argument(flag(name), metavar="TEXT", help=f"answers belong to this {help_text}")
-    into.add_argument("--json-object", action="store_true", default=None, help="answers are JSON")
-    into.add_argument("--choice", nargs="+", metavar="TEXT", help="answers are one of these")
+        bound.add_argument(flag(name), metavar="TEXT", help=f"answers belong to this {help_text}")
+    bound.add_argument("--json-object", action="store_true", default=None, help="answers are JSON")
+    bound.add_argument("--choice", nargs="+", metavar="TEXT", help="answers are one of these")
 
 
 def sampling(args: Any, **defaults: Any) -> SamplingParams:
@@ -112,7 +119,9 @@ def sampling(args: Any, **defaults: Any) -> SamplingParams:
     values = defaults | {name: value for name, value in given.items() if value is not None}
     functions = getattr(args, "logits_processors", None) or ()
     values["logits_processors"] = tuple(load_object(name) for name in functions)
-    return configs.load(SamplingParams, values, where="sampling")
+    params = configs.load(SamplingParams, values, where="sampling")
+    check_numbers(tidy(params))  # before torch is imported and a model loaded
+    return params
 
 
 def language(args: Any) -> dict[str, Any] | None:

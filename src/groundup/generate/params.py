@@ -51,6 +51,13 @@ def tidy(params: SamplingParams) -> SamplingParams:
 
 def check(params: SamplingParams, vocab_size: int) -> None:
     """Raise a ConfigError that names the first parameter of a wrong type or out of its range."""
+    check_numbers(params)
+    check_lists(params, vocab_size)
+    check_choices(params)
+
+
+def check_numbers(params: SamplingParams) -> None:
+    """Raise where a number is none, or out of its range: what needs no model to be seen."""
     for name in (*INTEGERS, *OPTIONAL_INTEGERS):
         value = getattr(params, name)
         if value is None and name in OPTIONAL_INTEGERS:
@@ -62,8 +69,8 @@ def check(params: SamplingParams, vocab_size: int) -> None:
     if params.max_time is not None:
         require("max_time", params.max_time, is_number(params.max_time), "a number of seconds")
     check_ranges(params)
-    check_lists(params, vocab_size)
-    check_choices(params)
+    if params.penalty_alpha:
+        check_contrastive(params)
 
 
 def require(name: str, value: Any, sound: bool, wanted: str) -> None:
@@ -172,8 +179,6 @@ def check_choices(params: SamplingParams) -> None:
         require("repetition_detection", repeated, repeated.min_count >= 2, "of min_count 2 or more")
     if params.negative_prompt is not None and params.guidance_scale == 1:
         raise ConfigError("negative_prompt needs a guidance_scale other than 1")
-    if params.penalty_alpha:
-        check_contrastive(params)
 
 
 def check_contrastive(params: SamplingParams) -> None:
