@@ -1,5 +1,6 @@
 """Constrained output parses, whatever the logits; what cannot be enforced is refused."""
 
+import dataclasses
 import json
 import re
 
@@ -11,6 +12,8 @@ from groundup.core.types import SamplingParams, StructuredOutputsParams
 from groundup.generate import LLM
 from groundup.generate.constrain import Grammar
 from groundup.generate.schema import plainer
+from groundup.model import Decoder
+from groundup.tokenizer import Tokenizer
 from inputs import real_data
 
 PERSON = {
@@ -78,6 +81,27 @@ def test_samples_of_regex_choice_and_grammar_belong_to_them(tok):
         assert SUM.fullmatch(sample(compiled(tok, grammar=ADDITION), tok, seed) or "0")
         text = sample(compiled(tok, json_object=True), tok, seed)
         assert text is None or isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize("kind", ["char", "unigram", "sentencepiece-bpe"])
+def test_every_kind_of_subword_tokenizer_is_bound(tiny, text_folder, kind):
+    texts = [file.read_text() for file in sorted(text_folder.iterdir())]
+    own = Tokenizer.train(
+        [*texts, *["\u65e5\u672c\u8a9e yes 0123456789"] * 5], kind=kind, vocab_size=400
+    )
+    model = Decoder(dataclasses.replace(tiny.config, vocab_size=own.vocab_size))
+    params = SamplingParams(seed=3, n=4, max_tokens=40)
+    for pattern, bound in (
+        ("[a-z]{3} [0-9]{2,4}", {"regex": "[a-z]{3} [0-9]{2,4}"}),
+        ("yes|no", {"choice": ("yes", "no")}),
+        ("\u65e5\u672c\u8a9e?", {"regex": "\u65e5\u672c\u8a9e?"}),
+    ):
+        structured = StructuredOutputsParams(**bound)
+        own_params = dataclasses.replace(params, structured_outputs=structured)
+        for output in LLM(model.eval(), own).generate(["def f", ""], own_params):
+            for answer in output.outputs:
+                assert answer.finish_reason == "stop", answer.stop_reason
+                assert re.fullmatch(pattern, answer.text)
 
 
 def test_choices_may_be_many_and_hold_any_character(tok):

@@ -41,7 +41,9 @@ class Vocabulary:
         self.encode = tokenizer.encode
 
     def __call__(self, text: str) -> list[int]:
-        """Return the ids of a text."""
+        """Return the ids of a text; llguidance tries bytes first, which some tokenizers take."""
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no text")
         return self.encode(text)
 
 
@@ -172,7 +174,10 @@ class Grammar:
     def check(self) -> None:
         """Raise where the matcher gave up: an answer must never go on unconstrained."""
         if self.matcher.is_error():
-            raise GroundupError(f"the grammar failed: {first_line(self.matcher.get_error())}")
+            raise GroundupError(
+                "the grammar failed, perhaps as no token of the vocabulary goes on with it: "
+                f"{first_line(self.matcher.get_error())}"
+            )
 
     def fork(self) -> "Grammar":
         """Return a twin that goes its own way."""
