@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, TokenizerError
 from groundup.core.types import SamplingParams, StructuredOutputsParams
 from groundup.generate import LLM
 from groundup.generate.branches import Branches
@@ -216,3 +216,35 @@ def test_a_search_that_comes_to_nothing_says_why(tiny, tok):
         [answer] = output.outputs
         assert answer.finish_reason == "error"
         assert "min_tokens, allowed_token_ids together leave every beam" in answer.stop_reason
+
+
+def test_a_search_that_fails_leaves_the_others_alone(tiny, tok):
+    def fails(prompt, written, logits_V):
+        if prompt == [7] and len(written) == 2:
+            raise ValueError("no sevens")
+        return logits_V
+
+    beams, prompts = BeamSearchParams(beam_width=2), [[5], [7], [9]]
+    own = SamplingParams(max_tokens=5, logits_processors=(fails,))
+    found = [o.outputs[0] for o in LLM(tiny, tok).beam_search(prompts, beams, own)]
+    plain = LLM(tiny, tok).beam_search(prompts, beams, SamplingParams(max_tokens=5))
+    assert found[1].finish_reason == "error"
+    assert found[1].stop_reason == "logits processor fails: ValueError: no sevens"
+    for n in (0, 2):
+        assert found[n].token_ids == plain[n].outputs[0].token_ids
+
+
+def test_a_bad_prompt_of_several_is_named(tiny, tok):
+    for call in (LLM(tiny, tok).beam_search, LLM(tiny, tok).generate):
+        asked = [BeamSearchParams()] if call.__name__ == "beam_search" else []
+        with pytest.raises(ConfigError, match=r"^prompt 2: the prompt has 200 tokens"):
+            call([[5], [5] * 200], *asked, SamplingParams(max_tokens=4))
+        with pytest.raises(TokenizerError, match=r"^prompt 2: .* U\+D83D"):
+            call(["a", "b\ud83d"], *asked, SamplingParams(max_tokens=4))
+
+
+def test_beams_over_broken_weights_say_so(tiny, tok):
+    with torch.no_grad():
+        tiny.lm_head.weight[7, 0] = float("nan")
+    for output in LLM(tiny, tok).beam_search([[5], [7]], BeamSearchParams(beam_width=2)):
+        assert output.outputs[0].stop_reason.startswith("the model's logits hold nan")

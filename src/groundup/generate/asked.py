@@ -2,10 +2,11 @@
 
 import operator
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.types import Message, SamplingParams
 
 Prompt = str | Sequence[int]
@@ -21,6 +22,17 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or isinstance(first, int) or getattr(first, "ndim", None) == 0:
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+@contextmanager
+def naming(place: int, count: int) -> Iterator[None]:
+    """Say of which of several prompts an error is."""
+    try:
+        yield
+    except GroundupError as err:
+        if count == 1:
+            raise
+        raise type(err)(f"prompt {place + 1}: {err}") from err
 
 
 def ids_of(prompt: Sequence[int]) -> list[int]:

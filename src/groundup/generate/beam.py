@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, GroundupError
 from groundup.core.types import CompletionOutput, SamplingParams
 from groundup.generate.blocks import Holding
 from groundup.generate.branches import Branches
@@ -26,6 +26,7 @@ from groundup.generate.processors import (
     LogitsProcessors,
     NothingAllowed,
 )
+from groundup.generate.sampling import broken_logits
 from groundup.generate.stop import Stopping
 from groundup.model.decoder import Decoder
 
@@ -141,12 +142,18 @@ def beam_search(
     for _ in range(params.num_beam_groups - 1):
         groups.append(Group(width, [twin(branches, first)]))
     logits = [[logits_V] for _ in groups]
+    failed: str | None = None
     for step in range(most):
         chosen: Counter[int] = Counter()
-        for number, (group, rows) in enumerate(zip(groups, logits, strict=True)):
-            if not group.closed:
-                continue_group(group, rows, chosen, params, branches, (step, number), observe)
-                group.closed = is_closed(group, params, most)
+        try:
+            for number, (group, rows) in enumerate(zip(groups, logits, strict=True)):
+                if not group.closed:
+                    place = step, number
+                    continue_group(group, rows, chosen, params, branches, place, observe)
+                    group.closed = is_closed(group, params, most)
+        except GroundupError as err:  # a grammar's or a user's own: other searches go on
+            failed = str(err)
+            break
         live = [beam for group in groups if not group.closed for beam in group.running]
         if not live:
             break
@@ -156,9 +163,11 @@ def beam_search(
     for beam in (beam for group in groups for beam in group.running):
         branches.drop(holding(beam))
     answers = [beam for group in groups for beam in group.finished]
-    if not answers:  # every beam came to a dead end
+    if not answers and failed is None:
         names = ", ".join(first.processors.names)
-        first.stopping.end("error", f"{names} together leave every beam without a next token")
+        failed = f"{names} together leave every beam without a next token"
+    if failed is not None:
+        first.stopping.end("error", failed)
         answers = [first]
     return sorted(answers, key=lambda beam: -beam.score(params.length_penalty))
 
@@ -208,6 +217,8 @@ def best_continuations(
     """Return the best (beam, token, sum of log-probabilities), best first."""
     rows = []
     for beam, logits_V in zip(running, logits, strict=True):
+        if broken := broken_logits(float(logits_V.max())):
+            raise GroundupError(broken)
         logps_V = logits_V.float().log_softmax(-1)
         try:
             rows.append(beam.processors(logps_V, beam.stopping.token_ids) + beam.total)

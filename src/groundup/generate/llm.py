@@ -24,6 +24,7 @@ from groundup.generate.asked import (
     as_names,
     as_params,
     ids_of,
+    naming,
 )
 from groundup.generate.beam import Observer, completion, search_all
 from groundup.generate.config import BeamSearchParams, EngineConfig, SpeculativeConfig
@@ -125,7 +126,7 @@ class LLM:
         `adapter` names a loaded one for all prompts, or one or None for each.
         """
         many = as_list(prompts)
-        encoded = [self.encode(prompt) for prompt in many]
+        encoded = self.encode_all(many)
         requests = self.queue(encoded, as_params(params, len(many)), adapter)
         self.finish([request for group in requests for request in group])
         return [
@@ -155,11 +156,11 @@ class LLM:
         requests: list[list[Request]] = []
         try:
             for ids, own, name, first in zip(encoded, each, names, firsts, strict=True):
-                requests.append(add(ids, own, adapter=name, pooling=pooling, first_scored=first))
-        except BaseException as err:
+                with naming(len(requests), len(encoded)):
+                    new = add(ids, own, adapter=name, pooling=pooling, first_scored=first)
+                    requests.append(new)
+        except BaseException:
             self.engine.abort([request for group in requests for request in group])
-            if isinstance(err, GroundupError) and len(encoded) > 1:
-                raise type(err)(f"prompt {len(requests) + 1}: {err}") from err
             raise
         return requests
 
@@ -203,7 +204,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], pooling: Pooling, adapter: Adapters = None
     ) -> Tensor:
         """Return what the engine pools of each prompt, one row each."""
-        encoded = [self.encode(prompt) for prompt in as_list(prompts)]
+        encoded = self.encode_all(as_list(prompts))
         if not encoded:
             raise ConfigError("no prompts were given: there is nothing to pool")
         groups = self.queue(encoded, [SamplingParams()] * len(encoded), adapter, pooling)
@@ -225,7 +226,7 @@ class LLM:
         What prompts begin with is shared, so that many answers to one prompt cost little more.
         """
         ends = [self.answer_ids(answer) for answer in as_list(answers)]
-        starts = [self.encode(prompt) for prompt in as_list(prompts)]
+        starts = self.encode_all(as_list(prompts))
         if len(starts) == 1:
             starts *= len(ends)
         if len(starts) != len(ends) or not all(ends):
@@ -265,7 +266,10 @@ class LLM:
         with engine.lock:
             engine.check_adapter(adapter, params)
             engine.notice_new_weights()
-            ready = [engine.prepare(self.encode(prompt), params) for prompt in many]
+            ready = []
+            for place, ids in enumerate(self.encode_all(many)):
+                with naming(place, len(many)):
+                    ready.append(engine.prepare(ids, params))
             if params.n > beams.beam_width:
                 raise ConfigError(f"n = {params.n} answers need a beam_width of as many")
             (model, told), exact = engine.through(adapter), engine.config.batch_invariant
@@ -337,6 +341,14 @@ class LLM:
         if isinstance(prompt, str):
             return [self.tokenizer.bos_token_id, *self.tokenizer.encode(prompt)]
         return ids_of(prompt) or [self.tokenizer.bos_token_id]
+
+    def encode_all(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Return the ids of several prompts; one that has none is named."""
+        encoded = []
+        for place, prompt in enumerate(prompts):
+            with naming(place, len(prompts)):
+                encoded.append(self.encode(prompt))
+        return encoded
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """Return a conversation's ids, ready for the assistant's turn."""

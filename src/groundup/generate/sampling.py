@@ -30,8 +30,8 @@ def sample(ready: Sequence[Request], logits_BV: Tensor, watch: Watch | None = No
             watch(request, logits_V)
     if logits_BV.device.type == "cpu":  # on a GPU the host would wait for it
         for request, best in zip(ready, logits_BV.amax(-1).tolist(), strict=True):
-            if not math.isfinite(best):
-                request.end("error", f"the model's logits hold {best}: its weights are broken")
+            if broken := broken_logits(best):
+                request.end("error", broken)
     tokens = choose(logits_BV, ready)
     asked = [n for n, r in enumerate(ready) if r.output.cumulative_logprob is not None]
     if asked:
@@ -42,6 +42,13 @@ def sample(ready: Sequence[Request], logits_BV: Tensor, watch: Watch | None = No
     for request, token in zip(ready, tokens, strict=True):
         if not request.finished:  # its processors may have failed
             request.accept(token)
+
+
+def broken_logits(best: float) -> str | None:
+    """Return what is wrong with logits whose largest is this; None if nothing is."""
+    if math.isfinite(best):
+        return None
+    return f"the model's logits hold {best}: its weights are broken"
 
 
 def choose(logits_BV: Tensor, requests: Sequence[Request]) -> list[int]:
