@@ -67,6 +67,15 @@ def test_streamed_text_is_generated_text(llm):
     )
 
 
+def test_streams_that_others_move_on_lose_no_text(llm):
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    wanted = [output.outputs[0].text for output in llm.generate([[5, 6], [7, 8]], params)]
+    streams = [llm.stream(prompt, params) for prompt in ([5, 6], [7, 8])]
+    begun = [next(stream) + next(stream) for stream in streams]
+    llm.generate([[9]], params)  # its steps are theirs, too
+    assert [text + "".join(s) for text, s in zip(begun, streams, strict=True)] == wanted
+
+
 def test_logprobs_are_the_models(tiny, llm):
     params = SamplingParams(temperature=0, max_tokens=4, logprobs=3, prompt_logprobs=0)
     [output] = llm.generate([PROMPTS[1]], params)

@@ -319,12 +319,14 @@ class LLM:
             raise ConfigError("a stream is of one answer: n and best_of must be 1")
         [[request]] = self.queue([self.prompt_ids(prompt)], [params], adapter)
         try:
-            while not request.finished:
-                self.engine.step()
+            while True:
                 with self.engine.lock:  # another thread may be in the middle of a step
-                    text = request.take_text()
+                    text, done = request.take_text(), request.finished
                 if text:
                     yield text
+                if done:  # in a step of someone else's, perhaps
+                    break
+                self.engine.step()
         finally:
             self.engine.abort([request])
         if request.output.finish_reason == "error":
