@@ -241,3 +241,16 @@ def test_nothing_is_guessed_behind_a_text_that_is_only_read(tiny, tok):
     llm = LLM(tiny, tok, speculative=SpeculativeConfig(), **settings)
     torch.testing.assert_close(llm.embed(texts), LLM(tiny, tok).embed(texts))
     assert llm.engine.speculator.num_draft_tokens == 0
+
+
+def test_a_model_that_breaks_behind_a_guess_says_so(tiny, tok, nearby):
+    tiny.lm_head.weight = torch.nn.Parameter(tiny.lm_head.weight.detach().clone())
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    ids = LLM(tiny, tok).generate([[5, 9]], params)[0].outputs[0].token_ids
+    bad = next(i for i in ids[4:] if i not in ids[:4] and i not in (5, 9))
+    with torch.no_grad():
+        tiny.model.embed_tokens.weight[bad] = torch.nan
+    for config in (None, SpeculativeConfig(method="draft", model=nearby)):
+        [answer] = LLM(tiny, tok, speculative=config).generate([[5, 9]], params)[0].outputs
+        assert answer.stop_reason == "the model's logits hold nan: its weights are broken"
+        assert answer.token_ids == ids[: ids.index(bad) + 1]

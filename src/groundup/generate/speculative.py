@@ -22,7 +22,7 @@ from groundup.core.run import resolve_model
 from groundup.generate.branches import Branches, Reading
 from groundup.generate.config import SpeculativeConfig
 from groundup.generate.request import Request
-from groundup.generate.sampling import Watch, choose
+from groundup.generate.sampling import Watch, broken_logits, choose
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model
 from groundup.model.ngram import NGram
@@ -125,7 +125,12 @@ class Speculator:
         likeliest = None
         if request.simple and request.params.temperature == 0:
             likeliest = logits_TV.argmax(-1).tolist()
+        on_cpu = logits_TV.device.type == "cpu"  # on a GPU the host would wait for it
+        best = logits_TV.amax(-1).tolist() if on_cpu else [0.0] * len(logits_TV)
         for n, logits_V in enumerate(logits_TV):
+            if broken := broken_logits(best[n]):
+                request.end("error", broken)
+                break
             if watch is not None:
                 watch(request, logits_V)
             token = likeliest[n] if likeliest else self.next_token(request, n, logits_V)
