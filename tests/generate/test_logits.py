@@ -9,7 +9,7 @@ import transformers
 from groundup.core.errors import GroundupError
 from groundup.core.types import SamplingParams
 from groundup.generate import logits as ours
-from groundup.generate.processors import DEFAULTS, ORDERS, STEPS, LogitsProcessors
+from groundup.generate.processors import DEFAULTS, ORDERS, SECOND_LOOKS, STEPS, LogitsProcessors
 from groundup.generate.words import BadWords
 
 V = 300
@@ -127,7 +127,7 @@ def test_count_penalties_follow_openais_formula():
 
 
 def test_every_parameter_that_changes_logits_has_a_place_in_every_order():
-    steps = {*STEPS, "guidance_scale", "dola_layers", "bad_words", "structured_outputs"}
+    steps = {*STEPS, *SECOND_LOOKS, "bad_words", "structured_outputs"}
     for order in ORDERS.values():
         assert sorted(order) == sorted(steps)
         assert all(hasattr(DEFAULTS, name) for name in order)
