@@ -30,7 +30,7 @@ from groundup.tokenizer import Tokenizer
 from groundup.train import FitConfig, NextToken, Plan, fit, make_plan
 from groundup.train.budget import Budget, parse_budget
 from groundup.train.growing import GrowingStream, warmup_lengths
-from groundup.train.plan import CONTEXT_WARMUP, MUON_RATE, SIZES, shape
+from groundup.train.plan import CONTEXT_WARMUP, MUON_RATE, SIZES, adam_rate, shape
 from groundup.train.ranks import here, rows_each
 from groundup.train.scaling import FLOOR, Prediction, Trial, predict, step_law_tokens
 from groundup.train.step import DTYPES
@@ -186,6 +186,7 @@ def run_trial(
     settings = FitConfig(
         steps=steps,
         learning_rate=MUON_RATE,
+        adam_learning_rate=adam_rate(config, tokens),
         dtype=dtype,  # type: ignore[arg-type]
         seed=seed,
         checkpoint_every=steps,

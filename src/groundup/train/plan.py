@@ -37,7 +37,8 @@ SIZES = (
 )
 MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more may pay
 LEAST_STEPS, LEAST_STEP_TOKENS = 20, 1024  # smaller steps take nearly as long
-MUON_RATE, LEAST_ADAM_RATE, MOST_ADAM_RATE = 0.02, 0.0003, 0.003
+MUON_RATE = 0.02
+OF_STEP_LAW, LEAST_ADAM_RATE, MOST_ADAM_RATE = 2.0, 0.0003, 0.012  # docs/decisions/0006
 CONTEXT_WARMUP = 0.7  # share of the steps with shorter rows (docs/decisions/0094)
 COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
 COMPILES = 1.8  # times that: each of the two lengths more takes 0.4 of the first
@@ -257,7 +258,6 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     rows, accumulation = batch_of(tokens, wanted, found.rows, context, budget)
     per_step = rows * context * accumulation
     steps = int(tokens / per_step)
-    law_rate = step_law_rate(num_parameters(config, embeddings=False), tokens)
     made = Plan(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -268,7 +268,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
         gradient_accumulation_steps=accumulation,
         steps=steps,
         learning_rate=MUON_RATE,
-        adam_learning_rate=min(MOST_ADAM_RATE, max(LEAST_ADAM_RATE, law_rate)),
+        adam_learning_rate=adam_rate(config, tokens),
         context_warmup_fraction=CONTEXT_WARMUP,
         dtype=dtype,
         compile=found.compile,
@@ -284,8 +284,14 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
             "flops": steps * per_step * train_flops_per_token(config, context),
         },
     )
-    why = reasons(made, budget, found.rule, wanted, law_rate, compile_seconds(device))
+    why = reasons(made, budget, found.rule, wanted, compile_seconds(device))
     return replace(made, reasons=why)
+
+
+def adam_rate(config: ModelConfig, tokens: float) -> float:
+    """Return AdamW's peak rate for what Muon does not train: embeddings, head and norms."""
+    law = step_law_rate(num_parameters(config, embeddings=False), tokens)
+    return min(MOST_ADAM_RATE, max(LEAST_ADAM_RATE, OF_STEP_LAW * law))
 
 
 def expected_memory(found: Measured, rows: int, device: Device, dtype: str) -> float:
@@ -303,9 +309,9 @@ def expected_memory(found: Measured, rows: int, device: Device, dtype: str) -> f
 
 
 def reasons(
-    made: Plan, budget: Budget, rule: str, wanted: float, law_rate: float, compile_s: float
+    made: Plan, budget: Budget, rule: str, wanted: float, compile_s: float
 ) -> dict[str, str]:
-    """Return the rule behind each number; `wanted` and `law_rate` are what the Step Law says."""
+    """Return the rule behind each number; `wanted` is what the Step Law says."""
     rows, context = made.batch_size, made.context
     per_step = rows * context * made.gradient_accumulation_steps
     return {
@@ -317,8 +323,8 @@ def reasons(
         "batch": f"{per_step:,} tokens a step: the Step Law (arXiv 2503.04715) says "
         f"{wanted:,.0f} for so many tokens, in whole micro-batches of {rows} x {context}",
         "learning_rate": f"{made.learning_rate} for matrices, as Muon was published with; "
-        f"{made.adam_learning_rate:.4f} for the rest: the Step Law says {law_rate:.4f} for AdamW, "
-        f"kept between {LEAST_ADAM_RATE} and {MOST_ADAM_RATE}",
+        f"{made.adam_learning_rate:.4f} for the rest: {OF_STEP_LAW:g} times what the Step Law says "
+        f"for AdamW and all weights, kept between {LEAST_ADAM_RATE} and {MOST_ADAM_RATE}",
         "dtype": f"{made.dtype}: timed on a 512 x 512 product",
         "rows": f"{context // 4} tokens for {made.context_warmup_fraction / 2:.0%} of the steps, "
         f"{context // 2} for as many, then {context}: short rows are more places of the text in a "
