@@ -11,8 +11,12 @@ from groundup import LLM, Tokenizer, load_model
 from groundup.cli.main import main
 from groundup.core.metrics import MetricsLog
 from groundup.data import open_shard, write_shards
+from groundup.evaluate.tasks import read_task
 from groundup.model.lm import NeuralLM
+from groundup.recipe.configs import PretrainConfig
 from groundup.recipe.evaluation import part_of
+from groundup.recipe.monitoring import metric_names
+from groundup.train.config import MEASURED
 
 STEPS = 12
 
@@ -23,7 +27,9 @@ def place(corpus, tok, tmp_path_factory):
     folder = tmp_path_factory.mktemp("monitoring")
     tok.save(folder / "tok")
     task = [{"query": "def alpha_beta", "choices": ["(gamma):", "zzz qq"], "gold": 0}] * 4
-    (folder / "names.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task))
+    for file in (folder / "names.jsonl", folder / "other" / "names.jsonl"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in task))
     pretrain(corpus, folder, "plain")
     watching = ["--tasks", str(folder / "names.jsonl"), "--report-to", "tensorboard"]
     pretrain(corpus, folder, "watched", *watching, "--eval-steps", "5", "--eval-tokens", "9000")
@@ -60,6 +66,13 @@ def test_of_much_validation_text_a_part_is_scored(place, corpus, capsys):
     assert any(text.startswith(found[-1]) for text in texts)  # the last may be cut
     texts = [tok.decode(ids[ids != tok.eos_token_id].tolist()) for ids in part.documents()]
     assert part.num_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_the_names_of_all_that_is_measured_are_known_before(place, corpus):
+    task = place / "names.jsonl"
+    config = PretrainConfig(corpus=corpus, tokenizer=place / "tok", tasks=(task,))
+    last = MetricsLog.read(place / "watched" / "metrics.jsonl")[-1]
+    assert last.keys() == {"step", *MEASURED, *metric_names(config, [read_task(task)])}
 
 
 def test_the_last_score_is_the_saved_models(place, corpus):
@@ -135,6 +148,20 @@ def test_wandb_offline(place, corpus, monkeypatch):
         (
             ["--metric-for-best-model", "eval_bits_per_byte", "--eval-steps", "70"],
             "let --eval-steps divide --checkpoint-every",
+        ),
+        (["--tasks", "names.jsonl", "other/names.jsonl"], "two tasks have one name"),
+        (
+            ["--metric-for-best-model", "eval_bits_per_bite"],
+            "no step has 'eval_bits_per_bite' (did you mean 'eval_bits_per_byte'",
+        ),
+        (
+            ["--metric-for-best-model", "eval_names_perplexity", "--tasks", "names.jsonl"],
+            "did you mean 'eval_names_acc",
+        ),
+        (["--metric-for-best-model", "nll"], "choose from bits_per_byte, eval_bits_per_byte, grad"),
+        (
+            ["--metric-for-best-model", "eval_bits_per_byte", "--eval-tokens", "0"],
+            "no validation text is scored",
         ),
     ],
 )

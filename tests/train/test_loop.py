@@ -162,6 +162,14 @@ def test_interrupting_saves_first(tiny, tmp_path):
     assert same(run(tiny, tmp_path), run(tiny, tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(("optim", "rate"), [("muon", 0.02), ("adamw", 0.003)])
+def test_the_rate_that_is_logged_is_the_one_that_was_asked_for(tiny, tmp_path, optim, rate):
+    """Not a layer's share of it."""
+    run(tiny, tmp_path, optim=optim, layer_lr_decay=0.5, lr_scheduler_type="constant", steps=2)
+    rows = MetricsLog.read(tmp_path / "metrics.jsonl")
+    assert [row["lr"] for row in rows] == [rate] * 2
+
+
 def test_a_loss_that_is_not_finite_stops(tiny, tmp_path):
     with torch.no_grad():
         tiny.model.norm.weight.fill_(float("inf"))

@@ -199,6 +199,7 @@ def test_micro_batches_change_nothing(tiny, name, monkeypatch):
     model = (build(tiny) if build else tiny).double().eval()
     examples = make(model)
     whole, metrics = gradient(model, objective, cut(examples, 8, collate))
+    assert metrics.keys() == {"loss", "tokens", *objective.metrics}
     for size in (1, 2, 3, 4):
         parts, other = gradient(model, objective, cut(examples, size, collate))
         assert (parts - whole).norm() / whole.norm() <= 1e-10

@@ -6,9 +6,10 @@ import torch
 
 from groundup.core.device import Device
 from groundup.core.errors import ConfigError
-from groundup.model.counts import num_parameters
+from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.train import plan
 from groundup.train.budget import parse_budget, parse_duration_s
+from groundup.train.growing import warmup_lengths
 from groundup.train.plan import SIZES, Timing, choose, make_plan, memory_needed, shape
 from groundup.train.scaling import (
     FLOOR,
@@ -212,6 +213,24 @@ def test_sizes_are_timed_once_more_when_other_work_came_between(
     assert capsys.readouterr().err.count("once more") == rounds - 1
     assert made.hidden_size == (128 if slow_for == 40 else 192)
     assert seen.count((128, 16)) == 2 * rounds
+
+
+def test_flops_of_rows_that_grow_are_those_of_their_lengths(monkeypatch):
+    monkeypatch.setattr(plan, "timed", lambda config, *_, **__: Timing(config, 1e6, 10**6))
+    monkeypatch.setattr("groundup.train.timing.timed", plan.timed)
+    device = Device(torch.device("cpu"), torch.bfloat16, "cpu")
+    budget = parse_budget("2e14 flops")
+    made = make_plan(budget, train_tokens=10**7, vocab_size=VOCAB, device=device)
+    size = (made.hidden_size, made.num_hidden_layers, made.num_attention_heads, made.context)
+    growth = warmup_lengths(made.context_warmup_fraction, made.steps, made.context)
+    growth.append((made.steps - sum(steps for steps, _ in growth), made.context))
+    a_step = made.tokens / made.steps
+    came = sum(
+        steps * a_step * train_flops_per_token(shape(*size, VOCAB), length)
+        for steps, length in growth
+    )
+    assert made.predicted["flops"] == pytest.approx(came, rel=1e-3)
+    assert made.predicted["flops"] == pytest.approx(2e14, rel=0.01)  # the budget is used
 
 
 def test_the_memory_is_that_of_the_rows_that_are_trained(monkeypatch):

@@ -84,6 +84,15 @@ class DPO:
     step, so that micro-batches change nothing.
     """
 
+    metrics = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    )
+
     def __init__(
         self, *, beta: float = 0.1, label_smoothing: float = 0.0, sft_weight: float = 0.0
     ) -> None:
@@ -112,15 +121,10 @@ class DPO:
         pairs = len(margin_P)
         if "sft" in self.coefficients:
             terms["sft"] = -logps_BT[:pairs].sum()
-        values = {
-            "rewards/chosen": chosen_P,
-            "rewards/rejected": rejected_P,
-            "rewards/accuracies": (margin_P > 0).to(margin_P.dtype),
-            "rewards/margins": margin_P,
-            "logps/chosen": logps_B[:pairs],
-            "logps/rejected": logps_B[pairs:],
-        }
-        return terms, {name: (value.detach().sum(), float(pairs)) for name, value in values.items()}
+        right_P = (margin_P > 0).to(margin_P.dtype)
+        values = (chosen_P, rejected_P, right_P, margin_P, *logps_B.split(pairs))
+        sums = [(value.detach().sum(), float(pairs)) for value in values]
+        return terms, dict(zip(self.metrics, sums, strict=True))
 
     def losses(self, margin_P: Tensor) -> Tensor:
         """Return -log sigmoid(margin), smoothed (Mitchell 2023, conservative DPO)."""

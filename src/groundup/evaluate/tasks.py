@@ -50,6 +50,11 @@ class Task:
             return None
         return float(np.mean([1 / len(item.requests) for item in self.items]))
 
+    @property
+    def scores(self) -> tuple[str, str]:
+        """Return the names of the scores that a network has in it."""
+        return ("acc", "acc_norm" if self.chance is not None else "perplexity")
+
 
 def one_continuation(row: dict[str, Any]) -> Item:
     """Read LAMBADA's form: a context and what follows."""

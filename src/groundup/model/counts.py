@@ -34,7 +34,7 @@ def layer_parameters(config: ModelConfig, layer: int, active: bool) -> int:
     return attention + norms + 3 * hidden * config.intermediate_size + bias
 
 
-def train_flops_per_token(config: ModelConfig, context: int) -> float:
+def train_flops_per_token(config: ModelConfig, context: float) -> float:
     """Return forward and backward FLOPs a token: 6 N + 12 L E T (Chowdhery et al. 2022, app. B).
 
     N counts the matrices that multiply (the output head, not the embedding look-up).

@@ -153,7 +153,7 @@ def evaluation_pictures(runs: Sequence[Run]) -> list[str]:
 
 
 SIDES = (
-    ("lr", "learning rate", "Learning rate of the first group."),
+    ("lr", "learning rate", "Learning rate of the layers' matrices."),
     ("grad_norm", "gradient norm", "Gradient norm before clipping, smoothed."),
 )
 

@@ -16,13 +16,13 @@ from groundup.model.encoder import Encoder
 from groundup.model.encoder_config import CLASSES, EncoderConfig
 from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PretrainConfig
-from groundup.recipe.monitoring import scoring_hook, tracking
+from groundup.recipe.monitoring import refuse_unscored, scoring_hook, tracking
 from groundup.recipe.shared import fit_settings, shards_of, watch
 from groundup.recipe.sources import refuse_overlap
 from groundup.recipe.starting import continued_encoder, within_positions
 from groundup.tokenizer import Tokenizer
 from groundup.train import Hook, MaskedLM, MaskedPairs, State, fit
-from groundup.train.masked import Pairs
+from groundup.train.masked import PAIRS, Pairs
 from groundup.train.ranks import here
 from groundup.train.step import to_device
 
@@ -30,7 +30,6 @@ VALIDATION_STEPS = 20
 # as published
 MASKED = {"bert": 0.15, "modernbert": 0.3}  # of the tokens
 DROPOUT = {"bert": 0.1, "modernbert": 0.0}
-PAIRS: dict[str, Pairs] = {"mlm": "none", "mlm+nsp": "nsp", "mlm+sop": "sop"}
 
 
 def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
@@ -159,6 +158,7 @@ def score(
     try:
         pairs_of(config, tok, validation, pairs)
     except DataError:
+        refuse_unscored(config, *(f"eval_{name}" for name in MaskedLM(pairs=pairs).metrics))
         say("  no validation text that could be scored")
         return None
 

@@ -14,14 +14,14 @@ from groundup.core.progress import say, show_table
 from groundup.data import Shard, open_shard
 from groundup.figure import Series, line_plot, page
 from groundup.model.config import ModelConfig
-from groundup.model.counts import num_parameters, train_flops_per_token
+from groundup.model.counts import num_parameters
 from groundup.recipe.configs import LadderConfig
 from groundup.recipe.planning import in_bits_per_byte, nats_per_bit, run_trial
 from groundup.recipe.shared import shards_of
 from groundup.tokenizer import Tokenizer
 from groundup.train import make_plan
 from groundup.train.budget import parse_budget
-from groundup.train.plan import SIZES, shape
+from groundup.train.plan import SIZES, flops_per_token, shape
 from groundup.train.scaling import FLOOR, EarlyLaw, Law, Prediction, Trial, law_for, predict
 
 RUNGS = 3
@@ -97,7 +97,7 @@ def choose_rungs(parameters: int, context: int, vocab_size: int) -> list[ModelCo
 
 def flops(config: ModelConfig, tokens: float) -> float:
     """Return the training FLOPs of a shape on so many tokens."""
-    return tokens * train_flops_per_token(config, config.max_position_embeddings)
+    return tokens * flops_per_token(config)
 
 
 def show(

@@ -12,25 +12,25 @@ from numpy.typing import NDArray
 
 from groundup.core import config as configs
 from groundup.core.device import training_dtype
-from groundup.core.errors import need
+from groundup.core.errors import DataError, need
 from groundup.core.files import write_text
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say
 from groundup.core.run import release_memory
 from groundup.data import Shard
-from groundup.evaluate.tasks import read_task, run_task
+from groundup.evaluate.tasks import Task, read_task, run_task
 from groundup.model.decoder import Decoder
 from groundup.model.lm import NeuralLM
 from groundup.recipe.configs import PretrainConfig
 from groundup.tokenizer import Tokenizer
-from groundup.train import Hook, State
+from groundup.train import Hook, MaskedLM, NextToken, State
+from groundup.train.masked import PAIRS
 from groundup.train.ranks import here
 from groundup.train.step import DTYPES
 
 EVALUATIONS = 10  # a run, where eval_steps is unset
 FEW_BYTES = 20_000
 SCORED = 4096  # tokens at a time, but no more than are trained at a time: that would be the peak
-SCORES = ("acc", "acc_norm", "perplexity")
 
 
 def evaluation_hooks(
@@ -44,6 +44,8 @@ def evaluation_hooks(
     tasks = [read_task(path, limit=config.eval_limit, seed=config.seed) for path in config.tasks]
     if validation.num_bytes < FEW_BYTES:
         say(f"  the validation text has {validation.num_bytes:,} bytes: its scores say little")
+    if not documents:
+        refuse_unscored(config, "eval_bits_per_byte")
     if not documents and not tasks:
         return []
     lm = NeuralLM(
@@ -61,10 +63,19 @@ def evaluation_hooks(
             scores["bits_per_byte"] = nats / math.log(2) / max(1, num_bytes)
         for task in tasks:
             found = run_task(lm, tok, task, quiet=True)
-            scores |= {f"{task.name}_{key}": found[key] for key in SCORES if key in found}
+            scores |= {f"{task.name}_{key}": found[key] for key in task.scores}
         return scores
 
     return [scoring_hook(config, out, score)]
+
+
+def refuse_unscored(config: PretrainConfig, *names: str) -> None:
+    """Refuse to find the best checkpoint by a score of validation text where none is scored."""
+    if config.metric_for_best_model in names:
+        raise DataError(
+            f"metric_for_best_model = {config.metric_for_best_model}: no validation text is "
+            "scored; give a corpus with some and --eval-tokens, or take another metric"
+        )
 
 
 def scoring_hook(
@@ -86,6 +97,20 @@ def scoring_hook(
         state.metrics |= {f"eval_{name}": value for name, value in scores.items()}
 
     return Hook(steps_between(config), run, looks=True)
+
+
+def metric_names(config: PretrainConfig, tasks: Sequence[Task]) -> list[str]:
+    """Return what the steps of a run will have in their metrics, besides what all steps have.
+
+    A model that is given may have experts: its router's loss is taken to be there.
+    """
+    if config.objective in PAIRS:
+        names = MaskedLM(pairs=PAIRS[config.objective]).metrics
+        return [*names, *(f"eval_{name}" for name in names)]
+    balance = config.router_aux_loss_coef * (config.num_experts > 0 or config.init is not None)
+    names = NextToken(z_loss=config.z_loss, load_balance=balance).metrics
+    scores = [f"eval_{task.name}_{score}" for task in tasks for score in task.scores]
+    return ["bits_per_byte", "eval_bits_per_byte", *names, *scores]
 
 
 def steps_between(config: PretrainConfig) -> int:

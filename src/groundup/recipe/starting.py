@@ -11,10 +11,11 @@ from groundup.evaluate.tasks import read_task
 from groundup.model import Decoder, Encoder, load_network, remap_vocabulary
 from groundup.model.vocabulary import AnyModel
 from groundup.recipe.configs import PretrainConfig, ShapeOptions
-from groundup.recipe.monitoring import TRACKERS
+from groundup.recipe.monitoring import TRACKERS, metric_names
 from groundup.recipe.shared import given
 from groundup.tokenizer import Tokenizer
-from groundup.train.masked import Pairs
+from groundup.train.config import check_best
+from groundup.train.masked import PAIRS, Pairs
 
 
 def continued_decoder(folder: Path, tok: Tokenizer) -> Decoder:
@@ -86,7 +87,7 @@ def rows_between(old: Tokenizer, new: Tokenizer) -> list[list[int]]:
     return rows
 
 
-MLM = ("mlm", "mlm+nsp", "mlm+sop")
+MLM = tuple(PAIRS)
 # what only some objectives make use of
 OWN_SETTINGS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("causal", "fim"): (
@@ -114,19 +115,7 @@ def check_start(config: PretrainConfig) -> None:
         raise ConfigError("rows grow in one stream: no --context-warmup-fraction with mix or bfd")
     if config.mix is not None and (config.plan or config.budget):
         raise ConfigError("a mixture's phases have their own tokens: leave plan and budget out")
-    for name in config.report_to:
-        if name not in TRACKERS:
-            raise ConfigError(f"report_to: unknown tracker {name!r}{closest(name, TRACKERS)}")
-    if config.tasks and config.objective in MLM:
-        raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
-    for path in config.tasks:  # now, not when hours of text are encoded
-        read_task(path, limit=config.eval_limit, seed=config.seed)
-    name, every = config.metric_for_best_model or "", config.eval_steps
-    if name.startswith("eval_") and every and config.checkpoint_every % every:
-        raise ConfigError(
-            f"--metric-for-best-model {name} is measured every {every} steps, and checkpoints are "
-            f"made every {config.checkpoint_every}: let --eval-steps divide --checkpoint-every"
-        )
+    check_watching(config)
     if config.init is None:
         return
     if config.plan is not None or config.budget is not None:
@@ -135,6 +124,27 @@ def check_start(config: PretrainConfig) -> None:
     shape.remove("max_position_embeddings")  # the length of rows, here
     if flags := given(config, shape):
         raise ConfigError(f"--init brings its own shape: leave out {flags}")
+
+
+def check_watching(config: PretrainConfig) -> None:
+    """Refuse trackers, tasks and metrics that are not there: now, not behind hours of encoding."""
+    for name in config.report_to:
+        if name not in TRACKERS:
+            raise ConfigError(f"report_to: unknown tracker {name!r}{closest(name, TRACKERS)}")
+    if config.tasks and config.objective in MLM:
+        raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
+    tasks = [read_task(path, limit=config.eval_limit, seed=config.seed) for path in config.tasks]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ConfigError(
+            "two tasks have one name, and scores are kept by it: rename a file"
+        )
+    check_best(config, metric_names(config, tasks))
+    name, every = config.metric_for_best_model or "", config.eval_steps
+    if name.startswith("eval_") and every and config.checkpoint_every % every:
+        raise ConfigError(
+            f"--metric-for-best-model {name} is measured every {every} steps, and checkpoints are "
+            f"made every {config.checkpoint_every}: let --eval-steps divide --checkpoint-every"
+        )
 
 
 def within_positions(config: PretrainConfig, positions: int) -> PretrainConfig:

@@ -42,6 +42,7 @@ from groundup.train import (
     fit,
     pack_rows,
 )
+from groundup.train.config import check_best
 from groundup.train.ranks import here
 from groundup.train.timing import TIMED_EXAMPLE_STEPS, seconds_a_step
 
@@ -51,7 +52,8 @@ LEAST_STEPS = 10
 
 def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     """Fine-tune on conversations; the audit says first what will be learned from."""
-    started = time.monotonic()
+    started, objective = time.monotonic(), NextToken()
+    check_best(config, objective.metrics)
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config))
     model = load_model(config.model, device=device.device)
@@ -71,10 +73,10 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     source = conversations(rows, config, tok, longest)
 
     def timed() -> float:
-        return seconds_a_step(model, NextToken(), source, settings(config), device.device)
+        return seconds_a_step(model, objective, source, settings(config), device.device)
 
     steps = planned_steps(config, timed, len(source.examples), started, out)
-    train(model, NextToken(), source, config, steps, tok, out, device)
+    train(model, objective, source, config, steps, tok, out, device)
     summary = {"audit": counts, "steps": steps, "epochs": steps / source.steps_per_epoch}
     return summary | adapter
 
@@ -139,6 +141,10 @@ def make_preferences(config: PreferencesConfig, out: Path) -> dict[str, Any]:
 def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     """Run DPO against the starting model; its log-probabilities are computed once, up front."""
     started = time.monotonic()
+    objective = DPO(
+        beta=config.beta, label_smoothing=config.label_smoothing, sft_weight=config.sft_weight
+    )
+    check_best(config, objective.metrics)
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config))
     model = load_model(config.model, device=device.device)
@@ -150,9 +156,6 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     say(f"  {len(pairs):,} pairs; {cut:,} left out, longer than {longest} tokens")
     if not pairs:
         raise DataError(f"{config.data} holds no pair for training that fits {longest} tokens")
-    objective = DPO(
-        beta=config.beta, label_smoothing=config.label_smoothing, sft_weight=config.sft_weight
-    )
     rows = rows_for_ranks(config.batch_size)[0]
 
     def referred(chosen: Sequence[Pair]) -> Examples:

@@ -1,11 +1,12 @@
 """How the loop trains; imports no torch."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from groundup.core.config import field
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, closest
 
 COUNTS = (  # 1 or more
     "steps",
@@ -44,6 +45,7 @@ SHARES = (
     "mlm_probability",
 )
 MEMORIES = ("adam_beta1", "adam_beta2", "ema_decay")  # from 0 to below 1
+MEASURED = ("loss", "grad_norm", "lr", "seconds", "tokens")  # at every step, whatever is trained
 
 
 def check_numbers(config: Any) -> None:
@@ -117,6 +119,13 @@ class LoopOptions:
         check_numbers(self)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             raise ConfigError("load_best_model_at_end needs metric_for_best_model, such as loss")
+
+
+def check_best(config: LoopOptions, names: Iterable[str]) -> None:
+    """Refuse to find the best checkpoint by what no step will have: MEASURED and `names` it has."""
+    name, known = config.metric_for_best_model, (*MEASURED, *names)
+    if name is not None and name not in known:
+        raise ConfigError(f"metric_for_best_model: no step has {name!r}{closest(name, known)}")
 
 
 @dataclass(frozen=True, kw_only=True)

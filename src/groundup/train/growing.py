@@ -104,6 +104,11 @@ class GrowingStream(TokenStream):
         super().load_state_dict(state)
 
 
+def mean_length(fraction: float, context: int) -> float:
+    """Return the length of rows over a run of which a share has shorter ones; steps count alike."""
+    return context * (1 - fraction * (3 / 8 + 1 / 4))
+
+
 def warmup_lengths(fraction: float, steps: int, context: int) -> list[tuple[int, int]]:
     """Return steps and length of the rows that a share of all steps has: a quarter, then half."""
     if not fraction:

@@ -300,7 +300,7 @@ def interrupts() -> Iterator[Stop]:
 
 
 def set_rates(optimizers: Sequence[torch.optim.Optimizer], step: int, config: FitConfig) -> float:
-    """Set every group's rate for this step; return the first group's."""
+    """Set every group's rate for this step; return the first optimizer's, of no layer's share."""
     factor = multiplier(
         step,
         config.steps,
@@ -311,7 +311,7 @@ def set_rates(optimizers: Sequence[torch.optim.Optimizer], step: int, config: Fi
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-    return float(optimizers[0].param_groups[0]["lr"])
+    return float(optimizers[0].defaults["lr"]) * factor
 
 
 def choose_weights(

@@ -16,6 +16,7 @@ from groundup.train.batches import StepBatch, same_data
 from groundup.train.objectives import NONE, Metrics, MicroBatch, Stats, Sums
 
 Pairs = Literal["none", "nsp", "sop"]
+PAIRS: dict[str, Pairs] = {"mlm": "none", "mlm+nsp": "nsp", "mlm+sop": "sop"}  # by objective
 FOLLOWS, DOES_NOT_FOLLOW = 0, 1  # transformers' labels
 KEEP, RANDOM = 0.1, 0.1  # of the chosen tokens; the others become [MASK]
 
@@ -194,6 +195,7 @@ class MaskedLM:
     def __init__(self, *, pairs: Pairs) -> None:
         self.pairs = pairs
         self.coefficients = {"mlm": 1.0} | ({} if pairs == "none" else {pairs: 1.0})
+        self.metrics = ["mlm_loss"] + [f"{pairs}_accuracy"] * (pairs != "none")
 
     def weights(self, batch: MicroBatch) -> dict[str, float]:
         """Return the number of masked tokens, and of rows."""

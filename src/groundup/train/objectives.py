@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T positions, N tokens, L layers, X experts.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -32,6 +33,11 @@ class Objective(Protocol):
 
     coefficients: dict[str, float]
 
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Return the names of the metrics that a call returns."""
+        ...
+
     def weights(self, batch: MicroBatch) -> dict[str, float]:
         """Return each term's denominator (tokens, pairs), from data alone."""
         ...
@@ -55,6 +61,8 @@ class NextToken:
     ) -> None:
         self.coefficients = {"nll": 1.0} | ({"load_balance": load_balance} if load_balance else {})
         self.z_loss, self.experts_per_token = z_loss, experts_per_token
+        self.metrics = ["load_balance"] if load_balance else []
+        self.metrics += ["nll"] if z_loss or load_balance else []
 
     def weights(self, batch: MicroBatch) -> dict[str, float]:
         """Return the number of targets, and of tokens that are routed."""

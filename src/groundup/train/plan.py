@@ -16,6 +16,7 @@ from groundup.core.progress import say
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.train.budget import Budget
+from groundup.train.growing import mean_length
 from groundup.train.memory import activation_bytes, kept_bytes, memory_free
 from groundup.train.ranks import here
 from groundup.train.scaling import LAW_FLOPS, Law, step_law_rate, step_law_tokens
@@ -125,12 +126,19 @@ def memory_needed(config: ModelConfig, ranks: int = 1) -> float:
     return kept_bytes(config, "muon", ranks) + activations
 
 
+def flops_per_token(config: ModelConfig) -> float:
+    """Return the training FLOPs of a token, on average over a run whose rows grow."""
+    return train_flops_per_token(
+        config, mean_length(CONTEXT_WARMUP, config.max_position_embeddings)
+    )
+
+
 def tokens_within(budget: Budget, config: ModelConfig, tokens_per_s: float) -> float:
     """Return how many tokens a size can see within the budget, scores and samples made besides."""
     if budget.tokens is not None:
         return budget.tokens
     if budget.flops is not None:
-        return budget.flops / train_flops_per_token(config, config.max_position_embeddings)
+        return budget.flops / flops_per_token(config)
     assert budget.seconds is not None, "dollars are turned into seconds first"
     tokens = budget.seconds * (1 - WATCHING) * tokens_per_s
     return max(tokens / 2, tokens - SCORING * budget.scored_tokens)
@@ -203,7 +211,7 @@ def judged(
     on, a size is better while the loss that Hoffmann's law expects falls.
     """
     config = timing.config
-    if tokens * train_flops_per_token(config, config.max_position_embeddings) < LAW_FLOPS:
+    if tokens * flops_per_token(config) < LAW_FLOPS:
         weights = num_parameters(config, embeddings=False)
         words = f"the largest with {TOKENS_PER_WEIGHT} tokens for each weight of its layers"
         return tokens >= TOKENS_PER_WEIGHT * weights, lowest, words
@@ -281,7 +289,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
             "seconds": steps * per_step / chosen.tokens_per_s,
             "memory_bytes": expected_memory(found, rows, device, dtype),
             "smallest_tokens_per_s": found.smallest.tokens_per_s,
-            "flops": steps * per_step * train_flops_per_token(config, context),
+            "flops": steps * per_step * flops_per_token(config),
         },
     )
     why = reasons(made, budget, found.rule, wanted, compile_seconds(device))

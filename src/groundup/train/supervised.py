@@ -66,6 +66,7 @@ class Classify:
     """Cross-entropy of a class for each row, or for each token whose target is not IGNORE."""
 
     coefficients = {"nll": 1.0}  # noqa: RUF012 (never changed)
+    metrics = ("accuracy",)
 
     def weights(self, batch: MicroBatch) -> dict[str, float]:
         """Return the number of targets."""
@@ -86,6 +87,7 @@ class Spans:
     """Cross-entropy of an answer's first and of its last token (BERT, 1810.04805, sec. 4.2)."""
 
     coefficients = {"span": 0.5}  # noqa: RUF012 (the mean of the two, as transformers has it)
+    metrics = ("exact",)
 
     def weights(self, batch: MicroBatch) -> dict[str, float]:
         """Return the number of rows."""
