@@ -37,7 +37,7 @@ MIX = MixConfig(
 ORDERS = [phase_order(MIX, LENGTHS, n) for n in range(2)]
 
 
-def stream(seed=1, orders=ORDERS):
+def stream(seed=1, orders=ORDERS, growth=()):
     return MixtureStream(
         SHARDS,
         orders,
@@ -46,6 +46,7 @@ def stream(seed=1, orders=ORDERS):
         batch_size=2,
         gradient_accumulation_steps=2,
         seed=seed,
+        growth=growth,
     )
 
 
@@ -69,21 +70,47 @@ def wanted_tokens(order):
 
 def test_every_token_is_a_target_once_and_phases_keep_their_order():
     source = stream()
-    rows = rows_of(source, -(-len(source.order) // 4))[: len(source.order)]
+    rows = rows_of(source, -(-len(source.starts) // 4))[: len(source.starts)]
     seen = [t for _, targets in rows for t in targets if t != IGNORE]
     everything = [token for order in ORDERS for token in wanted_tokens(order)]
     assert sorted(seen) == sorted(everything)
     assert seen != everything  # rows come at random within a phase
     boundary = -(-len(wanted_tokens(ORDERS[0])) // CONTEXT)
-    assert set(source.order[:boundary].tolist()) == set(range(boundary))
+    assert set(source.starts[:boundary] // CONTEXT) == set(range(boundary))
+
+
+@pytest.mark.parametrize("growth", [[(3, 2), (4, 4)], [(7, 4)], [(11, 2)], [(0, 2), (100, 4)]])
+def test_rows_of_mixtures_grow(growth):
+    """By the step, as many positions in each; every token once, phase behind phase."""
+    source = stream(growth=growth)
+    wanted = [length for steps, length in growth for _ in range(steps)]
+    everything = [token for order in ORDERS for token in wanted_tokens(order)]
+    seen, steps = [], 0
+    while source.row < len(source.starts):
+        step = source.next_step()
+        length = wanted[steps] if steps < len(wanted) else CONTEXT
+        assert {tuple(m["ids"].shape) for m in step} == {(2 * CONTEXT // length, length)}
+        seen += [t for m in step for t in m["targets"].flatten().tolist() if t != IGNORE]
+        steps += 1
+    once = seen[: len(everything)]
+    assert sorted(once) == sorted(everything)
+    first = len(wanted_tokens(ORDERS[0])) + CONTEXT  # the row at the phase's end is of both
+    assert set(wanted_tokens(ORDERS[0])) <= set(once[:first])
+
+
+def test_a_position_among_growing_rows_can_be_restored():
+    for steps in (2, 3, 5, 8):
+        source, again = stream(growth=[(3, 2), (3, 4)]), stream(growth=[(3, 2), (3, 4)])
+        rows_of(source, steps)
+        again.load_state_dict(source.state_dict())
+        assert rows_of(again, 3) == rows_of(source, 3)
 
 
 def test_a_row_is_a_stretch_of_the_stream():
     everything = [EOS, *(token for order in ORDERS for token in wanted_tokens(order))]
     source = stream()
-    numbers = source.order[:12].tolist()
-    for number, (ids, targets) in zip(numbers, rows_of(source, 3), strict=True):
-        at = number * CONTEXT
+    starts = source.starts[:12].tolist()
+    for at, (ids, targets) in zip(starts, rows_of(source, 3), strict=True):
         size = min(CONTEXT, len(everything) - 1 - at)
         assert ids[:size] == everything[at : at + size]
         assert targets[:size] == everything[at + 1 : at + 1 + size]
@@ -109,9 +136,9 @@ def test_a_resumed_stream_goes_on():
 def test_epochs_are_counted():
     source = stream()
     assert source.epochs() == {"web": 0, "code": 0}
-    while source.row < len(source.order):
+    while source.row < len(source.starts):
         source.next_step()
-    source.row = len(source.order)
+    source.row = len(source.starts)
     counted = {name: 0 for name in SHARDS}
     for order in ORDERS:
         for number, document in zip(order.source, order.document, strict=True):
@@ -177,3 +204,15 @@ def test_bad_mixtures(place, change, said, tmp_path, capsys):
 def test_a_mixture_has_its_own_budget(place, capsys):
     assert main([*place, "--budget", "1m"]) == 2
     assert "leave plan and budget out" in capsys.readouterr().err
+
+
+def test_rows_of_a_mixture_grow_from_the_command_line(place, monkeypatch):
+    lengths, read = [], MixtureStream.next_row
+
+    def watched(self):
+        lengths.append(int(self.lengths[self.number()]))
+        return read(self)
+
+    monkeypatch.setattr(MixtureStream, "next_row", watched)
+    assert main([*place, "--context-warmup-fraction", "0.5"]) == 0
+    assert lengths == [16] * 8 * 5 + [32] * 4 * 5 + [64] * 2 * 10

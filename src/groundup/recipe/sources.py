@@ -118,7 +118,7 @@ def token_source(
         "seed": config.seed,
     }
     if config.mix is not None:
-        return mixture_source(config.mix, tok, options)
+        return mixture_source(config.mix, tok, options | {"growth": growth_of(config)})
     if config.objective == "causal":
         if config.context_warmup_fraction:
             growth = growth_of(config)

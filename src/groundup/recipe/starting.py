@@ -111,8 +111,10 @@ def check_start(config: PretrainConfig) -> None:
                 f"{flags}: of use to --objective {' or '.join(objectives)}, not to "
                 f"{config.objective}; leave it out"
             )
-    if config.context_warmup_fraction and (config.mix or config.packing_strategy == "bfd"):
-        raise ConfigError("rows grow in one stream: no --context-warmup-fraction with mix or bfd")
+    if config.context_warmup_fraction and config.packing_strategy == "bfd":
+        raise ConfigError(
+            "packed rows have one length: no --context-warmup-fraction with --packing-strategy bfd"
+        )
     if config.mix is not None and (config.plan or config.budget):
         raise ConfigError("a mixture's phases have their own tokens: leave plan and budget out")
     check_watching(config)
@@ -135,9 +137,7 @@ def check_watching(config: PretrainConfig) -> None:
         raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
     tasks = [read_task(path, limit=config.eval_limit, seed=config.seed) for path in config.tasks]
     if len({task.name for task in tasks}) < len(tasks):
-        raise ConfigError(
-            "two tasks have one name, and scores are kept by it: rename a file"
-        )
+        raise ConfigError("two tasks have one name, and scores are kept by it: rename a file")
     check_best(config, metric_names(config, tasks))
     name, every = config.metric_for_best_model or "", config.eval_steps
     if name.startswith("eval_") and every and config.checkpoint_every % every:

@@ -45,21 +45,16 @@ class GrowingStream(TokenStream):
         growth: Sequence[tuple[int, int]],
         **options: Any,
     ) -> None:
-        context = options["context"]
-        for _, length in growth:
-            if length < 1 or context % length:
-                raise ConfigError(f"rows of {length} cannot grow to {context}: it is no multiple")
-        per_step = context * options["batch_size"] * options["gradient_accumulation_steps"]
-        self.lengths = [length for _, length in growth]
-        self.bounds = (np.cumsum([steps for steps, _ in growth]) * per_step).tolist()
+        rows = options["batch_size"] * options["gradient_accumulation_steps"]
+        self.growth = growth_ends(growth, options["context"], rows)
         self.before = 0  # positions of earlier epochs
         super().__init__(tokens, offsets, **options)
 
     def stretches(self, before: int) -> list[Stretch]:
         """Return the parts of an epoch that begins behind so many positions."""
         found, at, total = [], 0, len(self.tokens)
-        for bound, length in zip(self.bounds, self.lengths, strict=True):
-            stop = min(total, at + max(0, bound - before))
+        for end, length in self.growth:
+            stop = min(total, at + max(0, end - before))
             if stop > at:
                 found.append(Stretch(at, stop, length))
                 before += found[-1].rows * length
@@ -102,6 +97,20 @@ class GrowingStream(TokenStream):
         for _ in range(state["epoch"]):
             self.before += sum(part.rows * part.length for part in self.stretches(self.before))
         super().load_state_dict(state)
+
+
+def growth_ends(
+    growth: Sequence[tuple[int, int]], context: int, rows: int
+) -> list[tuple[int, int]]:
+    """Return at which position of a run the rows of each length end, of steps of `rows` x context.
+
+    `growth` are (steps, length); a length that does not divide the context is a ConfigError.
+    """
+    for _, length in growth:
+        if length < 1 or context % length:
+            raise ConfigError(f"rows of {length} cannot grow to {context}: it is no multiple")
+    ends = np.cumsum([steps for steps, _ in growth], dtype=np.int64) * rows * context
+    return [(end, length) for end, (_, length) in zip(ends.tolist(), growth, strict=True)]
 
 
 def mean_length(fraction: float, context: int) -> float:

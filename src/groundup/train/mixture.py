@@ -1,7 +1,6 @@
 """Rows of next tokens from several sources, phase after phase, in the order of a mixture's plan."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from groundup.data.mix import Order
 from groundup.data.shards import Shard
 from groundup.model.loss import IGNORE
 from groundup.train.batches import StepBatch, same_data
+from groundup.train.growing import growth_ends
 
 Ints = NDArray[np.int64]
 
@@ -21,7 +21,8 @@ class MixtureStream:
     """Equal rows over the documents of several shards; within a phase, rows come at random.
 
     The stream is the documents in the order of training, phase by phase, each with its eos behind
-    it; row n holds tokens n * context and on. After the last row it begins again.
+    it, cut into rows of the context; in the first steps, of the `growth` lengths, (steps, length)
+    each. After the last row it begins again with those of that length.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class MixtureStream:
         batch_size: int,
         gradient_accumulation_steps: int,
         seed: int,
+        growth: Sequence[tuple[int, int]] = (),
     ) -> None:
         names = orders[0].names
         self.names, self.shards = names, [shards[name] for name in names]
@@ -47,13 +49,27 @@ class MixtureStream:
         self.ends = np.cumsum(self.by_document(lengths))
         if not len(self.ends):
             raise DataError("the mixture holds no document: give more tokens to its phases")
-        phase_ends = np.cumsum([len(order.document) for order in orders])
-        bounds = [0, *(-(-int(self.ends[end - 1]) // context) for end in phase_ends if end)]
-        rng = np.random.default_rng(seed)
-        parts = [a + rng.permutation(b - a) for a, b in pairwise(bounds)]
-        self.order = np.concatenate(parts)
+        documents = np.cumsum([len(order.document) for order in orders])
+        phase_ends = [int(self.ends[number - 1]) for number in documents if number]
+        growing = growth_ends(growth, context, batch_size * gradient_accumulation_steps)
+        self.starts, self.lengths = self.cut(phase_ends, growing, np.random.default_rng(seed))
+        self.again = int(np.argmax(self.lengths == self.lengths[-1]))
         self.row = 0
         self.data = {"tokens": int(self.ends[-1]), "documents": len(self.ends), "seed": seed}
+
+    def cut(
+        self, phase_ends: list[int], growing: list[tuple[int, int]], rng: np.random.Generator
+    ) -> tuple[Ints, Ints]:
+        """Return start and length of every row, at random between two ends of a phase or length."""
+        at, starts, lengths = 0, [], []
+        ends = [end for end, _ in growing if end < phase_ends[-1]]
+        for stop in sorted({*phase_ends, *ends}):
+            length = next((length for end, length in growing if at < end), self.context)
+            rows = max(0, -(-(stop - at) // length))
+            starts.append(at + rng.permutation(rows) * length)
+            lengths.append(np.full(rows, length))
+            at += rows * length
+        return np.concatenate(starts), np.concatenate(lengths)
 
     def by_document(self, values: Sequence[Ints]) -> Ints:
         """Return each document's value, in the order of training, from those of every source."""
@@ -78,19 +94,29 @@ class MixtureStream:
             start, at = start + take, at + 1
         return np.concatenate(pieces).astype(np.int64), names
 
+    def number(self) -> int:
+        """Return the number of the next row."""
+        if self.row < len(self.starts):
+            return self.row
+        return self.again + (self.row - len(self.starts)) % (len(self.starts) - self.again)
+
+    def next_row(self) -> tuple[Ints, Ints, list[str]]:
+        """Return inputs and targets of the next row, and the names of its documents."""
+        start, length = int(self.starts[self.number()]), int(self.lengths[self.number()])
+        self.row += 1
+        stop = min(start + length, int(self.ends[-1]))
+        span, names = self.read(start - 1, stop)
+        ids, targets = np.full(length, self.eos), np.full(length, IGNORE)
+        ids[: stop - start], targets[: stop - start] = span[:-1], span[1:]
+        return ids, targets, names
+
     def next_step(self) -> StepBatch:
-        """Return `gradient_accumulation_steps` micro-batches of `batch_size` rows."""
+        """Return `gradient_accumulation_steps` micro-batches; short rows are more in each."""
         step = []
         for _ in range(self.accumulation):
             rows, documents = [], []
-            for _ in range(self.batch_size):
-                number = int(self.order[self.row % len(self.order)])
-                self.row += 1
-                start = number * self.context
-                stop = min(start + self.context, int(self.ends[-1]))
-                span, names = self.read(start - 1, stop)
-                ids, targets = np.full(self.context, self.eos), np.full(self.context, IGNORE)
-                ids[: stop - start], targets[: stop - start] = span[:-1], span[1:]
+            for _ in range(self.batch_size * self.context // int(self.lengths[self.number()])):
+                ids, targets, names = self.next_row()
                 rows.append((ids, targets))
                 documents += names
             ids_BT, targets_BT = (torch.from_numpy(np.stack(p)) for p in zip(*rows, strict=True))
@@ -99,9 +125,8 @@ class MixtureStream:
 
     def epochs(self) -> dict[str, float]:
         """Return how often each source has been read in the rows drawn so far."""
-        drawn = self.order[: self.row]
-        starts = drawn * self.context
-        stops = np.minimum(starts + self.context, self.ends[-1])
+        starts = self.starts[: self.row]
+        stops = np.minimum(starts + self.lengths[: self.row], self.ends[-1])
         counts = {}
         for number, name in enumerate(self.names):
             lengths = np.diff(self.ends, prepend=0) * (self.source == number)
