@@ -274,23 +274,42 @@ def test_a_full_disk_in_the_background_is_one_line(tiny, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "checkpoints") == ["step-2"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_mid_step_saves_behind_it(tiny, tmp_path, number):
-    class Interrupting(NextToken):
-        calls = 0
+class Interrupted(NextToken):
+    """Sends this process signals in the first micro-batch of step 3."""
 
-        def __call__(self, model, batch, stats=None):
-            self.calls += 1
-            if self.calls == 5:  # the first micro-batch of step 3
-                os.kill(os.getpid(), number)
-            return super().__call__(model, batch)
+    def __init__(self, *numbers):
+        super().__init__()
+        self.numbers, self.calls = numbers, 0
 
+    def __call__(self, model, batch, stats=None):
+        self.calls += 1
+        for number in self.numbers if self.calls == 5 else ():
+            os.kill(os.getpid(), number)
+        return super().__call__(model, batch)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGINT, signal.SIGTERM]],
+)
+def test_a_signal_in_mid_step_saves_behind_it(tiny, tmp_path, numbers):
+    """One that torchrun hands on, behind a terminal's to all processes, is no second one."""
+    number = numbers[0]
     before = signal.getsignal(number)
     whole = run(copy.deepcopy(tiny), tmp_path / "whole")
     model = copy.deepcopy(tiny)
     config = FitConfig(steps=8, checkpoint_every=100)
     with pytest.raises(KeyboardInterrupt):
-        fit(model, Interrupting(), source(), config, tmp_path / "cut", device=CPU)
+        fit(model, Interrupted(*numbers), source(), config, tmp_path / "cut", device=CPU)
     assert list_checkpoints(tmp_path / "cut" / "checkpoints")[0].name == "step-3"
     assert signal.getsignal(number) == before
     assert same(whole, run(tiny, tmp_path / "cut"))
+
+
+def test_a_second_signal_stops_at_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("groundup.train.loop.SAME_S", 0.0)
+    twice = Interrupted(signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tiny, twice, source(), FitConfig(steps=8), tmp_path, device=CPU)
+    assert twice.calls == 5
+    assert not list_checkpoints(tmp_path / "checkpoints")

@@ -94,9 +94,20 @@ def test_numbers_that_no_training_can_have(name, value, said):
         FitConfig(**({"steps": 1} | {name: value}))
 
 
-def test_the_best_needs_a_metric():
-    with pytest.raises(ConfigError, match="needs metric_for_best_model"):
-        FitConfig(steps=1, load_best_model_at_end=True)
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"load_best_model_at_end": True}, "without metric_for_best_model"),
+        ({"greater_is_better": True}, "without metric_for_best_model"),
+        ({"newton_schulz": "polar-express", "optim": "adamw"}, "without optim muon"),
+        ({"cautious_weight_decay": True}, "without weight_decay"),
+        ({"decay_fraction": 0.2, "lr_scheduler_type": "cosine"}, "without lr_scheduler_type wsd"),
+        ({"save_ema": False}, "without ema_decay"),
+    ],
+)
+def test_settings_that_would_change_nothing(settings, said):
+    with pytest.raises(ConfigError, match=f"changes nothing {said}"):
+        FitConfig(steps=1, **settings)
 
 
 @pytest.mark.parametrize(

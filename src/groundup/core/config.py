@@ -6,6 +6,7 @@ content the stage depends on, `semantic=False` for a setting that cannot change 
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,10 @@ def load(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
         if first["type"].startswith("missing"):
             raise ConfigError(f"{where}: {key} is required and missing") from err
         raise ConfigError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from err
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}: {name} = {value} is no number to work with")
     return config
 
 

@@ -154,8 +154,10 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
         for name in sorted({*old[kind], *new[kind]}):
             before, after = old[kind].get(name), new[kind].get(name)
             if before != after:
-                if kind == "inputs":
+                if kind == "inputs" and before and after:
                     return f"the input {name} has other content"
+                if kind == "inputs":
+                    return f"the input {name} was {'not ' if after else ''}given before"
                 if name not in old[kind]:
                     return f"{name}, which it did not have, is now {after!r}"
                 return f"{name} was {before!r} and is now {after!r}"

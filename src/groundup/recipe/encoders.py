@@ -88,8 +88,6 @@ def encoder_config(config: PretrainConfig, tok: Tokenizer, pairs: Pairs) -> Enco
     dropout = config.hidden_dropout_prob
     if dropout is None:
         dropout = DROPOUT[config.model_type]
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"--hidden-dropout-prob {dropout:g} must be at least 0 and below 1")
     return EncoderConfig(
         model_type=config.model_type,
         task="mlm" if pairs == "none" or modern else "pretraining",

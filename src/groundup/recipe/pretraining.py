@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from groundup.core import device as devices
-from groundup.core.errors import ConfigError
+from groundup.core.errors import ConfigError, DataError
 from groundup.core.files import read_json
 from groundup.core.progress import console, say
 from groundup.core.run import FINISHED
@@ -66,6 +66,7 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 16, 32
 def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     """Train on the training split; write `model/`, checkpoints and metrics.jsonl."""
     check_start(config)
+    level = ngram_level(config)
     config, made = planned(config, out)
     config = for_ranks(with_phases(with_dtype(config)))
     if config.objective.startswith("mlm"):
@@ -83,7 +84,6 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
     say(f"  device: {device.line}; {size / 1e6:.2f}M parameters; {config.steps:,} steps")
     source = token_source(config, tok, train)
     bits_per_nat = len(train.tokens) / max(1, train.num_bytes) / math.log(2)
-    level = ngram_level(config)
     with tracking(config, out) as trackers, live_training(config, level) as live:
         metrics = fit(
             model,
@@ -201,10 +201,13 @@ def model_config(config: PretrainConfig, tok: Tokenizer) -> ModelConfig:
 
 
 def ngram_level(config: PretrainConfig) -> float | None:
-    """Return the n-gram's bits per byte, if there is an n-gram stage to compare with."""
-    if config.ngram is None or not (config.ngram / FINISHED).is_file():
+    """Return the bits per byte of the n-gram to compare with, if there is one."""
+    if config.ngram is None:
         return None
-    return float(read_json(config.ngram / FINISHED)["summary"]["bits_per_byte"])
+    if not (config.ngram / FINISHED).is_file():
+        raise DataError(f"{config.ngram} holds no finished n-gram: `groundup ngram` counts one")
+    found = read_json(config.ngram / FINISHED)["summary"].get("bits_per_byte")
+    return None if found is None else float(found)  # there was no validation text
 
 
 def watch(

@@ -101,8 +101,8 @@ def remaining(clock: Callable[[], float] = time.monotonic) -> Callable[[State], 
     return left
 
 
-def given(config: PretrainConfig, names: Iterable[str]) -> str:
-    """Return the flags of those settings that are not as they come."""
+def given(config: Any, names: Iterable[str]) -> str:
+    """Return the flags of those settings of a config that are not as they come."""
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     changed = [name for name in names if getattr(config, name) != defaults[name]]
     return ", ".join("--" + name.replace("_", "-") for name in changed)

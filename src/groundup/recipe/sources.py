@@ -32,7 +32,8 @@ def with_phases(config: PretrainConfig) -> PretrainConfig:
         raise ConfigError("a mixture's phases say how many tokens there are: leave out --steps")
     total = sum(phase.tokens for phase in config.mix.phases)
     last = config.mix.phases[-1]
-    decay = last.tokens / total if last.name == "decay" else config.decay_fraction
+    decays = last.name == "decay" and config.lr_scheduler_type == "wsd"
+    decay = last.tokens / total if decays else config.decay_fraction
     steps = max(1, total // tokens_per_step(config))
     return replace(config, steps=steps, decay_fraction=decay)
 

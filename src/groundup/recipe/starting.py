@@ -111,10 +111,15 @@ def check_start(config: PretrainConfig) -> None:
                 f"{flags}: of use to --objective {' or '.join(objectives)}, not to "
                 f"{config.objective}; leave it out"
             )
+    routing = ("num_experts_per_tok", "router_aux_loss_coef")
+    if config.init is None and config.num_experts == 0 and (flags := given(config, routing)):
+        raise ConfigError(f"{flags}: of use to a model with experts, which --num-experts asks for")
     if config.context_warmup_fraction and config.packing_strategy == "bfd":
         raise ConfigError(
             "packed rows have one length: no --context-warmup-fraction with --packing-strategy bfd"
         )
+    if config.usd_per_hour is not None and config.budget is None:
+        raise ConfigError("--usd-per-hour is the price behind a --budget in dollars: give that too")
     if config.mix is not None and (config.plan or config.budget):
         raise ConfigError("a mixture's phases have their own tokens: leave plan and budget out")
     check_watching(config)

@@ -24,7 +24,7 @@ from groundup.figure import LiveTraining
 from groundup.generate import LLM
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model
-from groundup.recipe.adapters import adapt, checkpoint_files, save_results
+from groundup.recipe.adapters import adapt, check_options, checkpoint_files, save_results
 from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
 from groundup.recipe.planning import read_plan
 from groundup.recipe.shared import fit_settings, rows_for_ranks, watch
@@ -53,6 +53,7 @@ LEAST_STEPS = 10
 def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     """Fine-tune on conversations; the audit says first what will be learned from."""
     started, objective = time.monotonic(), NextToken()
+    check_options(config)
     check_best(config, objective.metrics)
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config))
@@ -144,6 +145,7 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     objective = DPO(
         beta=config.beta, label_smoothing=config.label_smoothing, sft_weight=config.sft_weight
     )
+    check_options(config)
     check_best(config, objective.metrics)
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config))

@@ -23,8 +23,19 @@ COUNTS = (  # 1 or more
     "num_key_value_heads",
     "num_experts_per_tok",
     "eval_limit",
+    "max_length",
 )
-POSITIVE = ("adam_epsilon", "layer_lr_decay", "max_grad_norm", "spike_threshold")
+POSITIVE = (
+    "adam_epsilon",
+    "layer_lr_decay",
+    "max_grad_norm",
+    "spike_threshold",
+    "seconds",
+    "max_epochs",
+    "beta",
+    "lora_alpha",
+    "usd_per_hour",
+)
 NOT_NEGATIVE = (
     "learning_rate",
     "adam_learning_rate",
@@ -35,6 +46,8 @@ NOT_NEGATIVE = (
     "router_aux_loss_coef",
     "eval_tokens",
     "sample_every_s",
+    "sft_weight",
+    "lora_r",
 )
 SHARES = (
     "warmup_fraction",
@@ -43,8 +56,15 @@ SHARES = (
     "fim_rate",
     "fim_spm_rate",
     "mlm_probability",
+    "label_smoothing",
 )
-MEMORIES = ("adam_beta1", "adam_beta2", "ema_decay")  # from 0 to below 1
+MEMORIES = (  # from 0 to below 1
+    "adam_beta1",
+    "adam_beta2",
+    "ema_decay",
+    "lora_dropout",
+    "hidden_dropout_prob",
+)
 MEASURED = ("loss", "grad_norm", "lr", "seconds", "tokens")  # at every step, whatever is trained
 
 
@@ -115,10 +135,18 @@ class LoopOptions:
     load_best_model_at_end: bool = field(False, help="the finished model is the best checkpoint")
 
     def __post_init__(self) -> None:
-        """Refuse numbers that cannot be."""
+        """Refuse numbers that cannot be, and settings that would change nothing."""
         check_numbers(self)
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            raise ConfigError("load_best_model_at_end needs metric_for_best_model, such as loss")
+        for name, used, wanted in (
+            ("newton_schulz", self.optim != "adamw", "optim muon or normuon"),
+            ("cautious_weight_decay", self.weight_decay > 0, "weight_decay above 0"),
+            ("decay_fraction", self.lr_scheduler_type == "wsd", "lr_scheduler_type wsd"),
+            ("save_ema", self.ema_decay > 0, "ema_decay above 0"),
+            ("greater_is_better", self.metric_for_best_model, "metric_for_best_model"),
+            ("load_best_model_at_end", self.metric_for_best_model, "metric_for_best_model"),
+        ):
+            if not used and getattr(self, name) != getattr(LoopOptions, name):
+                raise ConfigError(f"{name} changes nothing without {wanted}")
 
 
 def check_best(config: LoopOptions, names: Iterable[str]) -> None:

@@ -47,6 +47,7 @@ from groundup.train.sharding import gather, own_part, spread, total_norm
 from groundup.train.step import DTYPES, Passed, compiled, passes
 
 FIRST_SCALE = 2.0**16  # of fp16's loss
+SAME_S = 1.0  # signals this close are one wish to stop
 
 
 @dataclass
@@ -278,17 +279,21 @@ class Stop:
 def interrupts() -> Iterator[Stop]:
     """Turn Ctrl-C and SIGTERM into a wish that is granted behind a step, so that it can be saved.
 
-    The second Ctrl-C stops at once.
+    The second Ctrl-C stops at once. A terminal's first comes twice under torchrun, which hands on
+    what its processes have had already: what follows within `SAME_S` is the same.
     """
-    stop = Stop()
+    stop, asked_at = Stop(), -math.inf
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked_at
+        if time.monotonic() - asked_at < SAME_S:
+            return
         if stop.asked:
             raise KeyboardInterrupt
-        stop.asked = True
+        stop.asked, asked_at = True, time.monotonic()
         say("  stopping behind this step, to save it (once more: at once)")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
