@@ -111,3 +111,33 @@ def test_a_target_that_is_not_there_leaves_nothing_behind(base, chats, tmp_path,
     assert main([*argv, "--lora-r", "2", "--target-modules", "q_prj"]) == 2
     assert "did you mean 'q_proj'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lora-alpha", "4"], "--lora-alpha: of use to an adapter"),
+        (["--lora-r", "2", "--learning-rate", "0.1"], "give --adam-learning-rate"),
+        (["--lora-r", "-2"], "lora_r = -2 must be 0 or more"),
+        (["--max-epochs", "2"], "--max-epochs bounds what --seconds gives"),
+        (["--seconds", "3", "--steps", "9"], "give it or --steps"),
+        (["--seconds", "0"], "seconds = 0.0 must be above 0"),
+        (["--metric-for-best-model", "eval_loss"], "no step has 'eval_loss'"),
+    ],
+)
+def test_settings_that_no_tuning_can_use(flags, said, base, chats, tmp_path, capsys):
+    argv = ["finetune", str(base), "--data", str(chats), "--out", str(tmp_path / "out")]
+    assert main([*argv, *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_no_longer_than_the_model_has_positions(base, chats, tmp_path, capsys):
+    positions = load_model(base).config.max_position_embeddings
+    long = {"role": "assistant", "content": "a b " * positions}
+    chats.write_text(json.dumps({"messages": [user(1), long], "split": "train"}) + "\n")
+    argv = ["finetune", str(base), "--data", str(chats), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--steps", "1", "--max-length", str(4 * positions), "--packing"]) == 0
+    said = capsys.readouterr().err
+    assert f"rows of {positions} tokens at most: the model has no more positions" in said
+    assert f"packed into 1 rows of {positions} tokens" in said

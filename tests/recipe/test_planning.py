@@ -73,6 +73,10 @@ def test_a_killed_run_keeps_its_plan(place, tmp_path, monkeypatch):
         (["--budget", "300 tokens"], "at least 20 steps"),
         (["--budget", "soon"], "none of a time"),
         (["--budget", "$3"], "usd_per_hour"),
+        (["--budget", "$3", "--usd-per-hour", "nan"], "usd_per_hour = nan must be"),
+        (["--steps", "3", "--usd-per-hour", "2"], "behind a --budget in dollars"),
+        (["--steps", "3", "--num-experts-per-tok", "1"], "which --num-experts asks for"),
+        (["--steps", "3", "--ngram", "tok"], "tok holds no finished n-gram"),
         (["--budget", "1m", "--plan", "plan.json"], "--plan or --budget"),
         (["--budget", "1m", "--steps", "7", "--dtype", "bf16"], "brings its own --steps, --dtype"),
         (["--budget", "1m", "--num-experts", "4"], "plans dense decoders"),
@@ -90,6 +94,12 @@ def test_bad_budgets(flags, said, place, tmp_path, capsys):
     assert main(["pretrain", place, "--tokenizer", "tok", *flags, "--out", "run"]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_price_that_is_no_number(place, capsys):
+    budget = ["--budget", "$3", "--usd-per-hour", "nan"]
+    assert main(["ladder", place, "--tokenizer", "tok", *budget, "--out", "lad"]) == 2
+    assert "usd_per_hour = nan is no number to work with" in capsys.readouterr().err
 
 
 def test_a_ladder_foretells_and_continues(place, tmp_path, monkeypatch):

@@ -293,7 +293,7 @@ class Interrupted(NextToken):
     [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGINT, signal.SIGTERM]],
 )
 def test_a_signal_in_mid_step_saves_behind_it(tiny, tmp_path, numbers):
-    """One that torchrun hands on, behind a terminal's to all processes, is no second one."""
+    """What torchrun hands on, behind Slurm's signal to all processes, is no second one."""
     number = numbers[0]
     before = signal.getsignal(number)
     whole = run(copy.deepcopy(tiny), tmp_path / "whole")

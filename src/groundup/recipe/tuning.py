@@ -60,7 +60,7 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     model = load_model(config.model, device=device.device)
     tok.need_rows(model.config.vocab_size, config.model)
     adapter = adapt(model, config)
-    longest = config.max_length or model.config.max_position_embeddings
+    longest = row_length(config, model.config.max_position_embeddings)
     chats = list(read_chats(config.data, "train"))
     rendered = (
         row
@@ -80,6 +80,13 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     train(model, objective, source, config, steps, tok, out, device)
     summary = {"audit": counts, "steps": steps, "epochs": steps / source.steps_per_epoch}
     return summary | adapter
+
+
+def row_length(config: FinetuneConfig | AlignConfig, positions: int) -> int:
+    """Return the most tokens of a row: what is asked for, within the positions that a model has."""
+    if config.max_length is not None and config.max_length > positions:
+        say(f"  rows of {positions:,} tokens at most: the model has no more positions")
+    return min(config.max_length or positions, positions)
 
 
 def conversations(
@@ -152,7 +159,7 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     model = load_model(config.model, device=device.device)
     tok.need_rows(model.config.vocab_size, config.model)
     adapter = adapt(model, config)
-    longest = config.max_length or model.config.max_position_embeddings
+    longest = row_length(config, model.config.max_position_embeddings)
     preferences = list(read_preferences(config.data, "train"))
     pairs, cut = pair_rows(preferences, tok, longest)
     say(f"  {len(pairs):,} pairs; {cut:,} left out, longer than {longest} tokens")

@@ -279,8 +279,8 @@ class Stop:
 def interrupts() -> Iterator[Stop]:
     """Turn Ctrl-C and SIGTERM into a wish that is granted behind a step, so that it can be saved.
 
-    The second Ctrl-C stops at once. A terminal's first comes twice under torchrun, which hands on
-    what its processes have had already: what follows within `SAME_S` is the same.
+    The second Ctrl-C stops at once. What follows within `SAME_S` is the same wish: Slurm signals
+    every process of a job, and torchrun hands on to its processes what they have had already.
     """
     stop, asked_at = Stop(), -math.inf
     if threading.current_thread() is not threading.main_thread():
