@@ -231,6 +231,23 @@ def test_bits_per_byte_are_the_texts_alone(place, corpus, capsys):
     assert "losses of different kinds" not in capsys.readouterr().err
 
 
+def test_runs_of_different_stages_beside_each_other(place, tmp_path, capsys):
+    """Each has the loss of its kind, and settings that both stages have are told apart."""
+    said = {"messages": [{"role": r, "content": "hi"} for r in ("user", "assistant")]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(said | {"split": "train"}) + "\n")
+    tuned = ["--data", str(tmp_path / "chats.jsonl"), "--steps", "1", "--out", str(tmp_path / "t")]
+    assert main(["finetune", str(place / "plain"), *tuned]) == 0
+    page = tmp_path / "p.html"
+    runs = [str(place / "plain"), str(tmp_path / "t")]
+    assert main(["compare", *runs, "--out", str(page), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[runs[0]]["training bits per byte, last 5 %"]
+    assert found[runs[1]]["training loss, last 5 %"]
+    content = page.read_text()
+    assert "batch_size" in content
+    assert "hidden_size" not in content
+
+
 def test_an_unfinished_run_can_be_compared(place, capsys):
     copytree(place / "plain", place / "cut")
     (place / "cut" / "stage.json").unlink()

@@ -36,7 +36,8 @@ def compare(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     headers = ("", *names)
     if settings:
         show_table("Settings that differ", headers, settings)
-    table = [(label, *(row[label] for row in endings)) for label in endings[0]]
+    labels = dict.fromkeys(label for row in endings for label in row)  # losses may differ in kind
+    table = [(label, *(row.get(label, "") for row in endings)) for label in labels]
     show_table("Runs", headers, table)
     sections = [
         page.section(
@@ -55,12 +56,16 @@ def compare(paths: Sequence[Path], out: Path) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
-    """Return the settings in which the runs differ, a row each."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    """Return the settings in which runs differ, a row each; blank where a stage has no such one."""
+    stages: dict[str, set[str]] = {}  # that have a setting
+    for run in runs:
+        for key in run.settings:
+            stages.setdefault(key, set()).add(run.stage)
     rows = []
-    for key in keys:
-        values = [str(run.settings.get(key, "unset")) for run in runs]
-        if len(set(values)) > 1:
+    for key, having in stages.items():
+        found = [run.settings.get(key) if run.stage in having else "" for run in runs]
+        values = ["unset" if value is None else str(value) for value in found]
+        if len(set(values) - {""}) > 1:
             rows.append((key, *values))
     return rows
 

@@ -22,6 +22,7 @@ class Run:
     """
 
     name: str
+    stage: str  # pretrain, finetune, ...; empty where nothing says it
     rows: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     settings: dict[str, Any]
@@ -82,6 +83,7 @@ def read_run(path: Path) -> Run:
     inputs = {name: "".join(found)[:8] for name, found in identity["inputs"].items()}
     return Run(
         name=str(path),
+        stage=identity.get("stage", ""),
         rows=rows,
         evaluations=read_evaluations(folder),
         settings=identity["config"] | planned_settings(folder, identity["config"]) | inputs,
