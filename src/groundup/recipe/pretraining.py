@@ -1,4 +1,4 @@
-"""Stages `plan` and `pretrain`: from token shards to a base model."""
+"""Stage `pretrain`: from text or token shards to a base model."""
 
 import dataclasses
 import math

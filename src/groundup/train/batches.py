@@ -48,6 +48,18 @@ def same_data(state: dict[str, Any], own: dict[str, Any]) -> None:
             )
 
 
+def row_of(
+    span: NDArray[np.int64], length: int, eos: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return inputs and targets, each `length` long, of tokens with the one before them.
+
+    What they do not fill has eos as input and no target.
+    """
+    ids, targets = np.full(length, eos), np.full(length, IGNORE)
+    ids[: len(span) - 1], targets[: len(span) - 1] = span[:-1], span[1:]
+    return ids, targets
+
+
 class TokenStream:
     """Rows of equal length from documents in random order: every token is a target once an epoch.
 
@@ -126,10 +138,7 @@ class TokenStream:
             self.next_epoch()
         start, stop, length = self.span()
         self.row += 1
-        span = self.read(start - 1, stop)
-        ids, targets = np.full(length, self.eos), np.full(length, IGNORE)
-        ids[: stop - start], targets[: stop - start] = span[:-1], span[1:]
-        return ids, targets
+        return row_of(self.read(start - 1, stop), length, self.eos)
 
     def next_step(self) -> StepBatch:
         """Return `gradient_accumulation_steps` micro-batches."""

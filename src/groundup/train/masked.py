@@ -129,7 +129,7 @@ class MaskedPairs:
     def masked(
         self, parts: list[NDArray[np.int64]], rng: np.random.Generator
     ) -> dict[str, NDArray[np.int64]]:
-        """Join parts with [CLS] and [SEP], and mask 15 % of the tokens or of whole words."""
+        """Join parts with [CLS] and [SEP], and mask a share of the tokens or of whole words."""
         ids = np.concatenate([[self.cls], *(np.append(part, self.sep) for part in parts)])
         types = np.zeros(len(ids), np.int64)
         types[1 + len(parts[0]) + 1 :] = 1

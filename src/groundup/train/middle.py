@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundup.core.errors import ConfigError
-from groundup.model.loss import IGNORE
-from groundup.train.batches import TokenStream
+from groundup.train.batches import TokenStream, row_of
 
 PREFIX, MIDDLE, SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
 LEAST = 3  # tokens of a text that is cut
@@ -136,6 +135,4 @@ class MiddleStream(TokenStream):
         drawn = len(text) >= LEAST and rng.random() < self.rate
         middle = self.cut(text, rng) if drawn else [text]
         row = np.concatenate((span[:low], *middle, span[high:]))
-        ids, targets = np.full(self.context, self.eos), np.full(self.context, IGNORE)
-        ids[: len(row) - 1], targets[: len(row) - 1] = row[:-1], row[1:]
-        return ids, targets
+        return row_of(row, self.context, self.eos)

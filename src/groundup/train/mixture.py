@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from groundup.core.errors import DataError
 from groundup.data.mix import Order
 from groundup.data.shards import Shard
-from groundup.model.loss import IGNORE
-from groundup.train.batches import StepBatch, same_data
+from groundup.train.batches import StepBatch, row_of, same_data
 from groundup.train.growing import growth_ends
 
 Ints = NDArray[np.int64]
@@ -104,11 +103,8 @@ class MixtureStream:
         """Return inputs and targets of the next row, and the names of its documents."""
         start, length = int(self.starts[self.number()]), int(self.lengths[self.number()])
         self.row += 1
-        stop = min(start + length, int(self.ends[-1]))
-        span, names = self.read(start - 1, stop)
-        ids, targets = np.full(length, self.eos), np.full(length, IGNORE)
-        ids[: stop - start], targets[: stop - start] = span[:-1], span[1:]
-        return ids, targets, names
+        span, names = self.read(start - 1, min(start + length, int(self.ends[-1])))
+        return *row_of(span, length, self.eos), names
 
     def next_step(self) -> StepBatch:
         """Return `gradient_accumulation_steps` micro-batches; short rows are more in each."""
