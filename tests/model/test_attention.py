@@ -68,24 +68,31 @@ def test_equals_torch(reach, q_dtype, v_dtype, tolerance, heads, groups, size):
 @needs_kernels
 @pytest.mark.parametrize("window", [None, 5, 70])
 @pytest.mark.parametrize("T", [1, 40, 100])
-def test_queries_behind_a_past_see_what_a_mask_shows_them(T, window):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+def test_queries_behind_a_past_see_what_a_mask_shows_them(T, window, dtype, tolerance):
     torch.manual_seed(0)
     S = 130
-    q, k, v = (torch.randn(1, n, size, 32).transpose(1, 2) for n, size in ((T, 4), (S, 2), (S, 2)))
+    q, k, v = (
+        torch.randn(1, n, size, 32).transpose(1, 2).to(dtype)
+        for n, size in ((T, 4), (S, 2), (S, 2))
+    )
     at_T, places_S = torch.arange(S - T, S), torch.arange(S)
     mask = places_S <= at_T[:, None]
     first = None
     if window is not None:
         mask &= at_T[:, None] - places_S < window
         first = (at_T - window + 1).clamp(min=0).int()[None]
-    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(causal_attention(q, k, v, first, 0.3), wanted, atol=2e-6, rtol=2e-6)
+    wide = [x.float() for x in (q, k, v)]
+    wanted = F.scaled_dot_product_attention(*wide, attn_mask=mask, scale=0.3, enable_gqa=True)
+    found = causal_attention(q, k, v, first, 0.3).float()
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
 
 
 @needs_kernels
-def test_threads_change_no_bit():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(dtype):
     torch.manual_seed(0)
-    q, k, v = (head(3, 32, torch.float32) for _ in range(3))
+    q, k, v = (head(3, 32, dtype) for _ in range(3))
     threads = torch.get_num_threads()
     found = []
     for count in (1, 3):
@@ -95,6 +102,18 @@ def test_threads_change_no_bit():
     torch.set_num_threads(threads)
     for one, three in zip(*found, strict=True):
         assert torch.equal(one, three)
+
+
+@needs_kernels
+def test_products_beside_it_find_the_processor_s_tiles_as_they_left_them():
+    torch.manual_seed(0)
+    q = torch.randn(1, 2, 70, 64).bfloat16()
+    matrices = [torch.randn(40, n, 56).bfloat16() for n in (8, 24)]
+    wanted = [matrix @ matrix.mT for matrix in matrices]
+    for _ in range(2):
+        for matrix, product in zip(matrices, wanted, strict=True):
+            causal_attention(q, q, q, None, 1.0)
+            assert torch.equal(matrix @ matrix.mT, product)
 
 
 @needs_kernels
@@ -115,6 +134,7 @@ def test_a_decoder_takes_it_compiled_in_one_graph():
 
 
 @needs_kernels
-def test_not_a_number_stays_one():
-    q = torch.full((1, 2, 20, 16), torch.nan)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_not_a_number_stays_one(dtype):
+    q = torch.full((1, 2, 20, 32), torch.nan, dtype=dtype)
     assert causal_attention(q, q, q, None, 1.0).isnan().all()

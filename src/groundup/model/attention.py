@@ -123,8 +123,9 @@ def causal_attention(
     """Return softmax(scale q k^T) v [B, H, T, D], query t looking at keys first[t] (int32) to t.
 
     Of S keys the first S - T lie before all queries' own: t is then counted from there on, and
-    there are no gradients. Products and sums are in fp32; the result has the values' dtype, and
-    lies as [B, T, H, D].
+    there are no gradients. Products and sums are in fp32, but where all is bf16 and the processor
+    has tiles for that (AMX) weights and slopes are rounded before they are multiplied. The result
+    has the values' dtype, and lies as [B, T, H, D].
     """
     return attended(q_BHTD, k_BKTD, v_BKTD, first_BT, scale)[0]
 

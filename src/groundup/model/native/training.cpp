@@ -1,57 +1,19 @@
 // The hot loops of training on a CPU that torch has no fast operator for: causal attention with its
 // gradients, and the softmax of the vocabulary. Built on first use by native.py, called through
-// ctypes. Tensors are float32 or bfloat16, arithmetic is float32.
+// ctypes. Tensors are float32 or bfloat16, arithmetic is float32; attention in bfloat16 goes by tiles
+// where the processor has some (tiled.hpp).
 //
 // Names: B rows, H query heads, K key/value heads, T positions, D head size (a multiple of 16).
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "bf16.hpp"
+#include "causal.hpp"
+#include "tiled.hpp"
 
 namespace {
 
-typedef float v16 __attribute__((vector_size(64), aligned(4)));  // any CPU: the compiler splits it
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
-
-constexpr long LANES = 16, BLOCK = 48;  // queries that are scored at a time
-
-inline v16 load(const float* x) { return *(const v16*)x; }
-inline void store(float* x, v16 v) { *(v16*)x = v; }
-
-inline float sum(v16 v) {
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
-}
-
-inline float largest(v16 v) {
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) v[i] = std::max(v[i], v[i + width]);
-    return v[0];
-}
-
-// e^x to two units in the last place: x = n ln 2 + r, a polynomial in r, n added to the exponent.
-inline v16 exponential(v16 x) {
-    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits behind the point
-    v16 low = x - x - 87.0f;
-    x = x < low ? low : x;
-    v16 n = (x * 1.44269504f + round) - round;
-    v16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    v16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    i16 bits = (__builtin_convertvector(n, i16) + 127) << 23;
-    v16 power;
-    std::memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
+constexpr long BLOCK = 48;  // queries that are scored at a time
 
 // ---------------------------------------------------------------- products
 
@@ -93,21 +55,6 @@ void product(long M, long N, long K, const float* a, long row, long column, cons
 
 // ---------------------------------------------------------------- attention
 
-// A tensor [B, heads, T, D], the last dimension dense; attention.py fills these in.
-struct Tensor {
-    void* data;
-    long batch, head, time;  // steps between neighbours, in elements
-    int bf16;
-};
-
-struct Shape {
-    long B, H, K, T, D;
-    long past;  // keys before the first query's own; none where there are gradients
-    float scale;
-    const int32_t* first;  // [B, T], the first key that a query looks at; null: all before it
-    long keys() const { return past + T; }
-};
-
 // `count` positions of a head from `start` on, as float32 [count, D] times `factor`.
 void read(const Tensor& x, const Shape& s, long b, long h, long start, long count, float factor,
           float* out) {
@@ -143,55 +90,11 @@ void transpose(const float* x, long T, long D, float* out, long wide) {  // [T, 
     for (long d = 0; d < D; d++) std::fill(out + d * wide + T, out + (d + 1) * wide, 0.0f);
 }
 
-// A block of queries: which they are, and the keys that any of them looks at, padded to lanes.
-struct Block {
-    long start, count, low, width;
-    Block(const Shape& s, long b, long start) : start(start), count(std::min(BLOCK, s.T - start)) {
-        low = 0;
-        if (s.first) low = *std::min_element(s.first + b * s.T + start, s.first + b * s.T + start + count);
-        width = (s.past + start + count - low + LANES - 1) / LANES * LANES;
-    }
-    // The columns [from, to) of row i that its query looks at.
-    long from(const Shape& s, long b, long i) const {
-        return s.first ? s.first[b * s.T + start + i] - low : 0;
-    }
-    long to(const Shape& s, long i) const { return s.past + start + i + 1 - low; }
-};
-
-// Columns of a score that lie within [from, to) out of 16 from c on.
-inline i16 within(long c, long from, long to) {
-    i16 column = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    column += int32_t(c);
-    return (column >= int32_t(from)) & (column < int32_t(to));
-}
-
-// Turn a row of scores into e^(score - shift), zero outside [from, to); return their sum.
-float weigh(float* row, long width, long from, long to, float shift) {
-    v16 total = {}, zero = {};
-    for (long c = 0; c < width; c += LANES) {
-        v16 weight = exponential(load(row + c) - shift);
-        if (c < from || c + LANES > to) weight = within(c, from, to) ? weight : zero;
-        total += weight;
-        store(row + c, weight);
-    }
-    return sum(total);
-}
-
-float top(const float* row, long width, long from, long to) {
-    v16 most = v16{} - INFINITY, none = most;
-    for (long c = 0; c < width; c += LANES) {
-        v16 score = load(row + c);
-        if (c < from || c + LANES > to) score = within(c, from, to) ? score : none;
-        most = score > most ? score : most;
-    }
-    return largest(most);
-}
-
 // The fp32 copies that a thread works on.
 struct Scratch {
     long wide;  // between rows of scores: a little more than keys, so that rows share no cache set
     std::vector<float> q, k, v, kt, vt, d_out, weights, slopes, out, dk, dv;
-    Scratch(const Shape& s, bool backward) : wide((s.keys() + LANES - 1) / LANES * LANES + LANES) {
+    Scratch(const Shape& s, bool backward) : wide(rounded_up(s.keys(), LANES) + LANES) {
         long all = s.keys() * s.D, block = BLOCK * s.D, turned = s.D * wide;
         q.resize(block), out.resize(block), k.resize(all), v.resize(all), kt.resize(turned);
         weights.resize(BLOCK * wide);
@@ -208,7 +111,7 @@ void forward_head(const Shape& s, long b, long g, const Tensor& q, const Tensor&
     transpose(own.k.data(), s.keys(), s.D, own.kt.data(), own.wide);
     for (long h = g * s.H / s.K; h < (g + 1) * s.H / s.K; h++)
         for (long start = 0; start < s.T; start += BLOCK) {
-            Block block(s, b, start);
+            Block block(s, b, start, BLOCK, LANES);
             read(q, s, b, h, start, block.count, s.scale, own.q.data());
             product(block.count, block.width, s.D, own.q.data(), s.D, 1, own.kt.data() + block.low,
                     own.wide, own.weights.data(), own.wide, false);
@@ -250,7 +153,7 @@ void backward_head(const Shape& s, long b, long g, const Tensor& q, const Tensor
     float *weights = own.weights.data(), *slopes = own.slopes.data();
     for (long h = g * s.H / s.K; h < (g + 1) * s.H / s.K; h++)
         for (long start = 0; start < s.T; start += BLOCK) {
-            Block block(s, b, start);
+            Block block(s, b, start, BLOCK, LANES);
             long keys = start + block.count - block.low, at = block.low * s.D;
             read(q, s, b, h, start, block.count, s.scale, own.q.data());
             read(d_out, s, b, h, start, block.count, 1.0f, own.d_out.data());
@@ -282,7 +185,7 @@ void backward_head(const Shape& s, long b, long g, const Tensor& q, const Tensor
 template <class Number, class Read, class Write>
 void loss_row(Number* row, long V, long target, float z_loss, float* room, float* nll, float* log_z,
               bool wanted, Read wide, Write narrow) {
-    long padded = (V + LANES - 1) / LANES * LANES;
+    long padded = rounded_up(V, LANES);
     for (long v = 0; v < V; v++) room[v] = wide(row[v]);
     std::fill(room + V, room + padded, -INFINITY);
     float picked = room[target], most = top(room, padded, 0, V);
@@ -319,6 +222,8 @@ void cross_entropy(void* logits, const int64_t* targets, long N, long V, float z
 
 void attention(const Shape* s, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* out,
                float* log_z, int threads) {
+    if (tiled::takes(*s, {q, k, v, out}))
+        return tiled::attention(*s, *q, *k, *v, *out, log_z, threads);
 #pragma omp parallel num_threads(threads)
     {
         Scratch own(*s, false);
@@ -331,6 +236,8 @@ void attention(const Shape* s, const Tensor* q, const Tensor* k, const Tensor* v
 void attention_backward(const Shape* s, const Tensor* q, const Tensor* k, const Tensor* v,
                         const Tensor* d_out, const float* log_z, const Tensor* dq, const Tensor* dk,
                         const Tensor* dv, int threads) {
+    if (tiled::takes(*s, {q, k, v, d_out}))
+        return tiled::attention_backward(*s, *q, *k, *v, *d_out, log_z, *dq, *dk, *dv, threads);
 #pragma omp parallel num_threads(threads)
     {
         Scratch own(*s, true);
