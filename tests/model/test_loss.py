@@ -9,10 +9,10 @@ from groundup.model.loss import linear_cross_entropy
 
 
 @pytest.mark.parametrize("holes", [True, False])
-@pytest.mark.parametrize("pieces", [1, 400, 2**30])
+@pytest.mark.parametrize("pieces", [1, 3200, 2**30])
 @pytest.mark.parametrize(("z_loss", "softcap"), [(0.0, None), (0.1, None), (0.1, 3.0)])
 def test_pieces_equal_all_logits(pieces, holes, z_loss, softcap, monkeypatch):
-    monkeypatch.setitem(loss.PIECE_LOGITS, "cpu", pieces)
+    monkeypatch.setitem(loss.PIECE_BYTES, "cpu", pieces)
     torch.manual_seed(0)
     hidden = torch.randn(37, 16, dtype=torch.float64, requires_grad=True)
     head = torch.randn(29, 16, dtype=torch.float64, requires_grad=True)

@@ -22,7 +22,7 @@ from groundup.model.encoder import Encoder
 from groundup.model.heads import HeadedDecoder
 from groundup.model.heap import LINGER_SERVING, Event, Heap
 from groundup.model.hf import Network
-from groundup.model.loss import APART_BYTES, PIECE_LOGITS
+from groundup.model.loss import APART_BYTES, PIECE_BYTES
 from groundup.model.mlp import Experts
 
 LOSS = torch.ops.groundup.linear_cross_entropy.default
@@ -137,8 +137,8 @@ def training_step(model: Network, length: int, batch: int, dtype: torch.dtype) -
     with Alive() as alive:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = summed_loss(model, length, batch)
-        piece = min(PIECE_LOGITS["cpu"], batch * length * model.config.vocab_size)
-        own = [4 * piece] * 2  # the loss's own: logits, and their gradient's
+        piece = min(PIECE_BYTES["cpu"], 4 * batch * length * model.config.vocab_size)
+        own = [piece] * 2  # the loss's own: logits, and their gradient's
         if dtype != torch.float32:  # and the head in it
             own.append(model.config.vocab_size * model.config.hidden_size * dtype.itemsize)
         alive.briefly(own)

@@ -15,12 +15,18 @@ import sys
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
+
+import torch
+
+from groundup.model.kernels import large_pages
 
 ALIGN, HEADER, SMALLEST = 64, 16, 32
 # Tensors made or freed until the gap before a freed one is free too.
 LINGER, LINGER_SERVING = 250, 50
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's numbers for them, in malloc.h
+IN_LARGE_PAGES = 2**30 - 2**22  # below what malloc maps apart, and below the top that it trims
 Event = tuple[int, int | None]  # a tensor, and its bytes where it is made, None where it is freed
 
 
@@ -118,3 +124,14 @@ def keep_memory() -> None:
     if mallopt is not None:
         for parameter, most in ((MMAP_THRESHOLD, 2**30), (TRIM_THRESHOLD, 2**31 - 1)):
             mallopt(parameter, most)
+
+
+def use_large_pages() -> None:
+    """Let the next GB that glibc's heap grows by lie in pages of 2 MB, where Linux has some.
+
+    With pages of 4 KB a core looks up addresses for a good part of what a step reads and writes.
+    For this the heap's end is moved up and back: address space, and no memory, is taken.
+    """
+    keep_memory()
+    with suppress(RuntimeError):  # not everywhere is there so much address space
+        large_pages(torch.empty(IN_LARGE_PAGES, dtype=torch.uint8))

@@ -19,11 +19,12 @@ from torch import Tensor
 from groundup.model import loss_kernel, native
 
 IGNORE = -100  # a target that counts for nothing, as in torch's cross-entropy
-PIECE_LOGITS = {"cpu": 2**21}  # logits alive at a time: what stays in a cache
+# Logits alive at a time: on a CPU what stays in a cache; on a GPU the head's gradient is read and
+# written once a piece.
+PIECE_BYTES = {"cpu": 2**23, "cuda": 2**30}
 # MKL keeps copies of a large right-hand matrix for ever: 39 MB for 32,768 columns, 15 for these
 COLUMNS = 4096
 APART_BYTES = 2**24  # gradients of heads from here on are made outside the heap
-PIECE_BYTES = 2**30  # of them on a GPU: the head's gradient is read and written once a piece
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -114,9 +115,10 @@ def pieces(kept_N: Tensor, N: int, rows: int) -> Sequence[Tensor | slice]:
 
 def rows_of_a_piece(hidden_NE: Tensor, V: int, count: int) -> int:
     """Return how many of `count` rows go through the softmax at a time; even pieces on a GPU."""
+    piece_bytes = PIECE_BYTES.get(hidden_NE.device.type, 2**26)
+    most = max(1, piece_bytes // hidden_NE.element_size() // V)
     if hidden_NE.device.type != "cuda":
-        return max(1, PIECE_LOGITS.get(hidden_NE.device.type, 2**24) // V)
-    most = max(1, PIECE_BYTES // hidden_NE.element_size() // V)
+        return most
     each = -(-count // max(1, -(-count // most)))
     return max(1, -(-each // 128) * 128)
 

@@ -227,8 +227,9 @@ def optimizer_step(
         training.guard.handle(fault, step + 1, batch, losses)
         metrics["skipped"] = 1.0
     else:
-        own = [own_part(grad) for grad in grads]
-        torch._foreach_mul_(own, (config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) / scale)
+        factor = min(1.0, config.max_grad_norm / (metrics["grad_norm"] + 1e-6)) / scale
+        if factor != 1:
+            torch._foreach_mul_([own_part(grad) for grad in grads], factor)
         for optimizer in training.optimizers:
             optimizer.step()
     for weight in weights:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from groundup.model.heap import use_large_pages
 from groundup.train.blocks import blocks, matrices
 from groundup.train.config import FitConfig
 from groundup.train.sharding import is_cut, own_part
@@ -127,8 +128,6 @@ class Muon(torch.optim.Optimizer):
             from groundup.train.owners import by_owners
 
             return by_owners(momenta, work, first)
-        if momenta[0].device.type != "cuda":
-            return work(torch.stack(momenta))
         stack_NRC = momenta[0].new_empty((len(momenta), *momenta[0].shape), dtype=self.dtype)
         torch._foreach_copy_(list(stack_NRC), momenta)
         return work(stack_NRC)
@@ -150,9 +149,10 @@ class Muon(torch.optim.Optimizer):
         rows, columns = weight.shape
         if self.by_row:
             update_RC = self.evened(weight, update_RC)
-        if decay:
-            shrunk = weight * (lr * decay)
-            weight.sub_(shrunk.mul_(update_RC * weight >= 0) if self.cautious else shrunk)
+        if decay and self.cautious:
+            weight.sub_((weight * (lr * decay)).mul_(update_RC * weight >= 0))
+        elif decay:
+            weight.mul_(1 - lr * decay)
         weight.add_(update_RC, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     def evened(self, weight: Tensor, update_RC: Tensor) -> Tensor:
@@ -189,7 +189,12 @@ class CautiousAdamW(torch.optim.AdamW):
 def make_optimizers(
     model: nn.Module, config: FitConfig, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
-    """Return [Muon, AdamW]: the matrices of the blocks to the first, all else to the second."""
+    """Return [Muon, AdamW]: the matrices of the blocks to the first, all else to the second.
+
+    On a CPU their states, and what a step makes behind them, lie in large pages.
+    """
+    if all(weight.device.type == "cpu" for weight in model.parameters()):
+        use_large_pages()
     inside = matrices(model) if config.optim != "adamw" else set()
     shares = rate_shares(model, config.layer_lr_decay)
     chosen: tuple[dict[float, list[nn.Parameter]], ...] = (defaultdict(list), defaultdict(list))

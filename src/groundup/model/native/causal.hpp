@@ -15,16 +15,27 @@ constexpr long LANES = 16;
 inline v16 load(const float* x) { return *(const v16*)x; }
 inline void store(float* x, v16 v) { *(v16*)x = v; }
 
-inline float sum(v16 v) {
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
+typedef float v8 __attribute__((vector_size(32), aligned(4)));
+typedef float v4 __attribute__((vector_size(16), aligned(4)));
+
+// All numbers of a vector by one operation, half with half.
+template <class Operation>
+inline float folded(const v16& v, Operation f) {
+    v8 halves[2];
+    std::memcpy(halves, &v, sizeof halves);
+    v8 eight = f(halves[0], halves[1]);
+    v4 quarters[2];
+    std::memcpy(quarters, &eight, sizeof quarters);
+    v4 four = f(quarters[0], quarters[1]);
+    return f(f(four[0], four[2]), f(four[1], four[3]));
 }
 
-inline float largest(v16 v) {
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) v[i] = std::max(v[i], v[i + width]);
-    return v[0];
+inline float sum(const v16& v) {
+    return folded(v, [](const auto& a, const auto& b) { return a + b; });
+}
+
+inline float largest(const v16& v) {
+    return folded(v, [](const auto& a, const auto& b) { return a > b ? a : b; });
 }
 
 // e^x to two units in the last place: x = n ln 2 + r, a polynomial in r, n added to the exponent.

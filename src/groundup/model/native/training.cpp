@@ -85,8 +85,9 @@ void write(const float* x, const Shape& s, long b, long h, long start, long coun
 }
 
 void transpose(const float* x, long T, long D, float* out, long wide) {  // [T, D] to [D, wide]
-    for (long t = 0; t < T; t++)
-        for (long d = 0; d < D; d++) out[d * wide + t] = x[t * D + d];
+    for (long some = 0; some < T; some += LANES)  // whose rows stay in the nearest cache
+        for (long d = 0; d < D; d++)
+            for (long t = some; t < std::min(T, some + LANES); t++) out[d * wide + t] = x[t * D + d];
     for (long d = 0; d < D; d++) std::fill(out + d * wide + T, out + (d + 1) * wide, 0.0f);
 }
 
