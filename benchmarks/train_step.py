@@ -1,12 +1,14 @@
-"""A training step beside transformers', one process, alternating rounds; prints the ratios.
+"""A training step beside transformers', in alternating rounds; prints the ratios.
 
-python benchmarks/train_step.py [speed] [muon] [memory] [trainer] [--rounds 5] [--no-compile]
+python benchmarks/train_step.py [speed] [apart] [muon] [memory] [trainer] [--rounds 5]
 
 12M parameters (6 layers, 384 wide, vocabulary 4,096), batch 4 x 256, AdamW and clipping on both
 sides. transformers' products take the route that torch has by itself, and, in rows of their own,
 groundup's (docs/decisions/0070). Losses of the first step are asserted to be equal.
 
-`speed`    steps in fp32 and bf16, eager and compiled, beside the rate of a large product (sgemm)
+`speed`    steps in fp32 and bf16, eager and compiled, beside the rate of a large product (sgemm);
+           one process, so that groundup's setting of malloc and its large pages are for both
+`apart`    the same steps with each side in a process of its own, as users run them, taking turns
 `muon`     the share of Muon in a step of 16,384 tokens
 `memory`   peak memory at vocabulary 32,768, each side in a process of its own
 `trainer`  documents of mixed length through transformers' Trainer with its defaults (padded to the
@@ -20,6 +22,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -123,32 +127,85 @@ def ours(vocab: int = SHAPE["vocab_size"]) -> Decoder:
     return Decoder(ModelConfig(model_type="llama", **SHAPE | {"vocab_size": vocab}))
 
 
+def names_of(compile: bool) -> list[str]:
+    """Return what is timed: side, dtype, eager or compiled, and the route of products."""
+    return [
+        f"{side} {dtype} {word}{route}"
+        for word in (("eager", "compiled") if compile else ("eager",))
+        for side, dtype, route in (
+            ("groundup", "fp32", ""),
+            ("transformers", "fp32", ""),
+            ("groundup", "bf16", ""),
+            ("transformers", "bf16", ""),
+            ("transformers", "fp32", ", routed"),
+        )
+    ]
+
+
+def step_of(name: str) -> Callable[[], float]:
+    """Return a step that does what a name says, run twice: compiled, and with its memory made."""
+    compile, dtype = "compiled" in name, torch.float32 if "fp32" in name else torch.bfloat16
+    if name.startswith("groundup"):
+        step = our_step(ours(), compile, dtype)
+    else:
+        step = their_step(llama(), compile, dtype, ROUTED if "routed" in name else "none")
+    start = time.perf_counter()
+    step()
+    print(f"{name}: first step {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    step()
+    return step
+
+
+def seconds_of(step: Callable[[], float]) -> float:
+    """Return the seconds of a step, the mean of a few."""
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    return (time.perf_counter() - start) / STEPS
+
+
 def speed(rounds: int, compile: bool) -> None:
     """Time steps in alternating rounds."""
     check_equal()
-    fp32, bf16 = torch.float32, torch.bfloat16
-    steps: dict[str, Callable[[], float]] = {}
-    for kind in (False, True) if compile else (False,):
-        word = "compiled" if kind else "eager"
-        for label, dtype in (("fp32", fp32), ("bf16", bf16)):
-            steps[f"groundup {label} {word}"] = our_step(ours(), kind, dtype)
-            steps[f"transformers {label} {word}"] = their_step(llama(), kind, dtype)
-        steps[f"transformers fp32 {word}, routed"] = their_step(llama(), kind, fp32, ROUTED)
-    for name, step in steps.items():
-        start = time.perf_counter()
-        step()
-        print(f"{name}: first step {time.perf_counter() - start:.1f} s", flush=True)
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    steps = {name: step_of(name) for name in names_of(compile)}
+    in_rounds({name: partial(seconds_of, step) for name, step in steps.items()}, rounds)
+
+
+def apart(rounds: int, compile: bool) -> None:
+    """Time steps in alternating rounds, of processes that wait for their turns."""
+    command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--turns-of"]
+    with ExitStack() as stack:
+        turns = {}
+        for name in names_of(compile):
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            process = stack.enter_context(subprocess.Popen([*command, name], **pipes))
+            turns[name] = partial(turn, process)
+            turns[name]()  # made, and run: the next one is not beside it
+        in_rounds(turns, rounds)
+
+
+def turn(process: Any) -> float:
+    """Let a process run its steps; return the seconds of one."""
+    print("go", file=process.stdin, flush=True)
+    return float(process.stdout.readline())
+
+
+def turns_of(name: str) -> None:
+    """Be such a process, until nobody asks any more."""
+    step = step_of(name)
+    for _ in sys.stdin:
+        print(seconds_of(step), flush=True)
+
+
+def in_rounds(turns: dict[str, Callable[[], float]], rounds: int) -> None:
+    """Time everything once a round, beside large products; print the rates and ratios."""
+    times: dict[str, list[float]] = {name: [] for name in turns}
     rates: dict[str, list[float]] = {"fp32": [], "bf16": []}
     for _ in range(rounds):
-        for label, dtype in (("fp32", fp32), ("bf16", bf16)):
+        for label, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             rates[label].append(rate(dtype))
-        for name, step in steps.items():
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                step()
-            times[name].append((time.perf_counter() - start) / STEPS)
+        for name, timed in turns.items():
+            times[name].append(timed())
     report(times, {label: statistics.median(found) for label, found in rates.items()})
 
 
@@ -293,19 +350,25 @@ class RealTokens(NextToken):
 
 def main() -> None:
     flags = argparse.ArgumentParser()
-    flags.add_argument("parts", nargs="*", default=["speed", "muon", "memory", "trainer"])
+    flags.add_argument("parts", nargs="*", default=["speed", "apart", "muon", "memory", "trainer"])
     flags.add_argument("--threads", type=int, default=2)
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     flags.add_argument("--peak-of", choices=("ours", "theirs"))
+    flags.add_argument("--turns-of", metavar="NAME")
     args = flags.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.peak_of:
         peak_of(args.peak_of)
         return
+    if args.turns_of:
+        turns_of(args.turns_of)
+        return
     if "speed" in args.parts:
         speed(args.rounds, args.compile)
+    if "apart" in args.parts:
+        apart(args.rounds, args.compile)
     if "muon" in args.parts:
         muon(args.rounds)
     if "memory" in args.parts:
