@@ -40,6 +40,7 @@ FIXED = {  # a plan as a slow machine would have written it, so that runs can be
     "steps": 20,
     "learning_rate": 0.02,
     "adam_learning_rate": 0.003,
+    "weight_decay": 0.0,
     "context_warmup_fraction": 0.5,
     "dtype": "fp32",
     "compile": False,

@@ -233,6 +233,19 @@ def test_flops_of_rows_that_grow_are_those_of_their_lengths(monkeypatch):
     assert made.predicted["flops"] == pytest.approx(2e14, rel=0.01)  # the budget is used
 
 
+def test_rates_and_decay_follow_the_tokens_and_how_often_they_are_read(monkeypatch):
+    monkeypatch.setattr(plan, "timed", lambda config, *_, **__: Timing(config, 1e5, 10**6))
+    monkeypatch.setattr("groundup.train.timing.timed", plan.timed)
+    device = Device(torch.device("cpu"), torch.bfloat16, "cpu")
+    for text, unique, decay in (("2M tokens", 10**7, 0.0), ("2M tokens", 10**6, 0.2)):
+        made = make_plan(parse_budget(text), train_tokens=unique, vocab_size=VOCAB, device=device)
+        size = (made.hidden_size, made.num_hidden_layers, made.num_attention_heads, made.context)
+        inner = num_parameters(shape(*size, VOCAB), embeddings=False)
+        assert made.weight_decay == decay
+        assert made.adam_learning_rate == pytest.approx(min(0.012, 2 * step_law_rate(inner, 2e6)))
+        assert made.learning_rate == 0.02
+
+
 def test_the_memory_is_that_of_the_rows_that_are_trained(monkeypatch):
     """The smallest budget takes fewer than were timed; what saves and watches comes on top."""
     seen = []

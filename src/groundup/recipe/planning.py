@@ -46,6 +46,7 @@ PLANNED = (
     "steps",
     "learning_rate",
     "adam_learning_rate",
+    "weight_decay",
     "context_warmup_fraction",
     "dtype",
     "compile",

@@ -39,7 +39,8 @@ SIZES = (
 MICRO_TOKENS, GPU_MICRO_TOKENS = 4096, 16384  # of a micro-batch; on a GPU more may pay
 LEAST_STEPS, LEAST_STEP_TOKENS = 20, 1024  # smaller steps take nearly as long
 MUON_RATE = 0.02
-OF_STEP_LAW, LEAST_ADAM_RATE, MOST_ADAM_RATE = 2.0, 0.0003, 0.012  # docs/decisions/0006
+OF_STEP_LAW, LEAST_ADAM_RATE, MOST_ADAM_RATE = 2.0, 0.0003, 0.012  # docs/decisions/0098
+REPEATED_DECAY = 0.2  # of weights, where text is read again (docs/decisions/0099)
 CONTEXT_WARMUP = 0.7  # share of the steps with shorter rows (docs/decisions/0094)
 COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
 COMPILES = 1.8  # times that: each of the two lengths more takes 0.4 of the first
@@ -67,6 +68,7 @@ class Plan:
     steps: int
     learning_rate: float
     adam_learning_rate: float
+    weight_decay: float
     context_warmup_fraction: float
     dtype: str
     compile: bool
@@ -277,6 +279,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
         steps=steps,
         learning_rate=MUON_RATE,
         adam_learning_rate=adam_rate(config, tokens),
+        weight_decay=REPEATED_DECAY if tokens > train_tokens else 0.0,
         context_warmup_fraction=CONTEXT_WARMUP,
         dtype=dtype,
         compile=found.compile,
@@ -333,6 +336,9 @@ def reasons(
         "learning_rate": f"{made.learning_rate} for matrices, as Muon was published with; "
         f"{made.adam_learning_rate:.4f} for the rest: {OF_STEP_LAW:g} times what the Step Law says "
         f"for AdamW and all weights, kept between {LEAST_ADAM_RATE} and {MOST_ADAM_RATE}",
+        "weight_decay": f"{made.weight_decay}: "
+        + ("text is read again" if made.weight_decay else "no text is read twice")
+        + " (docs/decisions/0099)",
         "dtype": f"{made.dtype}: timed on a 512 x 512 product",
         "rows": f"{context // 4} tokens for {made.context_warmup_fraction / 2:.0%} of the steps, "
         f"{context // 2} for as many, then {context}: short rows are more places of the text in a "
