@@ -45,7 +45,7 @@ def test_a_budget_is_planned_once(place, tmp_path, capsys):
     made = read_json(tmp_path / "run" / "plan.json")
     assert made["tokens"] <= 8000 < made["tokens"] + 256 * made["gradient_accumulation_steps"]
     assert made["predicted"]["low"] <= made["predicted"]["bits_per_byte"]
-    told = {"size", "tokens", "batch", "learning_rate", "rows", "dtype", "compile"}
+    told = {"size", "tokens", "batch", "learning_rate", "weight_decay", "rows", "dtype", "compile"}
     assert set(made["reasons"]) == told
     summary = read_json(tmp_path / "run" / "stage.json")["summary"]
     assert set(summary["came"]) == {"seconds", "memory_bytes", "bits_per_byte"}

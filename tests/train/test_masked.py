@@ -323,7 +323,7 @@ def test_objectives_that_do_not_fit_say_what_does(corpus, tok, tmp_path, capsys)
         (["mlm"], "add --model-type modernbert (sooner on little text) or bert"),
         (["mlm+nsp"], "add --model-type bert (now qwen3)"),
         (["mlm", "--model-type", "bert", "--mlm-probability", "1.5"], "between 0 and 1"),
-        (["mlm", "--model-type", "bert", "--hidden-dropout-prob", "1"], "at least 0 and below 1"),
+        (["mlm", "--model-type", "bert", "--hidden-dropout-prob", "1"], "from 0 to below 1"),
         (["causal", "--model-type", "bert"], "bert is an encoder: add --objective mlm"),
         (["mlm", "--model-type", "bert"], r"need the special token [MASK]"),
         (["fim"], "train the tokenizer with --special-tokens '<|fim_prefix|>'"),
@@ -342,7 +342,7 @@ def test_objectives_that_do_not_fit_say_what_does(corpus, tok, tmp_path, capsys)
         (["fim", "--context-warmup-fraction", "0.5"], "--context-warmup-fraction: of use to"),
         (
             ["causal", "--context-warmup-fraction", "0.5", "--packing-strategy", "bfd"],
-            "rows grow in one stream",
+            "packed rows have one length",
         ),
         (
             ["causal", "--context-warmup-fraction", "1", "--max-position-embeddings", "30"],

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from groundup.core.run import peak_memory_bytes, reset_peak_memory
 from groundup.model import Decoder
 from groundup.model.counts import num_parameters
 from groundup.model.footprint import training_step, twin_of
-from groundup.model.heap import keep_memory, use_large_pages
+from groundup.model.heap import keep_memory
 from groundup.model.inspection import train_memory
 from groundup.train import FitConfig
 from groundup.train.memory import activation_bytes, check_memory, free_of_groups, kept_bytes
@@ -149,17 +150,29 @@ def test_a_new_peak_is_not_that_of_earlier_work():
     assert peak_memory_bytes() < high - 150e6
 
 
+IN_LARGE_PAGES = """
+import re
+from pathlib import Path
+import torch
+from groundup.model.heap import use_large_pages
+
+use_large_pages()
+made = torch.empty(300 << 20, dtype=torch.uint8)
+middle = made.data_ptr() + (150 << 20)
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+        start, end = (int(x, 16) for x in line.split()[0].split("-"))
+    elif line.startswith("VmFlags") and start <= middle < end:
+        print(line)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
 def test_what_the_heap_grows_by_may_lie_in_large_pages():
+    """In a process of its own: here other tests have left room in the heap."""
     system = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not system.is_file() or "[never]" in system.read_text():
         pytest.skip("no large pages here")
-    use_large_pages()
-    made, flags = torch.empty(300 << 20, dtype=torch.uint8), []
-    middle = made.data_ptr() + (150 << 20)
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
-            start, end = (int(x, 16) for x in line.split()[0].split("-"))
-        elif line.startswith("VmFlags") and start <= middle < end:
-            flags = line.split()
-    assert "hg" in flags
+    command = [sys.executable, "-c", IN_LARGE_PAGES]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "hg" in found.split()
