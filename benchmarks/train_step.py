@@ -130,9 +130,9 @@ def ours(vocab: int = SHAPE["vocab_size"]) -> Decoder:
 def names_of(compile: bool) -> list[str]:
     """Return what is timed: side, dtype, eager or compiled, and the route of products."""
     return [
-        f"{side} {dtype} {word}{route}"
+        f"{side} {dtype} {word}{how}"
         for word in (("eager", "compiled") if compile else ("eager",))
-        for side, dtype, route in (
+        for side, dtype, how in (
             ("groundup", "fp32", ""),
             ("transformers", "fp32", ""),
             ("groundup", "bf16", ""),

@@ -1,6 +1,5 @@
 """Training an adapter in place of all weights: what `finetune` and `align` have in common."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groundup.core.errors import ConfigError
 from groundup.core.progress import say
 from groundup.model.adapter import adapter_weights, save_adapter, write_adapter
 from groundup.model.decoder import Decoder
 from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.model.lora import LoraConfig, apply_lora, trained_share
-from groundup.recipe.configs import AdapterOptions, AlignConfig, FinetuneConfig
-from groundup.recipe.shared import given
+from groundup.recipe.configs import AlignConfig, FinetuneConfig
 from groundup.tokenizer import Tokenizer
 
 Files = tuple[Callable[[Any, Path], None], Callable[[Path], dict[str, Tensor]]]
@@ -33,21 +30,6 @@ def lora_of(config: FinetuneConfig | AlignConfig) -> LoraConfig | None:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
-
-
-def check_options(config: FinetuneConfig | AlignConfig) -> None:
-    """Refuse settings that would change nothing: an adapter's, another optimizer's, a time's."""
-    own = [f.name for f in dataclasses.fields(AdapterOptions) if f.name != "lora_r"]
-    if config.lora_r == 0 and (flags := given(config, own)):
-        raise ConfigError(f"{flags}: of use to an adapter, which --lora-r asks for")
-    if config.lora_r and (flags := given(config, ("learning_rate", "newton_schulz"))):
-        raise ConfigError(
-            f"{flags}: of use to Muon, and adapters train under AdamW: give --adam-learning-rate"
-        )
-    if config.seconds is None and given(config, ("max_epochs",)):
-        raise ConfigError("--max-epochs bounds what --seconds gives: give that too, or --steps")
-    if config.seconds is not None and given(config, ("steps",)):
-        raise ConfigError("--seconds says how many steps there are: give it or --steps")
 
 
 def adapt(model: Decoder, config: FinetuneConfig | AlignConfig) -> dict[str, Any]:
