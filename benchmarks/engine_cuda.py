@@ -240,11 +240,11 @@ def theirs(scale: float, speed: float, ours: Sequence[float]) -> None:
 
 def attention(speed: float) -> None:
     """Measure the attention of 256 single tokens behind 1,024 under other tiles."""
-    from groundup.model import gpu, gpu_attention, gpu_decode
+    from groundup.model import gpu, gpu_attention, gpu_decode, gpu_pages
 
     device = torch.device("cuda")
     options, plain = gpu.options(device), dict(gpu_decode.TILE)
-    shape, length = gpu_attention.Shape(16, 8, 128, 128**-0.5), 1024
+    shape, length = gpu_pages.Shape(16, 8, 128, 128**-0.5), 1024
     for size in (16, 64):
         per = length // size
         slots = (SEQUENCES * length, 8, 128)
@@ -252,7 +252,7 @@ def attention(speed: float) -> None:
         order = torch.randperm(SEQUENCES * per, device=device).int().view(SEQUENCES, per)
         q = torch.randn(SEQUENCES, 4096, device=device, dtype=torch.bfloat16)
         for splits in (1, 2, 4):
-            pages = gpu_attention.Pages(
+            pages = gpu_pages.Pages(
                 table=order,
                 size=size,
                 seat_T=torch.arange(SEQUENCES, device=device),

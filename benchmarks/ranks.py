@@ -19,8 +19,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from groundup.core.memory import peak_memory_bytes, reset_peak_memory
 from groundup.core.progress import show_table
-from groundup.core.run import peak_memory_bytes, reset_peak_memory
 from groundup.model import Decoder, ModelConfig
 from groundup.train import FitConfig, NextToken
 from groundup.train.optim import make_optimizers

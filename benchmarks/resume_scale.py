@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from groundup.core.run import peak_memory_bytes, reset_peak_memory
+from groundup.core.memory import peak_memory_bytes, reset_peak_memory
 from groundup.data import Shard
 from groundup.data.mix import MixConfig, Phase, phase_order
 from groundup.train import MaskedPairs, MiddleStream, MiddleTokens, TokenStream

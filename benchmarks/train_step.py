@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from groundup.core.device import route_products
-from groundup.core.run import peak_memory_bytes
+from groundup.core.memory import peak_memory_bytes
 from groundup.model import Decoder, ModelConfig
 from groundup.model.counts import train_flops_per_token
 from groundup.train import FitConfig, Hook, NextToken, fit

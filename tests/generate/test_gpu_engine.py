@@ -22,8 +22,8 @@ from groundup.model import (  # noqa: E402
     Decoder,
     ModelConfig,
     gpu,
-    gpu_attention,
     gpu_layers,
+    gpu_pages,
     save_model,
 )
 
@@ -51,7 +51,7 @@ def on_gpu(monkeypatch):
     if not CUDA:
         monkeypatch.setattr(gpu, "usable", lambda device: True)
         monkeypatch.setattr(gpu_layers, "SPREAD", 1)  # few programs: each is interpreted
-        monkeypatch.setattr(gpu_attention, "PROGRAMS", 8)
+        monkeypatch.setattr(gpu_pages, "PROGRAMS", 8)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="no CUDA graphs")
         yield

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from groundup.generate.sampling import cuts_hold, draw_cut  # noqa: E402
 from groundup.model import gpu, gpu_attention, gpu_draw, gpu_layers  # noqa: E402
-from groundup.model.gpu_attention import Pages, Shape  # noqa: E402
+from groundup.model.gpu_pages import Pages, Shape, Turn, splits_of, tile_tokens  # noqa: E402
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float32, torch.bfloat16 if CUDA else torch.float16]  # bf16 is not interpreted
@@ -225,7 +225,7 @@ def paged(lengths, counts, shape, dtype, *, exact=False):
     seats = torch.arange(len(lengths)).repeat_interleave(torch.tensor(counts))
     positions = torch.cat([torch.arange(n - c, n) for n, c in zip(lengths, counts, strict=True)])
     singles = 0 if exact else sum(1 for c in counts if c == 1)
-    tiles, start, most = [], singles, gpu_attention.tile_tokens(shape.group, exact=exact)
+    tiles, start, most = [], singles, tile_tokens(shape.group, exact=exact)
     for count in counts[singles:]:
         tiles += [(start + n, min(most, count - n)) for n in range(0, count, most)]
         start += count
@@ -235,7 +235,7 @@ def paged(lengths, counts, shape, dtype, *, exact=False):
         seat_T=seats.to(DEVICE),
         position_T=positions.to(DEVICE),
         singles=singles,
-        splits=gpu_attention.splits_of(max(1, singles), shape.kv_heads),
+        splits=splits_of(max(1, singles), shape.kv_heads),
         counts=torch.zeros(singles * shape.kv_heads, dtype=torch.int32, device=DEVICE),
         tiles=torch.tensor(tiles, dtype=torch.int32, device=DEVICE) if tiles else None,
         exact=exact,
@@ -314,7 +314,7 @@ def test_products_of_a_layer_are_normed_turned_stored_and_attended_for(shape, no
     angle = torch.randn(256, D // 2)
     cosine, sine = angle.cos().to(DEVICE), angle.sin().to(DEVICE)
     norms = (randn(D, dtype=dtype), randn(D, dtype=dtype)) if norm else None
-    turn = gpu_attention.Turn(norms, 1e-6, (cosine, sine))
+    turn = Turn(norms, 1e-6, (cosine, sine))
     found = gpu_attention.attend(qkv, keys, values, pages, shape, OPTIONS, turn)
     q, k, v = before.unflatten(1, (-1, D)).split([H, K, K], 1)
     if norms:

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from groundup.core.errors import ConfigError
-from groundup.core.run import peak_memory_bytes, reset_peak_memory
+from groundup.core.memory import peak_memory_bytes, reset_peak_memory
 from groundup.model import Decoder
 from groundup.model.counts import num_parameters
 from groundup.model.footprint import training_step, twin_of

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from groundup.core.errors import ConfigError
-from groundup.core.run import peak_memory_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -111,15 +110,6 @@ def training_dtype(name: str | None = None, dtype: str | None = None) -> str:
 
     device = place(name)
     return "bf16" if device.type == "cuda" and fastest_dtype(device) is torch.bfloat16 else "fp32"
-
-
-def peak_memory(device: "torch.device") -> int:
-    """Return the peak of the GPU's memory, or of the process's where there is none."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_memory_bytes()
 
 
 @cache

@@ -6,15 +6,12 @@ is continued only under an equal key. The key is a hash of the semantic config f
 contents of the inputs and a hand-bumped version; devices, workers and clocks are not in it.
 """
 
-import ctypes
-import gc
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import reprlib
-import resource
 import shutil
 import sys
 import time
@@ -27,6 +24,7 @@ from typing import Any
 from groundup.core import config as configs
 from groundup.core.errors import CheckpointError, ConfigError, GroundupError, closest
 from groundup.core.files import hash_file, hash_json, read_json, storage_errors, write_json
+from groundup.core.memory import gpu_memory, peak_memory_bytes, reset_peak_memory
 
 FINISHED = "stage.json"
 NOT_OUTPUTS = ("checkpoints", "metrics.jsonl", FINISHED)
@@ -277,52 +275,6 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
-
-
-def reset_peak_memory() -> None:
-    """Start a new peak of resident memory, where the system (Linux) offers it, and of a GPU's.
-
-    What the heap holds of earlier work goes back to the system first: it is none of the new peak.
-    """
-    release_memory()
-    if (gpu := used_gpu()) is not None:
-        gpu.reset_peak_memory_stats()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def release_memory() -> None:
-    """Give back to the system what glibc's heap holds and nothing uses, where that is the heap."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def used_gpu() -> Any:
-    """Return torch.cuda if this process has used it; torch is not imported for the question."""
-    gpu = getattr(sys.modules.get("torch"), "cuda", None)
-    return gpu if gpu is not None and gpu.is_initialized() else None
-
-
-def gpu_memory() -> dict[str, int]:
-    """Return the peak of the GPU's memory, where one was used."""
-    gpu = used_gpu()
-    return {} if gpu is None else {"gpu_peak_memory_bytes": gpu.max_memory_allocated()}
-
-
-def peak_memory_bytes() -> int:
-    """Return the peak resident memory since the last reset (or of the process)."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def model_path(path: str | Path) -> Path:

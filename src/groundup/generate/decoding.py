@@ -23,6 +23,7 @@ from groundup.generate.paged import Paged
 from groundup.generate.request import Request
 from groundup.model import gpu
 from groundup.model.decoder import Decoder
+from groundup.model.gpu_pages import Pages, splits_of
 
 FIELDS = 11
 # Rows of a step's inputs; the first are real numbers, a row's share of mass and its `dials`.
@@ -64,7 +65,7 @@ class Buffers:
 
     inputs: Tensor  # [FIELDS, rows] on the device
     hosts: list[Tensor]  # the same on the host, twice: one may still be on its way
-    pages: Any  # kept: a graph reads its tensors where they lie, and does not hold them
+    pages: Pages  # kept: a graph reads its tensors where they lie, and does not hold them
     cuts: bool  # whether tokens are drawn behind top-k, top-p and min-p
     run: Callable[[], None]
     logits_BV: Tensor | None = None
@@ -208,10 +209,8 @@ class Decoding:
         replay: Callable[[], None] = graph.replay
         return replay
 
-    def pages_of(self, inputs: Tensor) -> Any:
+    def pages_of(self, inputs: Tensor) -> Pages:
         """Return where a step's tokens are, for attention: views of its inputs."""
-        from groundup.model.gpu_attention import Pages, splits_of
-
         size, exact = inputs.shape[1], self.cache.exact
         first_B = torch.arange(size, dtype=torch.int32, device=self.device)
         tiles_B2 = torch.stack([first_B, torch.ones_like(first_B)], 1)

@@ -7,7 +7,6 @@ heads, K key/value heads, D head size.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +16,14 @@ from torch import Tensor
 from groundup.generate.cache import Batch, Feed, KVCache
 from groundup.model import gpu
 from groundup.model.decoder import Attention
+from groundup.model.gpu_pages import Pages, splits_of, tile_tokens
 from groundup.model.rope import rotate
 
 
 class Paged:
     """A step over pages of a cache."""
 
-    def __init__(self, cache: KVCache, pages: Any) -> None:
+    def __init__(self, cache: KVCache, pages: Pages) -> None:
         self.cache, self.pages = cache, pages
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -67,8 +67,6 @@ class PagedBatch(Paged):
     """What requests feed in a step: ids, positions and pages, on the cache's device."""
 
     def __init__(self, cache: KVCache, feeds: Sequence[Feed]) -> None:
-        from groundup.model.gpu_attention import Pages, splits_of, tile_tokens
-
         counts = np.array([len(feed.ids) for feed in feeds])
         computed = np.array([feed.computed for feed in feeds])
         singles = 0 if cache.exact else int((counts == 1).cumprod().sum())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import MLP, Attention, Cache, Decoder, Layer, Stack
+from groundup.model.gpu_pages import Pages, Shape, Turn
 from groundup.model.norm import RMSNorm
 from groundup.model.rope import rotary_table
 
@@ -69,7 +70,7 @@ class LayerWeights:
     gate_up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
-    shape: Any  # attention's, a gpu_attention.Shape
+    shape: Shape  # attention's
     local: bool  # whether it turns by the angles of sliding layers
 
 
@@ -132,17 +133,17 @@ class GpuStack(Stack):
 
         return max(self.made[0].o.shape[1], *self.made[0].down.shape) <= MOST_K
 
-    def attend(self, layer: int, qkv: Tensor, pages: Any, cache: Any) -> Tensor:
+    def attend(self, layer: int, qkv: Tensor, pages: Pages, cache: Any) -> Tensor:
         """Store a layer's keys and values; return what its tokens attend to."""
         from groundup.model import gpu_attention
 
         of, opts = self.made[layer], options(qkv.device)
         keys, values = cache.layer(layer)
         angles = self.local_angles if of.local else self.angles
-        turn = gpu_attention.Turn(of.norms, self.norm.eps, angles)
+        turn = Turn(of.norms, self.norm.eps, angles)
         return gpu_attention.attend(qkv, keys, values, pages, of.shape, opts, turn)
 
-    def few(self, x: Tensor, pages: Any, cache: Any, each: list[Tensor] | None) -> Tensor:
+    def few(self, x: Tensor, pages: Pages, cache: Any, each: list[Tensor] | None) -> Tensor:
         """Run all layers with the products bound by reading weights."""
         from groundup.model import gpu_layers
 
@@ -158,7 +159,7 @@ class GpuStack(Stack):
             x = matvec(h, of.down, of.down_bias, residual=x, options=opts)
         return gpu_layers.rms_norm(x, None, self.norm.weight, eps, opts)
 
-    def many(self, x: Tensor, pages: Any, cache: Any, each: list[Tensor] | None) -> Tensor:
+    def many(self, x: Tensor, pages: Pages, cache: Any, each: list[Tensor] | None) -> Tensor:
         """Run all layers with products of many rows."""
         from groundup.model import gpu_layers
 
@@ -244,10 +245,8 @@ def layer_weights(layer: nn.Module) -> LayerWeights | None:
     )
 
 
-def shape_of(attention: Attention) -> Any:
+def shape_of(attention: Attention) -> Shape:
     """Return the shape of attention for the kernels."""
-    from groundup.model.gpu_attention import Shape
-
     counts, size = attention.head_counts, attention.head_dim
     return Shape(*counts, size, attention.scale, attention.window, attention.softcap)
 

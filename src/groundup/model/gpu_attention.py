@@ -8,7 +8,6 @@ start, so that what a token gets depends on its own past alone (as in FlashAtten
 Shape suffixes: T tokens of the step, H query heads, K key/value heads, D head size.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,62 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from groundup.model.gpu_decode import Turn, attend_singles
+from groundup.model.gpu_decode import attend_singles
 from groundup.model.gpu_layers import first_wait
+from groundup.model.gpu_pages import Pages, Shape, Turn, tile_tokens
 
 SMALL = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}  # exact: few tokens a program
 CHUNK = {"BLOCK_S": 64, "num_warps": 8, "num_stages": 3}  # many
-SMALL_ROWS, CHUNK_ROWS = 16, 128  # queries of a program: tokens times heads of a group
-PROGRAMS = 1056  # single tokens split their keys until there are so many: 8 a multiprocessor
-SPLITS = 16  # at most: whoever adds them up reads them all
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What attention of a layer looks like."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-
-    @property
-    def group(self) -> int:
-        """Return how many query heads share a key/value head."""
-        return self.heads // self.kv_heads
-
-
-@dataclass(frozen=True)
-class Pages:
-    """Where the tokens of a step are: seats in the table of blocks, and positions.
-
-    A position of -1 is padding. The first `singles` tokens attend each by itself, its keys split
-    among at most `splits` programs; the others in tiles, rows of (first token, count). `exact`
-    tiles are small, and no token is a single.
-    """
-
-    table: Tensor
-    size: int
-    seat_T: Tensor
-    position_T: Tensor
-    singles: int
-    splits: int
-    counts: Tensor  # zeros, one for each single and key/value head: the splits that have ended
-    tiles: Tensor | None = None
-    exact: bool = False
-
-
-def tile_tokens(group: int, *, exact: bool) -> int:
-    """Return how many tokens of a chunk a program attends for."""
-    return max(1, (SMALL_ROWS if exact else CHUNK_ROWS) // group)
-
-
-def splits_of(tokens: int, kv_heads: int) -> int:
-    """Return among how many programs the keys of single tokens are split: a power of two."""
-    most = max(1, min(SPLITS, PROGRAMS // (tokens * kv_heads)))
-    return 1 << most.bit_length() - 1
 
 
 @triton.jit(do_not_specialize=["start", "table_stride"])

@@ -8,8 +8,7 @@ Shape suffixes: R rows (query heads of a group, padded), H query heads, K key/va
 size, S positions, J splits.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -17,20 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-if TYPE_CHECKING:
-    from groundup.model.gpu_attention import Pages, Shape
+from groundup.model.gpu_pages import Pages, Shape, Turn
 
 TILE = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 3}
 SPLIT_TILE = {"BLOCK_S": 32, "num_warps": 4, "num_stages": 3}  # where keys are split
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What queries and keys of a layer still need: norms by head, and angles of all positions."""
-
-    norms: tuple[Tensor, Tensor] | None
-    eps: float
-    angles: tuple[Tensor, Tensor]  # cosines and sines, [P, D / 2] each
 
 
 @triton.jit
@@ -268,8 +257,8 @@ def attend_singles(
     keys: Tensor,
     values: Tensor,
     out: Tensor,
-    pages: "Pages",
-    shape: "Shape",
+    pages: Pages,
+    shape: Shape,
     options: dict[str, Any],
     turn: Turn | None,
 ) -> None:

@@ -17,8 +17,8 @@ from rich.tree import Tree
 
 from groundup.core.errors import ConfigError
 from groundup.core.files import write_text
+from groundup.core.memory import peak_memory_bytes
 from groundup.core.progress import say, track
-from groundup.core.run import peak_memory_bytes
 from groundup.figure import page as pages
 from groundup.figure.maps import heat_grid, word_grid
 from groundup.generate.config import STEP_TOKENS

@@ -14,9 +14,9 @@ from groundup.core import config as configs
 from groundup.core.device import training_dtype
 from groundup.core.errors import DataError, need
 from groundup.core.files import write_text
+from groundup.core.memory import release_memory
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say
-from groundup.core.run import release_memory
 from groundup.data import Shard
 from groundup.evaluate.tasks import Task, read_task, run_task
 from groundup.model.decoder import Decoder

@@ -14,9 +14,9 @@ from groundup.core import config as configs
 from groundup.core import device as devices
 from groundup.core.errors import ConfigError, DataError
 from groundup.core.files import read_json, write_json
+from groundup.core.memory import peak_memory, reset_peak_memory
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say, show_table
-from groundup.core.run import reset_peak_memory
 from groundup.data import Shard, open_shard
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters
@@ -270,7 +270,7 @@ def outcome(made: dict[str, Any], out: Path, device: torch.device) -> dict[str, 
     rows = MetricsLog.read(out / "metrics.jsonl")
     came: dict[str, float] = {
         "seconds": sum(row["seconds"] for row in rows),
-        "memory_bytes": float(devices.peak_memory(device)),
+        "memory_bytes": float(peak_memory(device)),
     }
     scored = [row["bits_per_byte"] for row in read_evaluations(out) if "bits_per_byte" in row]
     if scored:

@@ -12,6 +12,7 @@ import torch
 from groundup.core import device as devices
 from groundup.core.errors import ConfigError, DataError
 from groundup.core.files import read_json
+from groundup.core.memory import peak_memory
 from groundup.core.progress import console, say
 from groundup.core.run import FINISHED
 from groundup.core.types import SamplingParams
@@ -230,7 +231,7 @@ def watch(
         flops_per_token = train_flops_per_token(shape, row_length(config, state.step))
         note = (
             f"loss {metrics['loss']:.3f}   {rate * flops_per_token / peak:.0%} of matmul   "
-            f"{devices.peak_memory(place) / 1e9:.1f} GB   "
+            f"{peak_memory(place) / 1e9:.1f} GB   "
         )
         live.update(state.step, metrics["bits_per_byte"], rate, left(state), note)
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from groundup.core.files import read_json, write_json, write_text
+from groundup.core.memory import peak_memory_bytes
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say
-from groundup.core.run import FINISHED, peak_memory_bytes
+from groundup.core.run import FINISHED
 from groundup.evaluate import fit_curve
 from groundup.figure import Series, bar_plot, histograms, line_plot, page
 from groundup.recipe.configs import ReportConfig

@@ -13,7 +13,6 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from groundup.core.errors import TokenizerError
-from groundup.tokenizer.templating import TRAIN, UNTRAIN
 
 
 class Generation(Extension):
@@ -28,14 +27,17 @@ class Generation(Extension):
         return CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
     def mark(self, caller: Callable[[], str]) -> str:
-        """Put the block between marks, if this rendering asks for them."""
-        text = caller()
-        return f"{TRAIN}{text}{UNTRAIN}" if self.environment.globals.get("marked") else text
+        """Put the block between the marks of this rendering."""
+        marks: Any = self.environment.globals["marks"]
+        return f"{marks[0]}{caller()}{marks[1]}"
 
 
 @lru_cache(maxsize=32)
-def compile_template(template: str, marked: bool) -> jinja2.Template:
-    """Compile as transformers does: sandboxed, blocks trimmed, the same extra functions."""
+def compile_template(template: str, marks: tuple[str, str]) -> jinja2.Template:
+    """Compile as transformers does: sandboxed, blocks trimmed, the same extra functions.
+
+    What the model writes is put between `marks`.
+    """
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -64,7 +66,7 @@ def compile_template(template: str, marked: bool) -> jinja2.Template:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
-    environment.globals["marked"] = marked
+    environment.globals["marks"] = marks
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as err:

@@ -19,9 +19,10 @@ def fill(
 
     from groundup.tokenizer.jinja import compile_template
 
+    marks = (TRAIN, UNTRAIN) if marked else ("", "")
     values = {"documents": None, **variables, "messages": messages}
     try:
-        return compile_template(template, marked).render(**values)
+        return compile_template(template, marks).render(**values)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as err:
         raise TokenizerError(f"the chat template cannot render this conversation: {err}") from err
 

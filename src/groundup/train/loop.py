@@ -19,7 +19,7 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from groundup.core.device import peak_memory
+from groundup.core.memory import peak_memory
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say
 from groundup.train.average import Average, copy_into

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from groundup.core.device import Device
-from groundup.core.run import peak_memory_bytes, reset_peak_memory
+from groundup.core.memory import peak_memory_bytes, reset_peak_memory
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters
 from groundup.model.decoder import Decoder
