@@ -11,9 +11,11 @@ from groundup.cli.main import main
 from groundup.core.files import read_json
 from groundup.data.shards import Shard, overlap
 from groundup.recipe import ladder as ladders
-from groundup.recipe import planning
+from groundup.recipe import planning, pretraining
 from groundup.recipe.curves import read_run
 from groundup.train import plan
+from groundup.train.growing import GrowingStream
+from groundup.train.packing import PackedStream
 
 TINY = ((64, 1, 1, 64), (64, 2, 1, 64), (128, 1, 2, 64), (128, 2, 2, 64))
 
@@ -54,6 +56,35 @@ def test_a_budget_is_planned_once(place, tmp_path, capsys):
     assert "The plan and the outcome" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("decay", "flags", "said"),
+    [
+        (0.1, ["--cautious-weight-decay"], ""),
+        (0.0, ["--cautious-weight-decay"], "--cautious-weight-decay changes nothing"),
+        (0.1, ["--optim", "adamw"], ""),
+        (0.1, ["--packing-strategy", "bfd"], "rows of 64 tokens from the first step"),
+    ],
+)
+def test_what_a_plan_says_nothing_about_stands_beside_it(
+    decay, flags, said, place, tmp_path, capsys, monkeypatch
+):
+    made = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "context": 64}
+    made |= {"intermediate_size": 96, "batch_size": 2, "gradient_accumulation_steps": 1}
+    made |= {"steps": 4, "learning_rate": 0.01, "adam_learning_rate": 0.003, "dtype": "fp32"}
+    made |= {"weight_decay": decay, "context_warmup_fraction": 0.7, "compile": False}
+    made["predicted"] = {"seconds": 1.0, "memory_bytes": 1e9}
+    (tmp_path / "plan.json").write_text(json.dumps(made))
+    seen = []
+    fit = pretraining.fit
+    monkeypatch.setattr(pretraining, "fit", lambda *a, **b: seen.append(a) or fit(*a, **b))
+    command = ["pretrain", place, "--tokenizer", "tok", "--plan", "plan.json", "--out", "run"]
+    assert main([*command, *flags]) == 0
+    assert said in capsys.readouterr().err
+    [(_, _, source, settings, *_)] = seen
+    assert isinstance(source, PackedStream if "bfd" in flags else GrowingStream)
+    assert settings.cautious_weight_decay == bool(decay and "--cautious-weight-decay" in flags)
+
+
 def test_a_killed_run_keeps_its_plan(place, tmp_path, monkeypatch):
     command = ["pretrain", place, "--tokenizer", "tok", "--budget", "8k tokens", "--out", "run"]
     fixed = [*command, "--checkpoint-every", "5"]
@@ -74,8 +105,12 @@ def test_a_killed_run_keeps_its_plan(place, tmp_path, monkeypatch):
         (["--budget", "soon"], "none of a time"),
         (["--budget", "$3"], "usd_per_hour"),
         (["--budget", "$3", "--usd-per-hour", "nan"], "usd_per_hour = nan must be"),
-        (["--steps", "3", "--usd-per-hour", "2"], "behind a --budget in dollars"),
-        (["--steps", "3", "--num-experts-per-tok", "1"], "which --num-experts asks for"),
+        (["--steps", "3", "--usd-per-hour", "2"], "without a budget in dollars"),
+        (["--steps", "3", "--num-experts-per-tok", "1"], "without num_experts above 0"),
+        (["--budget", "1m", "--usd-per-hour", "2"], "a budget of 1m is not in dollars"),
+        (["--steps", "3", "--cautious-weight-decay"], "without weight_decay above 0"),
+        (["--steps", "3", "--optim", "adamw", "--learning-rate", "1"], "without optim muon"),
+        (["--steps", "3", "--eval-limit", "9"], "eval_limit changes nothing without tasks"),
         (["--steps", "3", "--ngram", "tok"], "tok holds no finished n-gram"),
         (["--budget", "1m", "--plan", "plan.json"], "--plan or --budget"),
         (["--budget", "1m", "--steps", "7", "--dtype", "bf16"], "brings its own --steps, --dtype"),

@@ -329,17 +329,20 @@ def test_objectives_that_do_not_fit_say_what_does(corpus, tok, tmp_path, capsys)
         (["fim"], "train the tokenizer with --special-tokens '<|fim_prefix|>'"),
         (["causal", "--num-experts", "4"], "qwen3 has no experts: take --model-type mixtral or"),
         (["causal", "--num-attention-heads", "3"], "3 does not divide hidden_size = 256"),
-        (["causal", "--whole-word"], "--whole-word: of use to --objective mlm"),
-        (["causal", "--fim-rate", "0.1"], "--fim-rate: of use to --objective fim"),
+        (["causal", "--whole-word"], "whole_word changes nothing without objective mlm"),
+        (["causal", "--fim-rate", "0.1"], "fim_rate changes nothing without objective fim"),
         (
             ["mlm", "--model-type", "bert", "--z-loss", "0.1"],
-            "--z-loss: of use to --objective caus",
+            "z_loss changes nothing without objective causal or fim",
         ),
         (
             ["mlm", "--model-type", "bert", "--packing-strategy", "bfd"],
-            "of use to --objective caus",
+            "packing_strategy changes nothing without objective causal",
         ),
-        (["fim", "--context-warmup-fraction", "0.5"], "--context-warmup-fraction: of use to"),
+        (
+            ["fim", "--context-warmup-fraction", "0.5"],
+            "context_warmup_fraction changes nothing without objective causal",
+        ),
         (
             ["causal", "--context-warmup-fraction", "0.5", "--packing-strategy", "bfd"],
             "packed rows have one length",

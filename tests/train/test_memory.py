@@ -18,7 +18,15 @@ from groundup.model.counts import num_parameters
 from groundup.model.footprint import training_step, twin_of
 from groundup.model.heap import keep_memory
 from groundup.model.inspection import train_memory
+from groundup.recipe.configs import (
+    AlignConfig,
+    ClassifyConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    ReadingConfig,
+)
 from groundup.train import FitConfig
+from groundup.train.config import NEEDS
 from groundup.train.memory import activation_bytes, check_memory, free_of_groups, kept_bytes
 from groundup.train.plan import shape
 
@@ -110,6 +118,15 @@ def test_numbers_that_no_training_can_have(name, value, said):
 def test_settings_that_would_change_nothing(settings, said):
     with pytest.raises(ConfigError, match=f"changes nothing {said}"):
         FitConfig(steps=1, **settings)
+
+
+def test_settings_and_what_they_need_stand_in_one_config():
+    """A name that was misspelt, or is no more, would be asked for nowhere."""
+    kinds = (PretrainConfig, FinetuneConfig, AlignConfig, ReadingConfig, ClassifyConfig)
+    having = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
+    for names, other, _, _ in NEEDS:
+        for name in names:
+            assert any({name, other} <= found for found in having), (name, other)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ def load(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
         if first["type"].startswith("missing"):
             raise ConfigError(f"{where}: {key} is required and missing") from err
         raise ConfigError(f"{where}: {key} = {first['input']!r}: {first['msg']}") from err
+    except ConfigError as err:
+        raise ConfigError(f"{where}: {err}") from err
     for name in names:
         value = getattr(config, name)
         if isinstance(value, float) and not math.isfinite(value):

@@ -6,8 +6,23 @@ from typing import Literal
 
 from groundup.core.config import field
 from groundup.data.mix import MixConfig
-from groundup.train.config import LoopOptions
+from groundup.train.config import LoopOptions, check_needs, check_numbers
 
+PLANNED = (  # what a plan brings, besides the context
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "steps",
+    "learning_rate",
+    "adam_learning_rate",
+    "weight_decay",
+    "context_warmup_fraction",
+    "dtype",
+    "compile",
+)
 DEVICE_HELP = "cpu, cuda or mps; unset: the best there is"
 
 
@@ -99,7 +114,11 @@ class ShapeOptions:
 class WatchingOptions:
     """Watching: what is scored while a model trains, and where the figures go."""
 
-    sample_every_s: float = field(20, help="seconds between sample completions", semantic=False)
+    sample_every_s: float = field(
+        20,
+        help="seconds between sample completions; of several processes: with the scores",
+        semantic=False,
+    )
     eval_steps: int | None = field(
         None, help="steps between scores on validation text; unset: ten a run", semantic=False
     )
@@ -169,6 +188,12 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
 
+    def __post_init__(self) -> None:
+        """Check what is known before a plan, or the model to go on from, brings the rest."""
+        check_numbers(self)
+        brought = PLANNED if self.plan or self.budget else ()
+        check_needs(self, brought=(*brought, *(["num_experts"] if self.init else ())))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LadderConfig:
@@ -237,6 +262,10 @@ class ReadingConfig:
     seed: int = field(1, help="seed of the new head, the split and the order")
     checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+    def __post_init__(self) -> None:
+        """Refuse settings that would change nothing."""
+        check_needs(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,3 +367,7 @@ class ClassifyConfig:
     max_test_rows: int = field(1000, help="test texts scored, drawn by seed")
     seed: int = field(1, help="seed of samples, weights and order")
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+    def __post_init__(self) -> None:
+        """Refuse settings that would change nothing."""
+        check_needs(self)

@@ -22,7 +22,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters
 from groundup.model.decoder import Decoder
 from groundup.model.lm import NeuralLM
-from groundup.recipe.configs import PlanConfig, PretrainConfig
+from groundup.recipe.configs import PLANNED, PlanConfig, PretrainConfig
 from groundup.recipe.curves import read_evaluations
 from groundup.recipe.monitoring import EVALUATIONS, spread
 from groundup.recipe.shared import given, shards_of
@@ -36,21 +36,6 @@ from groundup.train.scaling import FLOOR, Prediction, Trial, predict, step_law_t
 from groundup.train.step import DTYPES
 from groundup.train.timing import timed
 
-PLANNED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "steps",
-    "learning_rate",
-    "adam_learning_rate",
-    "weight_decay",
-    "context_warmup_fraction",
-    "dtype",
-    "compile",
-)
 TRIAL_SHARE, MOST_TRIAL_S = 0.04, 120.0  # of the budget, for two small runs to predict from
 LEAST_TRIAL_TOKENS = 60_000
 TRIAL_STEP_TOKENS = 512  # or more: smaller steps take as long
@@ -245,7 +230,21 @@ def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str
             write_json(out / "plan.json", made)
     values = {name: made[name] for name in PLANNED} | {"max_position_embeddings": made["context"]}
     where = f"the plan in {config.plan or out}"
+    values |= without_use(config, made)
     return configs.load(PretrainConfig, configs.dump(config) | values, where=where), made
+
+
+def without_use(config: PretrainConfig, made: dict[str, Any]) -> dict[str, Any]:
+    """Say and return what of a plan, or of what was asked for beside it, has no use in the run."""
+    idle: dict[str, Any] = {}
+    grows = config.objective == "causal" and config.packing_strategy == "wrapped"
+    if made["context_warmup_fraction"] and not grows:
+        say(f"  rows of {made['context']} tokens from the first step: these do not grow")
+        idle["context_warmup_fraction"] = 0.0
+    if config.cautious_weight_decay and not made["weight_decay"]:
+        say("  the plan has no weight decay: --cautious-weight-decay changes nothing")
+        idle["cautious_weight_decay"] = False
+    return idle
 
 
 def refuse_given(config: PretrainConfig) -> None:

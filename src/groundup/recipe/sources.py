@@ -11,6 +11,7 @@ from groundup.data import Shard, open_shard, overlap
 from groundup.data.mix import MixConfig, phase_order, show_mixture
 from groundup.recipe.configs import PretrainConfig
 from groundup.recipe.monitoring import tokens_per_step
+from groundup.recipe.shared import given
 from groundup.tokenizer import Tokenizer
 from groundup.train import MiddleStream, MiddleTokens, TokenStream
 from groundup.train.batches import BatchSource
@@ -33,6 +34,8 @@ def with_phases(config: PretrainConfig) -> PretrainConfig:
     total = sum(phase.tokens for phase in config.mix.phases)
     last = config.mix.phases[-1]
     decays = last.name == "decay" and config.lr_scheduler_type == "wsd"
+    if decays and given(config, ("decay_fraction",)):
+        raise ConfigError("the mixture's phase `decay` says it: leave out --decay-fraction")
     decay = last.tokens / total if decays else config.decay_fraction
     steps = max(1, total // tokens_per_step(config))
     return replace(config, steps=steps, decay_fraction=decay)

@@ -87,39 +87,12 @@ def rows_between(old: Tokenizer, new: Tokenizer) -> list[list[int]]:
     return rows
 
 
-MLM = tuple(PAIRS)
-# what only some objectives make use of
-OWN_SETTINGS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("causal", "fim"): (
-        "z_loss",
-        "num_key_value_heads",
-        "num_experts",
-        "tie_word_embeddings",
-        "ngram",
-    ),
-    ("causal",): ("packing_strategy", "mix", "context_warmup_fraction"),
-    ("fim",): ("fim_rate", "fim_spm_rate", "fim_level"),
-    MLM: ("whole_word", "mlm_probability", "hidden_dropout_prob"),
-}
-
-
 def check_start(config: PretrainConfig) -> None:
-    """Refuse settings that would change nothing: another objective's, a model's that is given."""
-    for objectives, names in OWN_SETTINGS.items():
-        if config.objective not in objectives and (flags := given(config, names)):
-            raise ConfigError(
-                f"{flags}: of use to --objective {' or '.join(objectives)}, not to "
-                f"{config.objective}; leave it out"
-            )
-    routing = ("num_experts_per_tok", "router_aux_loss_coef")
-    if config.init is None and config.num_experts == 0 and (flags := given(config, routing)):
-        raise ConfigError(f"{flags}: of use to a model with experts, which --num-experts asks for")
+    """Refuse settings that exclude each other, and what is not there."""
     if config.context_warmup_fraction and config.packing_strategy == "bfd":
         raise ConfigError(
             "packed rows have one length: no --context-warmup-fraction with --packing-strategy bfd"
         )
-    if config.usd_per_hour is not None and config.budget is None:
-        raise ConfigError("--usd-per-hour is the price behind a --budget in dollars: give that too")
     if config.mix is not None and (config.plan or config.budget):
         raise ConfigError("a mixture's phases have their own tokens: leave plan and budget out")
     check_watching(config)
@@ -127,7 +100,7 @@ def check_start(config: PretrainConfig) -> None:
         return
     if config.plan is not None or config.budget is not None:
         raise ConfigError("--init brings its own shape: give --steps, and no --plan or --budget")
-    shape = [f.name for f in dataclasses.fields(ShapeOptions)]
+    shape = [f.name for f in dataclasses.fields(ShapeOptions)] + ["hidden_dropout_prob"]
     shape.remove("max_position_embeddings")  # the length of rows, here
     if flags := given(config, shape):
         raise ConfigError(f"--init brings its own shape: leave out {flags}")
@@ -138,7 +111,7 @@ def check_watching(config: PretrainConfig) -> None:
     for name in config.report_to:
         if name not in TRACKERS:
             raise ConfigError(f"report_to: unknown tracker {name!r}{closest(name, TRACKERS)}")
-    if config.tasks and config.objective in MLM:
+    if config.tasks and config.objective in PAIRS:
         raise ConfigError("tasks need a model that writes from left to right: drop --tasks")
     tasks = [read_task(path, limit=config.eval_limit, seed=config.seed) for path in config.tasks]
     if len({task.name for task in tasks}) < len(tasks):

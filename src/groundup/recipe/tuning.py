@@ -1,6 +1,5 @@
 """Stages `finetune`, `preferences` and `align`: from a base model to an aligned one."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from groundup.align import DPO, Pair, collate_pairs, with_reference
 from groundup.core import device as devices
-from groundup.core.errors import ConfigError, DataError
+from groundup.core.errors import DataError
 from groundup.core.files import read_json, write_json
 from groundup.core.progress import console, say, show_table, track
 from groundup.core.types import Message, Preference, SamplingParams
@@ -26,14 +25,9 @@ from groundup.generate import LLM
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model
 from groundup.recipe.adapters import adapt, checkpoint_files, save_results
-from groundup.recipe.configs import (
-    AdapterOptions,
-    AlignConfig,
-    FinetuneConfig,
-    PreferencesConfig,
-)
+from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
 from groundup.recipe.planning import read_plan
-from groundup.recipe.shared import fit_settings, given, rows_for_ranks, watch
+from groundup.recipe.shared import fit_settings, rows_for_ranks, watch
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
     Examples,
@@ -59,7 +53,6 @@ LEAST_STEPS = 10
 def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     """Fine-tune on conversations; the audit says first what will be learned from."""
     started, objective = time.monotonic(), NextToken()
-    check_options(config)
     check_best(config, objective.metrics)
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config))
@@ -86,21 +79,6 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     train(model, objective, source, config, steps, tok, out, device)
     summary = {"audit": counts, "steps": steps, "epochs": steps / source.steps_per_epoch}
     return summary | adapter
-
-
-def check_options(config: FinetuneConfig | AlignConfig) -> None:
-    """Refuse settings that would change nothing: an adapter's, another optimizer's, a time's."""
-    own = [f.name for f in dataclasses.fields(AdapterOptions) if f.name != "lora_r"]
-    if config.lora_r == 0 and (flags := given(config, own)):
-        raise ConfigError(f"{flags}: of use to an adapter, which --lora-r asks for")
-    if config.lora_r and (flags := given(config, ("learning_rate", "newton_schulz"))):
-        raise ConfigError(
-            f"{flags}: of use to Muon, and adapters train under AdamW: give --adam-learning-rate"
-        )
-    if config.seconds is None and given(config, ("max_epochs",)):
-        raise ConfigError("--max-epochs bounds what --seconds gives: give that too, or --steps")
-    if config.seconds is not None and given(config, ("steps",)):
-        raise ConfigError("--seconds says how many steps there are: give it or --steps")
 
 
 def row_length(config: FinetuneConfig | AlignConfig, positions: int) -> int:
@@ -173,7 +151,6 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     objective = DPO(
         beta=config.beta, label_smoothing=config.label_smoothing, sft_weight=config.sft_weight
     )
-    check_options(config)
     check_best(config, objective.metrics)
     tok = Tokenizer.load(config.model)
     device = devices.pick(config.device, planned_dtype(config))

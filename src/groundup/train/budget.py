@@ -64,6 +64,8 @@ def parse_budget(text: str, *, usd_per_hour: float | None = None) -> Budget:
             f"budget {text!r} is none of a time (10m, 2h, 3d), FLOPs (3e18 flops), tokens "
             "(5M tokens) and dollars ($20)"
         )
+    if usd_per_hour is not None and budget.usd is None:
+        raise ConfigError(f"usd_per_hour changes nothing: a budget of {text} is not in dollars")
     if not 0 < (budget.seconds or budget.flops or budget.tokens or 0) < math.inf:
         raise ConfigError(f"budget {text!r} is nothing to train with")
     return budget

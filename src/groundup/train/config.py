@@ -1,8 +1,8 @@
 """How the loop trains; imports no torch."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from groundup.core.config import field
@@ -65,6 +65,82 @@ MEMORIES = (  # from 0 to below 1
     "lora_dropout",
     "hidden_dropout_prob",
 )
+LEFT_TO_RIGHT = ("causal", "fim")  # objectives of models that write
+# settings that change nothing but where another one is as it should be, and how that is said
+NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool], str], ...] = (
+    (
+        ("optim", "learning_rate", "newton_schulz"),
+        "lora_r",
+        lambda x: x == 0,
+        "beside lora_r: adapters train under AdamW, at adam_learning_rate",
+    ),
+    (
+        ("lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora"),
+        "lora_r",
+        lambda x: x > 0,
+        "without lora_r above 0",
+    ),
+    (
+        ("learning_rate", "newton_schulz"),
+        "optim",
+        lambda x: x != "adamw",
+        "without optim muon or normuon",
+    ),
+    (("cautious_weight_decay",), "weight_decay", lambda x: x > 0, "without weight_decay above 0"),
+    (
+        ("decay_fraction",),
+        "lr_scheduler_type",
+        lambda x: x == "wsd",
+        "without lr_scheduler_type wsd",
+    ),
+    (("save_ema",), "ema_decay", lambda x: x > 0, "without ema_decay above 0"),
+    (
+        ("greater_is_better", "load_best_model_at_end"),
+        "metric_for_best_model",
+        bool,
+        "without metric_for_best_model",
+    ),
+    (("eval_limit",), "tasks", bool, "without tasks"),
+    (("usd_per_hour",), "budget", bool, "without a budget in dollars"),
+    (("max_epochs",), "seconds", bool, "without seconds, which it bounds"),
+    (
+        ("num_experts_per_tok", "router_aux_loss_coef"),
+        "num_experts",
+        lambda x: x > 0,
+        "without num_experts above 0",
+    ),
+    (
+        ("packing_strategy", "mix", "context_warmup_fraction"),
+        "objective",
+        lambda x: x == "causal",
+        "without objective causal",
+    ),
+    (
+        (
+            *("z_loss", "num_key_value_heads", "num_experts", "tie_word_embeddings"),
+            *("ngram", "sample_every_s", "eval_tokens"),
+        ),
+        "objective",
+        lambda x: x in LEFT_TO_RIGHT,
+        f"without objective {' or '.join(LEFT_TO_RIGHT)}",
+    ),
+    (
+        ("fim_rate", "fim_spm_rate", "fim_level"),
+        "objective",
+        lambda x: x == "fim",
+        "without objective fim",
+    ),
+    (("fim_spm_rate", "fim_level"), "fim_rate", lambda x: x > 0, "without fim_rate above 0"),
+    (
+        ("whole_word", "mlm_probability", "hidden_dropout_prob"),
+        "objective",
+        lambda x: x not in LEFT_TO_RIGHT,
+        "without objective mlm",
+    ),
+    (("test_share",), "test", lambda x: x is None, "beside test"),
+    (("steps",), "seconds", lambda x: x is None, "beside seconds, which say how many there are"),
+    (("epochs",), "steps", lambda x: x is None, "beside steps"),
+)
 MEASURED = ("loss", "grad_norm", "lr", "seconds", "tokens")  # at every step, whatever is trained
 
 
@@ -82,6 +158,17 @@ def check_numbers(config: Any) -> None:
             value = getattr(config, name, None)
             if value is not None and not (-math.inf < value < math.inf and allowed(value)):
                 raise ConfigError(f"{name} = {value} must be {words}")
+
+
+def check_needs(config: Any, brought: Collection[str] = ()) -> None:
+    """Refuse settings that would change nothing; those `brought` from elsewhere are not judged."""
+    defaults = {f.name: f.default for f in fields(config) if f.name not in brought}
+    for names, other, allowed, words in NEEDS:
+        if other in defaults and not allowed(getattr(config, other)):
+            idle = [n for n in names if n in defaults and getattr(config, n) != defaults[n]]
+            if idle:
+                verb = "change" if len(idle) > 1 else "changes"
+                raise ConfigError(f"{', '.join(idle)} {verb} nothing {words}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +224,7 @@ class LoopOptions:
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be, and settings that would change nothing."""
         check_numbers(self)
-        for name, used, wanted in (
-            ("newton_schulz", self.optim != "adamw", "optim muon or normuon"),
-            ("cautious_weight_decay", self.weight_decay > 0, "weight_decay above 0"),
-            ("decay_fraction", self.lr_scheduler_type == "wsd", "lr_scheduler_type wsd"),
-            ("save_ema", self.ema_decay > 0, "ema_decay above 0"),
-            ("greater_is_better", self.metric_for_best_model, "metric_for_best_model"),
-            ("load_best_model_at_end", self.metric_for_best_model, "metric_for_best_model"),
-        ):
-            if not used and getattr(self, name) != getattr(LoopOptions, name):
-                raise ConfigError(f"{name} changes nothing without {wanted}")
+        check_needs(self)
 
 
 def check_best(config: LoopOptions, names: Iterable[str]) -> None:
@@ -167,3 +245,8 @@ class FitConfig(LoopOptions):
     compile: bool = field(False, help="use torch.compile; eager where it fails")
     seed: int = field(1, help="seed of dropout and the like")
     checkpoint_every: int = field(100, help="steps between checkpoints", semantic=False)
+
+    def __post_init__(self) -> None:
+        """Check as the options do; Muon's rate may be the default of the stage that it is of."""
+        check_numbers(self)
+        check_needs(self, brought=("learning_rate",))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from groundup.core.errors import ConfigError
+from groundup.core.progress import say
 from groundup.train.blocks import blocks
 from groundup.train.ranks import Ranks
 
@@ -35,6 +36,8 @@ def spread(
     Elsewhere the model given is the one that is cut up.
     """
     if ranks.size == 1:
+        if shard_ranks:  # no error: a run of several ranks may go on in one process
+            say(f"  one process has all weights: shard_ranks = {shard_ranks} changes nothing")
         return model.to(device)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
