@@ -132,6 +132,19 @@ def test_settings_that_no_tuning_can_use(flags, said, base, chats, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_tokens_are_counted_without_padding(base, chats, tmp_path):
+    for name, more in (("rows", []), ("packed", ["--packing"])):
+        out = tmp_path / name
+        argv = ["finetune", str(base), "--data", str(chats), "--out", str(out)]
+        assert main([*argv, "--steps", "2", "--batch-size", "1000", *more]) == 0
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+        summary = json.loads((out / "stage.json").read_text())["summary"]
+        audit = summary["audit"]
+        once = audit["tokens"] - audit["rows_trained"]  # a row's last token is no input
+        assert [row["tokens"] for row in rows] == [once, once]
+        assert summary["tokens"] == 2 * once
+
+
 def test_rows_are_no_longer_than_the_model_has_positions(base, chats, tmp_path, capsys):
     positions = load_model(base).config.max_position_embeddings
     long = {"role": "assistant", "content": "a b " * positions}

@@ -1,7 +1,7 @@
 """Scores while training, trackers, and runs laid over each other."""
 
 import json
-from shutil import copytree
+from shutil import copytree, rmtree
 
 import numpy as np
 import pytest
@@ -73,6 +73,25 @@ def test_the_names_of_all_that_is_measured_are_known_before(place, corpus):
     config = PretrainConfig(corpus=corpus, tokenizer=place / "tok", tasks=(task,))
     last = MetricsLog.read(place / "watched" / "metrics.jsonl")[-1]
     assert last.keys() == {"step", *MEASURED, *metric_names(config, [read_task(task)])}
+
+
+def test_tokens_are_those_of_the_text(place, corpus, capsys):
+    """Not padding, in whatever counts them; a resumed run goes on counting."""
+    more = ["--packing-strategy", "bfd", "--max-position-embeddings", "256", "--eval-steps", "5"]
+    assert pretrain(corpus, place, "packed", *more, "--checkpoint-every", "7") == 0
+    place_of = place / "packed"
+    [*whole] = MetricsLog.read(place_of / "evals.jsonl")
+    counts = np.cumsum([row["tokens"] for row in MetricsLog.read(place_of / "metrics.jsonl")])
+    assert counts[-1] < STEPS * 2 * 256
+    assert [row["tokens"] for row in whole] == [counts[n - 1] for n in (5, 10, STEPS)]
+    record = json.loads((place_of / "stage.json").read_text())
+    assert record["summary"]["tokens"] == counts[-1]
+    (place_of / "stage.json").rename(place / ".packed.partial.json")
+    rmtree(place_of / "checkpoints" / f"step-{STEPS}")
+    assert pretrain(corpus, place, "packed", *more, "--checkpoint-every", "7") == 0
+    assert [row["tokens"] for row in MetricsLog.read(place_of / "evals.jsonl")] == [
+        row["tokens"] for row in whole
+    ]
 
 
 def test_the_last_score_is_the_saved_models(place, corpus):

@@ -96,6 +96,7 @@ def test_collating_shifts_targets():
     assert batch["ids"][:, :3].tolist() == [[5, 6, 0], [8, 0, 0]]
     assert batch["targets"][:, :3].tolist() == [[-100, 7, -100], [9, -100, -100]]
     assert batch["ids"].shape == (2, 32)
+    assert batch["tokens"] == 3  # the padding is none
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one():

@@ -54,7 +54,8 @@ def test_bad_durations(text):
     ],
 )
 def test_budgets_are_read(text, field, value):
-    assert getattr(parse_budget(text, usd_per_hour=2.0), field) == value
+    price = 2.0 if "$" in text or "usd" in text else None
+    assert getattr(parse_budget(text, usd_per_hour=price), field) == value
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,11 @@ def test_other_budgets_are_refused(text):
 def test_dollars_need_a_price(price):
     with pytest.raises(ConfigError, match="usd_per_hour"):
         parse_budget("$20", usd_per_hour=price)
+
+
+def test_a_price_is_for_dollars():
+    with pytest.raises(ConfigError, match="a budget of 10m is not in dollars"):
+        parse_budget("10m", usd_per_hour=2.0)
 
 
 def test_the_compute_optimum_is_where_the_law_is_lowest():

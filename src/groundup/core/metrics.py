@@ -20,11 +20,13 @@ class MetricsLog:
             with open(self.path, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"step": step, **values}) + "\n")
 
-    def truncate_after(self, step: int) -> None:
-        """Drop rows later than `step`: a resumed run writes them again."""
-        if self.path.exists():
-            rows = [row for row in self.read(self.path) if row["step"] <= step]
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+    def truncate_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop rows later than `step`: a resumed run writes them again; return the others."""
+        if not self.path.exists():
+            return []
+        rows = [row for row in self.read(self.path) if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from groundup.data.squad import Question
 from groundup.evaluate.statistics import bootstrap_ratio
 from groundup.model.encoder import Encoder
 from groundup.tokenizer import Tokenizer
+from groundup.train.step import to_device
 from groundup.train.supervised import LabelledRow, collate_labelled
 from groundup.train.windows import NOWHERE, Window, cut_windows
 
@@ -139,7 +140,7 @@ class SpanReader:
             chosen = order[first : first + BATCH]
             rows = [LabelledRow(window.ids, NOWHERE, window.types) for window in chosen]
             padded = collate_labelled(rows, 0, most=self.max_length)
-            batch = {name: tensor.to(device) for name, tensor in padded.items()}
+            batch = to_device(padded, device)
             logits_BT2 = self.model(batch["ids"], batch["mask"], batch["types"]).float().cpu()
             found += list(zip(chosen, logits_BT2.numpy(), strict=True))
         return found

@@ -93,7 +93,7 @@ def scoring_hook(
             scores = score(state)
         release_memory()
         log.truncate_after(state.step - 1)
-        log.write(step=state.step, tokens=state.step * tokens_per_step(config), **scores)
+        log.write(step=state.step, tokens=state.tokens, **scores)
         state.metrics |= {f"eval_{name}": value for name, value in scores.items()}
 
     return Hook(steps_between(config), run, looks=True)

@@ -223,6 +223,7 @@ def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str
         made = read_plan(out)
     else:
         budget = parse_budget(config.budget or "", usd_per_hour=config.usd_per_hour)
+        budget = replace(budget, growing=grows(config))
         shards = shards_of(config, Tokenizer.load(config.tokenizer), out)
         made = plan_for(budget, shards, devices.pick(config.device), out)
         reset_peak_memory()  # sizes that were tried out are no part of the run
@@ -234,12 +235,18 @@ def planned(config: PretrainConfig, out: Path) -> tuple[PretrainConfig, dict[str
     return configs.load(PretrainConfig, configs.dump(config) | values, where=where), made
 
 
+def grows(config: PretrainConfig) -> bool:
+    """Return whether the rows of a run can begin shorter than its context."""
+    return config.objective == "causal" and config.packing_strategy == "wrapped"
+
+
 def without_use(config: PretrainConfig, made: dict[str, Any]) -> dict[str, Any]:
     """Say and return what of a plan, or of what was asked for beside it, has no use in the run."""
     idle: dict[str, Any] = {}
-    grows = config.objective == "causal" and config.packing_strategy == "wrapped"
-    if made["context_warmup_fraction"] and not grows:
-        say(f"  rows of {made['context']} tokens from the first step: these do not grow")
+    if made["context_warmup_fraction"] and not grows(config):
+        say(
+            f"  rows of {made['context']} tokens from the first step: those of this run do not grow"
+        )
         idle["context_warmup_fraction"] = 0.0
     if config.cautious_weight_decay and not made["weight_decay"]:
         say("  the plan has no weight decay: --cautious-weight-decay changes nothing")

@@ -29,7 +29,6 @@ from groundup.recipe.encoders import pretrain_encoder
 from groundup.recipe.monitoring import (
     evaluation_hooks,
     steps_between,
-    tokens_per_step,
     tracking,
 )
 from groundup.recipe.planning import outcome, planned
@@ -38,6 +37,7 @@ from groundup.recipe.shared import (
     for_ranks,
     remaining,
     shards_of,
+    tokens_trained,
     with_dtype,
 )
 from groundup.recipe.sources import (
@@ -112,7 +112,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
         **show_epochs(source),
         "parameters": size,
         "steps": config.steps,
-        "tokens": config.steps * tokens_per_step(config),
+        "tokens": tokens_trained(out),
         "train_bits_per_byte_per_nat": bits_per_nat,
         "ngram_bits_per_byte": level,
         "device": device.line,

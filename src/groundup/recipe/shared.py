@@ -10,6 +10,7 @@ from typing import Any
 from groundup.core.device import training_dtype
 from groundup.core.errors import ConfigError
 from groundup.core.files import read_json
+from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say
 from groundup.data import write_shards
 from groundup.figure import LiveTraining
@@ -99,6 +100,13 @@ def remaining(clock: Callable[[], float] = time.monotonic) -> Callable[[State], 
         return since / done * (state.steps - state.step)
 
     return left
+
+
+def tokens_trained(out: Path) -> int:
+    """Return the tokens that a run has trained on, as its steps counted them."""
+    log = out / "metrics.jsonl"
+    rows = MetricsLog.read(log) if log.is_file() else []
+    return int(sum(row["tokens"] for row in rows))
 
 
 def given(config: Any, names: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from groundup.model.hf import load_model
 from groundup.recipe.adapters import adapt, checkpoint_files, save_results
 from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
 from groundup.recipe.planning import read_plan
-from groundup.recipe.shared import fit_settings, rows_for_ranks, watch
+from groundup.recipe.shared import fit_settings, rows_for_ranks, tokens_trained, watch
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
     Examples,
@@ -77,7 +77,12 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
 
     steps = planned_steps(config, timed, len(source.examples), started, out)
     train(model, objective, source, config, steps, tok, out, device)
-    summary = {"audit": counts, "steps": steps, "epochs": steps / source.steps_per_epoch}
+    summary = {
+        "audit": counts,
+        "steps": steps,
+        "epochs": steps / source.steps_per_epoch,
+        "tokens": tokens_trained(out),
+    }
     return summary | adapter
 
 
@@ -193,7 +198,9 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     if here().first:
         write_json(out / "lengths.json", lengths)
     shown = {name: value for name, value in metrics.items() if name.startswith("rewards/")}
-    return {"pairs": len(pairs), "cut": cut, "steps": steps, "metrics": shown} | adapter
+    tokens = tokens_trained(out)
+    found = {"pairs": len(pairs), "cut": cut, "steps": steps, "tokens": tokens, "metrics": shown}
+    return found | adapter
 
 
 def pair_rows(

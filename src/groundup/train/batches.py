@@ -2,7 +2,8 @@
 
 A source answers `next_step()` with the micro-batches of one optimizer step; its state is a
 few integers, because every order follows from the seed and the epoch. A micro-batch names its
-`documents` (their numbers), so that a bad one can be found.
+`documents` (their numbers), so that a bad one can be found, and how many `tokens` it has where some
+of its positions are padding.
 """
 
 from collections.abc import Callable, Sequence
@@ -256,7 +257,8 @@ def collate_rows(rows: Sequence[Row], pad_token_id: int) -> MicroBatch:
         ids_BT[row, : len(ids) - 1] = torch.tensor(ids[:-1])
         wanted = [i if train else IGNORE for i, train in zip(ids[1:], trainable[1:], strict=True)]
         targets_BT[row, : len(ids) - 1] = torch.tensor(wanted)
-    return {"ids": ids_BT, "targets": targets_BT}
+    tokens = sum(len(ids) - 1 for ids, _ in rows)
+    return {"ids": ids_BT, "targets": targets_BT, "tokens": tokens}
 
 
 def audit(rows: Sequence[Row], max_length: int) -> tuple[list[Row], dict[str, int]]:

@@ -30,6 +30,7 @@ class Budget:
     tokens: float | None = None
     usd: float | None = None
     scored_tokens: float = 0.0  # of the validation text, all scores of the run together
+    growing: bool = True  # rows begin shorter; those that are packed do not
 
 
 MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}

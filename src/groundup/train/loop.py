@@ -57,6 +57,7 @@ class State:
     step: int
     steps: int
     model: nn.Module  # whole, also where ranks share the weights; see `Hook.looks`
+    tokens: float = 0.0  # of all steps so far
     metrics: dict[str, float] = field(default_factory=dict)
     average: Mapping[str, Tensor] = field(default_factory=dict)  # to be saved in the weights' place
 
@@ -112,8 +113,8 @@ def fit(
     saver = Saver(out / "checkpoints", config, write_model, ranks)
     log = MetricsLog(out / "metrics.jsonl")
     first_step = load_checkpoint(saver.folder, training, read_weights, ranks)
-    cut_back((log, MetricsLog(out / BAD_STEPS)), first_step, config, ranks)
-    state = State(first_step, config.steps, training.whole)
+    seen = cut_back((log, MetricsLog(out / BAD_STEPS)), first_step, config, ranks)
+    state = State(first_step, config.steps, training.whole, seen)
     run_step = partial(passes, objective=objective, device=device, dtype=dtype, ranks=ranks)
     forward = None if config.compile else training.model
     with (
@@ -132,7 +133,7 @@ def fit(
                         forward = training.model if fast is None else fast
                     backward = partial(run_step, forward)
                     metrics = optimizer_step(training, backward, batch, step, config)
-                state.step = step + 1
+                state.step, state.tokens = step + 1, state.tokens + metrics["tokens"]
                 seconds = time.perf_counter() - started
                 state.metrics = metrics | {"lr": rate, "seconds": seconds} | memory(device)
                 if math.isfinite(metrics["loss"]):
@@ -171,12 +172,17 @@ def begun(
     )
 
 
-def cut_back(logs: Sequence[MetricsLog], first_step: int, config: FitConfig, ranks: Ranks) -> None:
-    """Say where a resumed run goes on, and drop what was logged behind that."""
+def cut_back(logs: Sequence[MetricsLog], first_step: int, config: FitConfig, ranks: Ranks) -> float:
+    """Say where a resumed run goes on, and drop what was logged behind that.
+
+    The first log is that of the metrics: the tokens it has until there are returned.
+    """
     if first_step:
         say(f"  continuing from step {first_step:,} of {config.steps:,}")
-    for log in logs if ranks.first else ():
-        log.truncate_after(first_step)
+    if not ranks.first:
+        return 0.0
+    kept, *_ = [log.truncate_after(first_step) for log in logs]
+    return float(sum(row["tokens"] for row in kept))
 
 
 def save_if_due(saver: Saver, training: Training, state: State, stop: "Stop") -> None:

@@ -172,6 +172,7 @@ class MaskedPairs:
             filled[name] = torch.from_numpy(block_BT)
         lengths = torch.tensor([len(row["ids"]) for row in rows])
         filled["mask"] = (torch.arange(self.context) < lengths[:, None]).long()
+        filled["tokens"] = int(lengths.sum())
         filled["label"] = torch.tensor([row["label"] for row in rows])
         return filled
 

@@ -87,7 +87,8 @@ def lay(pieces: Sequence[tuple[Ints, Ints]], context: int, pad_token_id: int) ->
 def stacked(rows: Sequence[dict[str, Ints]], documents: list[int]) -> MicroBatch:
     """Return rows as one micro-batch."""
     tensors = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-    return {**tensors, "documents": documents}
+    tokens = int((tensors["segments"] > 0).sum())
+    return {**tensors, "documents": documents, "tokens": tokens}
 
 
 class PackedStream:

@@ -128,11 +128,10 @@ def memory_needed(config: ModelConfig, ranks: int = 1) -> float:
     return kept_bytes(config, "muon", ranks) + activations
 
 
-def flops_per_token(config: ModelConfig) -> float:
-    """Return the training FLOPs of a token, on average over a run whose rows grow."""
-    return train_flops_per_token(
-        config, mean_length(CONTEXT_WARMUP, config.max_position_embeddings)
-    )
+def flops_per_token(config: ModelConfig, growing: bool = True) -> float:
+    """Return the training FLOPs of a token, on average over a run whose rows grow, or do not."""
+    share, context = CONTEXT_WARMUP * growing, config.max_position_embeddings
+    return train_flops_per_token(config, mean_length(share, context))
 
 
 def tokens_within(budget: Budget, config: ModelConfig, tokens_per_s: float) -> float:
@@ -140,7 +139,7 @@ def tokens_within(budget: Budget, config: ModelConfig, tokens_per_s: float) -> f
     if budget.tokens is not None:
         return budget.tokens
     if budget.flops is not None:
-        return budget.flops / flops_per_token(config)
+        return budget.flops / flops_per_token(config, budget.growing)
     assert budget.seconds is not None, "dollars are turned into seconds first"
     tokens = budget.seconds * (1 - WATCHING) * tokens_per_s
     return max(tokens / 2, tokens - SCORING * budget.scored_tokens)
@@ -280,7 +279,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
         learning_rate=MUON_RATE,
         adam_learning_rate=adam_rate(config, tokens),
         weight_decay=REPEATED_DECAY if tokens > train_tokens else 0.0,
-        context_warmup_fraction=CONTEXT_WARMUP,
+        context_warmup_fraction=CONTEXT_WARMUP * budget.growing,
         dtype=dtype,
         compile=found.compile,
         tokens_per_s=chosen.tokens_per_s,
@@ -292,7 +291,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
             "seconds": steps * per_step / chosen.tokens_per_s,
             "memory_bytes": expected_memory(found, rows, device, dtype),
             "smallest_tokens_per_s": found.smallest.tokens_per_s,
-            "flops": steps * per_step * flops_per_token(config),
+            "flops": steps * per_step * flops_per_token(config, budget.growing),
         },
     )
     why = reasons(made, budget, found.rule, wanted, compile_seconds(device))
@@ -342,7 +341,9 @@ def reasons(
         "dtype": f"{made.dtype}: timed on a 512 x 512 product",
         "rows": f"{context // 4} tokens for {made.context_warmup_fraction / 2:.0%} of the steps, "
         f"{context // 2} for as many, then {context}: short rows are more places of the text in a "
-        "step (docs/decisions/0094)",
+        "step (docs/decisions/0094)"
+        if budget.growing
+        else f"{context} tokens: packed rows and those of fill-in-the-middle do not grow",
         "compile": compiling(made, compile_s),
     }
 

@@ -38,7 +38,7 @@ class Passed:
         values = torch.stack([*self.losses, *found]).tolist()
         mine = len(self.losses)
         losses = in_order(values[:mine], len(self.batch), self.ranks)
-        tokens = float(sum(micro["ids"].numel() for micro in self.batch))
+        tokens = float(sum(micro.get("tokens", micro["ids"].numel()) for micro in self.batch))
         named = dict(zip(metrics, values[mine:], strict=True))
         return {"loss": sum(losses), "tokens": tokens, **named}, losses
 

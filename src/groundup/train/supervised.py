@@ -28,7 +28,7 @@ class LabelledRow:
 def collate_labelled(
     rows: Sequence[LabelledRow], pad_token_id: int, *, most: int | None = None
 ) -> MicroBatch:
-    """Return ids_BT, mask_BT, types_BT and the targets.
+    """Return ids_BT, mask_BT, types_BT, the targets, and how many tokens there are.
 
     Padded to a multiple of 16, but not beyond `most`, the positions that a model has.
     """
@@ -51,7 +51,8 @@ def collate_labelled(
             targets[n, : len(row.target)] = torch.tensor(row.target)
     else:
         targets = torch.tensor([row.target for row in rows])
-    return {"ids": ids_BT, "mask": mask_BT, "types": types_BT, "targets": targets}
+    tokens = int(mask_BT.sum())
+    return {"ids": ids_BT, "mask": mask_BT, "types": types_BT, "targets": targets, "tokens": tokens}
 
 
 def head_logits(model: nn.Module, batch: MicroBatch) -> Tensor:
