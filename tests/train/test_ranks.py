@@ -97,6 +97,7 @@ def folder(tok, tmp_path_factory):
     (place / "runs.json").write_text(json.dumps(runs))
     codes, said = finish(start(place, "runs", "objectives"))
     assert codes == [0, 0], "\n".join(said)
+    assert "view tensor" not in "\n".join(said)  # torch's warning
     train(place, "two to one", RESUMED)
     return place
 

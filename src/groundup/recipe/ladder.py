@@ -74,7 +74,7 @@ def ladder(config: LadderConfig, out: Path) -> dict[str, Any]:
     planned = large | {"predicted": large["predicted"] | result, "trials": rows}
     write_json(out / "plan.json", planned)
     command = f"groundup pretrain {config.corpus} --tokenizer {config.tokenizer}"
-    say(f"  to train it: {command} --plan {out}")
+    say(f"  to train it: {command} --plan {out} --out large")
     return {"parameters": large["parameters"], "tokens": large["tokens"], **result}
 
 

@@ -65,8 +65,8 @@ def rows_for_ranks(rows: int, micro_batches: int = 1) -> tuple[int, int]:
     each, count = rows_each(rows, micro_batches, ranks.size)
     if idle := -count % ranks.size:
         say(
-            f"  {count} micro-batches of {each} rows for {ranks.size} ranks: {idle} ranks have one "
-            "less to do than the others; rows that the ranks divide would use all"
+            f"  {rows * micro_batches} rows a step are {count} micro-batches: the last leaves "
+            f"{idle} of {ranks.size} ranks idle; rows that the ranks divide would use all"
         )
     return each, count
 

@@ -350,7 +350,7 @@ def reasons(
 
 def compiling(made: Plan, compile_s: float) -> str:
     """Return why a plan compiles, or does not."""
-    cost = f"{COMPILES * compile_s:.0f} s that it takes for three lengths of rows"
+    cost = f"{COMPILES * compile_s:.0f} s that it takes"
     if made.compile:
         return f"saves more than the {cost}"
     if made.predicted["seconds"] <= TRIED_FROM * compile_s:

@@ -10,6 +10,7 @@ torch's modules for this take 50 MB and a second: they are imported where there 
 import copy
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -48,6 +49,8 @@ def spread(
             f"rank {ranks.rank} finds no GPU of its own ({there} here): start {there} processes "
             "a machine, or give --device cpu"
         )
+    # torch's linear layers return views; what would lose by it, writing into them, nobody does
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = mesh_of(device, ranks.size, shard_ranks)
     cut = copy.deepcopy(model) if ranks.first else model
     # blocks are gathered in the dtype that autocast would narrow them to; sums stay in fp32
