@@ -14,7 +14,7 @@ from groundup.model import Decoder, ModelConfig, kernels, native, quant
 from groundup.model.view import FastLayer, FastStack, NarrowMLP, NarrowNorm, view_of
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no g++ here")
-SHAPES = [(1, 16, 4), (3, 33, 70), (5, 100, 65), (9, 48, 128), (17, 7, 3)]
+SHAPES = [(1, 16, 4), (3, 33, 70), (5, 100, 65), (9, 48, 128), (17, 7, 3), (37, 21, 346)]
 
 
 def linear(N, K, *, bias=True):

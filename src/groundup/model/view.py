@@ -23,7 +23,8 @@ from groundup.model.norm import RMSNorm
 from groundup.model.quant import FallbackLinear, Int8Linear, StoredInt8, int8_class
 from groundup.model.rope import rotary_table
 
-FEW = 16  # rows up to which the fp32 kernel beats torch's
+FEW = 40  # rows up to which the fp32 kernel beats torch's
+SHORT = 16  # rows of bf16 up to which a call costs more than it saves
 A_TURN = 2**23  # bytes that a move takes at a time
 
 
@@ -184,7 +185,7 @@ class NarrowNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension in fp32."""
-        if x.numel() <= FEW * x.shape[-1]:  # there a call costs more than it saves
+        if x.numel() <= SHORT * x.shape[-1]:
             return super().forward(x)
         ones = self.weight.new_ones(self.weight.shape, dtype=torch.float32)
         normed, _ = passes.norm(x, ones, self.eps, x.dtype)
@@ -196,7 +197,7 @@ class NarrowMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate, widen and narrow again."""
-        if x.numel() <= FEW * x.shape[-1]:
+        if x.numel() <= SHORT * x.shape[-1]:
             return super().forward(x)
         gate_NE, up_NE = (layer(x).flatten(0, -2) for layer in (self.gate_proj, self.up_proj))
         return self.down_proj(passes.gate(gate_NE, up_NE)).view(x.shape)

@@ -38,6 +38,45 @@ inline void store(const Cached& cached, long t, const float* k, const float* v) 
     std::memcpy(cached.values + place, v, G * D * sizeof(float));
 }
 
+// The products of one row with `count` others, which begin at `places` of `rows`.
+inline void dots(const float* one, const float* rows, const long* places, long count, long D,
+                 float* out) {
+    for (long s = 0; s < count; s += LANES) {
+        long some = std::min(LANES, count - s), d = 0;
+        numbers products[LANES] = {};
+        for (long i = 0; i < some; i++)
+            for (d = 0; d + LANES <= D; d += LANES)
+                products[i] += *(const numbers*)(one + d) * *(const numbers*)(rows + places[s + i] + d);
+        numbers found = sums(products);
+        for (; d < D; d++)
+            for (long i = 0; i < some; i++) found[i] += one[d] * rows[places[s + i] + d];
+        std::memcpy(out + s, &found, some * sizeof(float));
+    }
+}
+
+// N registers of a weighted sum of `count` rows.
+template <int N>
+void mix_part(const float* weight, const float* rows, const long* places, long count, float* out) {
+    numbers total[N];
+    for (int i = 0; i < N; i++) total[i] = numbers{};
+    for (long s = 0; s < count; s++)
+        for (int i = 0; i < N; i++)
+            total[i] += weight[s] * *(const numbers*)(rows + places[s] + i * LANES);
+    for (int i = 0; i < N; i++) *(numbers*)(out + i * LANES) = total[i];
+}
+
+// The weighted sum of `count` rows, which begin at `places` of `rows`.
+inline void mix(const float* weight, const float* rows, const long* places, long count, long D,
+                float* out) {
+    long d = 0;
+    for (; d + 4 * LANES <= D; d += 4 * LANES) mix_part<4>(weight, rows + d, places, count, out + d);
+    for (; d + LANES <= D; d += LANES) mix_part<1>(weight, rows + d, places, count, out + d);
+    for (; d < D; d++) {
+        out[d] = 0.0f;
+        for (long s = 0; s < count; s++) out[d] += weight[s] * rows[places[s] + d];
+    }
+}
+
 // Let a token's queries q [H, D] of one group attend to positions 0 to `at` of its request, or the
 // last `window` of them.
 inline void attend_group(const Cached& cached, long t, long g, const float* q, float* out) {
@@ -46,15 +85,16 @@ inline void attend_group(const Cached& cached, long t, long g, const float* q, f
     long D = heads.D, group = heads.H / heads.G, last = step.at[t];
     long first = heads.window > 0 ? std::max(0L, last + 1 - heads.window) : 0, count = last + 1 - first;
     static thread_local std::vector<float> scores, turned;
+    static thread_local std::vector<long> places;
+    places.resize(count);
+    for (long s = 0; s < count; s++) places[s] = cached.slot(t, first + s) + g * D;
     turned.resize(group * D);
     scores.resize(group * count);
     for (long h = 0; h < group; h++)
         rotate(q + (g * group + h) * D, step.cosine + t * D, step.sine + t * D, D, turned.data() + h * D);
-    for (long s = 0; s < count; s++) {
-        const float* key = cached.keys + cached.slot(t, first + s) + g * D;
-        for (long h = 0; h < group; h++)
-            scores[h * count + s] = dot(turned.data() + h * D, key, D) * heads.scale;
-    }
+    for (long h = 0; h < group; h++)
+        dots(turned.data() + h * D, cached.keys, places.data(), count, D, scores.data() + h * count);
+    for (float& score : scores) score *= heads.scale;
     for (long h = 0; h < group; h++) {
         float* row = scores.data() + h * count;
         float largest = *std::max_element(row, row + count), total = 0.0f;
@@ -63,14 +103,6 @@ inline void attend_group(const Cached& cached, long t, long g, const float* q, f
         for (long s = 0; s < count; s++) total += row[s];
         for (long s = 0; s < count; s++) row[s] /= total;
     }
-    float* mixed = out + g * group * D;
-    std::fill(mixed, mixed + group * D, 0.0f);
-    for (long s = 0; s < count; s++) {
-        const float* value = cached.values + cached.slot(t, first + s) + g * D;
-        for (long h = 0; h < group; h++) {
-            float weight = scores[h * count + s], *sum = mixed + h * D;
-#pragma omp simd
-            for (long d = 0; d < D; d++) sum[d] += weight * value[d];
-        }
-    }
+    for (long h = 0; h < group; h++)
+        mix(scores.data() + h * count, cached.values, places.data(), count, D, out + (g * group + h) * D);
 }

@@ -50,9 +50,9 @@ void one_layer(Crew& crew, const Layer& l, const Step& step, float* x, float* ke
             norm_row(row + i * h.D, i < h.H ? l.q_norm : l.k_norm, row + i * h.D, h.D, l.eps, 0);
         store(cached, t, row + q_width, row + q_width + h.G * h.D);
     });
-    crew.each(T * h.G, [&](long i) {
-        long t = i / h.G;
-        attend_group(cached, t, i % h.G, s.qkv.data() + t * width, s.mixed.data() + t * q_width);
+    crew.each(T * h.G, [&](long i) {  // tokens of one request meet the same keys one after the other
+        long t = i % T;
+        attend_group(cached, t, i / T, s.qkv.data() + t * width, s.mixed.data() + t * q_width);
     });
     product(crew, &l.o, 1, s.mixed.data(), Ready(), x, x, T, q_width, s.bytes);
     product(crew, l.gate_up, 2, normed, norm_by(l.mlp_norm), nullptr, s.wide.data(), T, l.E, s.bytes);
@@ -106,8 +106,8 @@ void attend(const Step* step, const Heads* heads, const float* q, const float* k
     run_team(threads, [&](Crew& crew) {
         crew.each(step->T, [&](long t) { store(cached, t, k + t * k_stride, v + t * v_stride); });
         crew.each(step->R * heads->G, [&](long i) {
-            long t = i / heads->G;
-            attend_group(cached, t, i % heads->G, q + t * q_stride, out + t * heads->H * heads->D);
+            long t = i % step->R;
+            attend_group(cached, t, i / step->R, q + t * q_stride, out + t * heads->H * heads->D);
         });
     });
 }

@@ -21,56 +21,98 @@ struct Matrix {
     int int8;
 };
 
-// One output for M rows. Weights are read as one stream, which is what memory is fastest at; four
-// sums run side by side, so that no addition waits for the one before.
-template <int M>
-void dot_rows(const float* weight, const float* x, long K, float* out) {
-    numbers acc[M][4] = {};
+// N outputs for M rows, as vectors yet to be summed up, rows `step` apart. Four sums of each run side
+// by side, so that no addition waits for the one before.
+template <int M, int N = 1>
+void dot_rows(const float* weight, const float* x, long K, numbers* out, long step) {
+    numbers acc[N][M][4];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+            for (int i = 0; i < 4; i++) acc[n][m][i] = numbers{};
+    auto add = [&](long at, int i) {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; n++) {
+            numbers w = *(const numbers*)(weight + n * K + at);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) acc[n][m][i] += w * *(const numbers*)(x + m * K + at);
+        }
+    };
     long k = 0;
     for (; k + 4 * LANES <= K; k += 4 * LANES)
-        for (int i = 0; i < 4; i++) {
-            long at = k + i * LANES;
-            numbers w = *(const numbers*)(weight + at);
-            for (int m = 0; m < M; m++) acc[m][i] += w * *(const numbers*)(x + m * K + at);
-        }
-    for (int m = 0; m < M; m++) {
-        float total = sum((acc[m][0] + acc[m][1]) + (acc[m][2] + acc[m][3]));
-        for (long j = k; j < K; j++) total += weight[j] * x[m * K + j];
-        out[m] = total;
-    }
+#pragma GCC unroll 8
+        for (int i = 0; i < 4; i++) add(k + i * LANES, i);
+    for (; k + LANES <= K; k += LANES) add(k, 0);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+            out[m * step + n] = (acc[n][m][0] + acc[n][m][1]) + (acc[n][m][2] + acc[n][m][3]);
 }
 
-// Each output of few rows is made after the other, so that weights come as one stream; of MANY, those
-// of several outputs stay in the nearest cache, beside a few rows.
-constexpr long MANY = 16, NEAR_BYTES = 3 << 13;
-#if defined(__AVX512F__)
-constexpr int ROWS = 5;  // whose sums the registers hold
+#if defined(__AVX512F__)  // rows for one output, and for WIDE ones, whose sums the registers hold
+constexpr int ROWS = 5, WIDE_ROWS = 3, WIDE = 2;
 #else
-constexpr int ROWS = 3;
+constexpr int ROWS = 3, WIDE_ROWS = 3, WIDE = 1;
 #endif
 
 // One output for `rows` rows, at most M.
 template <int M>
-void dot_few(const float* weight, const float* x, long K, long rows, float* out) {
-    if (rows == M) dot_rows<M>(weight, x, K, out);
-    else if constexpr (M > 1) dot_few<M - 1>(weight, x, K, rows, out);
+void dot_few(const float* weight, const float* x, long K, long rows, numbers* out, long step) {
+    if (rows == M) dot_rows<M>(weight, x, K, out, step);
+    else if constexpr (M > 1) dot_few<M - 1>(weight, x, K, rows, out, step);
 }
 
-// Outputs n .. n + count of one matrix for all rows; `place(m)` says where a row's begin.
+// `count` outputs for some rows, as dot_rows leaves them. For few rows each is made after the other,
+// so that weights come as one stream, which is what memory is fastest at; else WIDE_ROWS at a time stay
+// in the nearest cache.
+inline void dot_group(const float* weight, long count, const float* x, long rows, long K, bool few,
+                      numbers* out, long step) {
+    auto dots = [&](long c, long r, long some) {
+        dot_few<ROWS>(weight + c * K, x + r * K, K, some, out + r * step + c, step);
+    };
+    for (long c = 0; c < count && few; c++)
+        for (long r = 0, some; r < rows; r += some) {
+            some = rows - r <= ROWS ? rows - r : std::min((rows - r + 1) / 2, long(ROWS));
+            dots(c, r, some);
+        }
+    for (long r = 0; r < rows && !few; r += WIDE_ROWS) {
+        long some = std::min(rows - r, long(WIDE_ROWS)), c = 0;
+        for (; c + WIDE <= count && some == WIDE_ROWS; c += WIDE)
+            dot_rows<WIDE_ROWS, WIDE>(weight + c * K, x + r * K, K, out + r * step + c, step);
+        for (; c < count; c++) dots(c, r, some);
+    }
+}
+
+// Up to MANY rows, or MANY at a time, are summed up together for GROUP outputs; for no more rows than
+// that, more outputs are.
+constexpr long MANY = 16, GROUP = 4;
+inline long grouped(long M) { return M > GROUP ? GROUP : LANES; }
+
+// Outputs n .. n + count of one matrix, `grouped` at most, for all rows; `place(m)` says where a
+// row's begin.
 template <class Place>
 void columns_f32(const Matrix& matrix, long n, long count, const float* x, const float* add, float* out,
                  long M, long K, Place place) {
     const float* weight = (const float*)matrix.weight + n * K;
-    auto put = [&](long m, long c, float value) {
-        long at = place(m) + c;
-        out[at] = value + (matrix.bias ? matrix.bias[n + c] : 0.0f) + (add ? add[at] : 0.0f);
-    };
+    long whole = K / LANES * LANES, step = grouped(M);
+    numbers dots[MANY * GROUP];
+    float found[MANY * GROUP];
     for (long m = 0, rows; m < M; m += rows) {
-        rows = M - m <= ROWS ? M - m : std::min((M - m + 1) / 2, long(ROWS));
-        for (long c = 0; c < count; c++) {
-            float found[ROWS];
-            dot_few<ROWS>(weight + c * K, x + m * K, K, rows, found);
-            for (long i = 0; i < rows; i++) put(m + i, c, found[i]);
+        rows = std::min(M - m, MANY);
+        dot_group(weight, count, x + m * K, rows, K, M <= MANY, dots, step);
+        for (long i = 0; i < rows * step; i += LANES) *(numbers*)(found + i) = sums(dots + i);
+        for (long r = 0; r < rows; r++) {
+            float* row = found + r * step;
+            for (long k = whole; k < K; k++)
+                for (long c = 0; c < count; c++) row[c] += weight[c * K + k] * x[(m + r) * K + k];
+            if (matrix.bias)
+                for (long c = 0; c < count; c++) row[c] += matrix.bias[n + c];
+            if (add)
+                for (long c = 0; c < count; c++) row[c] += add[place(m + r) + c];
+            std::copy(row, row + count, out + place(m + r));
         }
     }
 }
@@ -78,14 +120,14 @@ void columns_f32(const Matrix& matrix, long n, long count, const float* x, const
 // Several products of the same x, their outputs side by side, plus `add`.
 inline void product_f32(Crew& crew, const Matrix* matrices, int count, const float* x,
                         const float* add, float* out, long M, long K) {
-    long width = 0, most = M > MANY ? std::max(1L, NEAR_BYTES / (K * long(sizeof(float)))) : 1;
+    long width = 0;
     for (int i = 0; i < count; i++) width += matrices[i].N;
     crew.spans(width, [&](long first, long last) {
         for (long column = first, step; column < last; column += step) {
             const Matrix* matrix = matrices;
             long n = column;
             while (n >= matrix->N) n -= (matrix++)->N;
-            step = std::min({most, last - column, matrix->N - n});
+            step = std::min({grouped(M), last - column, matrix->N - n});
             auto place = [=](long m) { return m * width + column; };
             columns_f32(*matrix, n, step, x, add, out, M, K, place);
         }
