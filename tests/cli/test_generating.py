@@ -141,6 +141,13 @@ def test_a_killed_run_continues_where_it_was(model, tmp_path, capsys):
     assert not partial.exists()
 
 
+def test_an_answer_may_go_on_to_the_end_of_the_context(model, capsys):
+    args = ("--prompt", "def alpha(", "--max-tokens", "none", "--ignore-eos", "--json")
+    code, out, _ = run(capsys, model, *args)
+    assert code == 0
+    assert json.loads(out)["outputs"][0]["stop_reason"] == "context"
+
+
 def test_constraints_beams_and_speculation_from_the_command_line(model, tmp_path, capsys):
     code, out, _ = run(capsys, model, "--prompt", "x", "--choice", "yes", "no", "--json")
     assert code == 0

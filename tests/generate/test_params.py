@@ -23,6 +23,20 @@ def llm(tiny, tok):
 
 
 @pytest.mark.parametrize(
+    ("cls", "key", "message"),
+    [
+        (SamplingParams, "temprature", r"SamplingParams: .* \(did you mean 'temperature'"),
+        (BeamSearchParams, "beam_widht", "did you mean 'beam_width'"),
+        (SpeculativeConfig, "modle", "did you mean 'model'"),
+        (StructuredOutputsParams, "regexp", "did you mean 'regex'"),
+    ],
+)
+def test_an_unknown_keyword_names_the_nearest(cls, key, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(**{key: 1})
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"temperature": -1}, "temperature = -1 must be 0"),

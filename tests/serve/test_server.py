@@ -51,6 +51,16 @@ def test_a_chat_answers_as_the_engine_does(client, tiny, tok):
     assert answer.usage.completion_tokens == len(wanted.outputs[0].token_ids)
 
 
+def test_contrastive_search_answers_as_the_engine_does(client, tiny, tok):
+    contrast = {"penalty_alpha": 0.6, "top_k": 4}
+    answer = client.completions.create(
+        model="tiny", prompt=[7, 9, 11], temperature=0, max_tokens=12, extra_body=contrast
+    )
+    params = SamplingParams(temperature=0, max_tokens=12, **contrast)
+    [wanted] = LLM(tiny, tok).generate([[7, 9, 11]], params)
+    assert answer.choices[0].text == wanted.outputs[0].text
+
+
 def test_a_stream_adds_up_to_the_answer(client):
     options = {"model": "tiny", "messages": QUESTION, "seed": 3, "max_tokens": 20}
     whole = client.chat.completions.create(**options).choices[0].message.content

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,17 @@ from groundup.core.run import load_object
 from groundup.core.types import SamplingParams
 from groundup.generate.params import check_numbers, tidy
 
+NONE = "none"  # given for a number: no limit
+
+
+def count(text: str) -> int | str:
+    """Return a whole number, or NONE."""
+    return NONE if text.lower() == NONE else int(text)
+
+
 # field: (type, help); every flag takes one value
-NUMBERS: dict[str, tuple[type, str]] = {
-    "max_tokens": (int, "longest answer in tokens"),
+NUMBERS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "max_tokens": (count, "longest answer in tokens; none: to the end of the context"),
     "temperature": (float, "0 is greedy"),
     "top_k": (int, "sample among the k likeliest tokens; 0: all"),
     "top_p": (float, "sample among the likeliest tokens that hold this mass"),
@@ -117,6 +126,8 @@ def sampling(args: Any, **defaults: Any) -> SamplingParams:
     if (size := getattr(args, "repetition_detection", None)) is not None:
         given["repetition_detection"] = {"max_pattern_size": size}
     values = defaults | {name: value for name, value in given.items() if value is not None}
+    if values.get("max_tokens") == NONE:
+        values["max_tokens"] = None
     functions = getattr(args, "logits_processors", None) or ()
     values["logits_processors"] = tuple(load_object(name) for name in functions)
     params = configs.load(SamplingParams, values, where="sampling")

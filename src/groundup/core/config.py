@@ -6,6 +6,7 @@ content the stage depends on, `semantic=False` for a setting that cannot change 
 """
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Mapping
@@ -46,6 +47,20 @@ def load(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{where}: {name} = {value} is no number to work with")
     return config
+
+
+def known_keywords(cls: type[T]) -> type[T]:
+    """Have a dataclass refuse unknown keywords with a ConfigError that names the nearest ones."""
+    init, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    @functools.wraps(init)
+    def checked(self: T, *args: Any, **values: Any) -> None:
+        for key in values.keys() - set(known):
+            raise ConfigError(f"{cls.__name__}: unknown key {key!r}{closest(key, known)}")
+        init(self, *args, **values)
+
+    cls.__init__ = checked  # type: ignore[method-assign, assignment]
+    return cls
 
 
 def check_keys(cls: Any, values: Any, where: str) -> None:

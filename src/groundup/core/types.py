@@ -7,6 +7,8 @@ from typing import Any, Literal, NotRequired, Protocol, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from groundup.core.config import known_keywords
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -57,6 +59,7 @@ class Preference:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+@known_keywords
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
     """A language that the answer must belong to; exactly one field is given.
@@ -71,6 +74,7 @@ class StructuredOutputsParams:
     grammar: str | None = None
 
 
+@known_keywords
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepetitionDetectionParams:
     """End an answer whose last tokens are `min_count` equal runs of so many tokens."""
@@ -80,6 +84,7 @@ class RepetitionDetectionParams:
     min_count: int = 3
 
 
+@known_keywords
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to sample one request: the names and meanings of vLLM and OpenAI.

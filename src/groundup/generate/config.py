@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from groundup.core.config import field
+from groundup.core.config import field, known_keywords
 from groundup.core.errors import ConfigError, closest
 
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}  # of one step, where the config does not say
@@ -20,6 +20,7 @@ def need_count(name: str, value: object) -> None:
         raise ConfigError(f"{name} = {value!r} must be a whole number, at least 1")
 
 
+@known_keywords
 @dataclass(frozen=True)
 class EngineConfig:
     """Settings of an engine; none of them changes what a request is answered, up to rounding."""
@@ -59,6 +60,7 @@ class EngineConfig:
             )
 
 
+@known_keywords
 @dataclass(frozen=True)
 class SpeculativeConfig:
     """Who guesses how answers go on; what is answered stays the same."""
@@ -77,6 +79,7 @@ class SpeculativeConfig:
             need_count(name, getattr(self, name))
 
 
+@known_keywords
 @dataclass(frozen=True)
 class BeamSearchParams:
     """How a beam search goes: vLLM's names, or transformers' where it has none."""

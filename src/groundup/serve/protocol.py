@@ -18,6 +18,7 @@ SAMPLING = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "penalty_alpha",
     "seed",
     "stop",
     "stop_token_ids",
