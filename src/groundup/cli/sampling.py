@@ -1,5 +1,6 @@
 """Flags of sampling parameters, shared by the commands that generate."""
 
+import argparse
 import json
 import os
 import re
@@ -19,7 +20,10 @@ NONE = "none"  # given for a number: no limit
 
 def count(text: str) -> int | str:
     """Return a whole number, or NONE."""
-    return NONE if text.lower() == NONE else int(text)
+    try:
+        return NONE if text.lower() == NONE else int(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, nor {NONE}") from err
 
 
 # field: (type, help); every flag takes one value
