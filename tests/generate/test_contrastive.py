@@ -95,10 +95,25 @@ def test_neighbours_guesses_and_preemption_change_nothing(both, tok):
     assert tokens(LLM(model, tok, speculative=SpeculativeConfig()).generate(PROMPTS, PARAMS)) == (
         alone
     )
-    a_token = 2 * 2 * 16 * 4  # bytes of keys and values: two layers of one head
-    small = LLM(model, tok, kv_cache_memory_bytes=6 * 16 * a_token)
-    assert tokens(small.generate(PROMPTS, PARAMS)) == alone
-    assert small.engine.queue.preemptions > 0
+    engine = LLM(model, tok, max_num_seqs=1).engine
+    [request] = engine.add(PROMPTS[0], PARAMS)
+    for _ in range(5):
+        engine.step()
+    engine.add(PROMPTS[1], sampled, priority=-1)
+    while engine.busy:
+        engine.step()
+    assert engine.queue.preemptions == 1
+    assert request.output.token_ids == alone[0]
+
+
+def test_a_token_takes_one_forward(both, tok, monkeypatch):
+    model, _ = both
+    llm = LLM(model, tok)
+    fed = []
+    plan = llm.engine.queue.plan
+    monkeypatch.setattr(llm.engine.queue, "plan", lambda: fed.append(plan()) or fed[-1])
+    llm.generate(PROMPTS[:1], PARAMS)
+    assert [len(step) for step in fed] == [1] + [0] * 23  # the engine's own: only the prompt's
 
 
 def test_it_goes_on_to_the_end_of_the_context(both, tok):

@@ -42,6 +42,7 @@ class ContrastiveSearch(SecondLook):
         super().__init__(model, prompt, most)
         self.alpha, self.count = alpha, min(count, model.config.vocab_size)
         self.weighed: list[Weighed] = []  # the last candidates, to be shown
+        self.next_V: Tensor | None = None  # the model's logits behind the best one
 
     @cached_property
     def branches(self) -> Branches:
@@ -70,7 +71,8 @@ class ContrastiveSearch(SecondLook):
         text, ids = [*self.start, *written], ids_K.tolist()
         self.read(text)
         forks = [self.branches.fork(self.reading.branch) for _ in ids]
-        states_KE = unit(torch.cat(self.branches.feed(forks, [[i] for i in ids], want="hidden")))
+        hidden_KE = torch.cat(self.branches.feed(forks, [[i] for i in ids], want="hidden"))
+        states_KE = unit(hidden_KE)
         like_K = (states_KE @ self.states[: len(text)].T).amax(-1)
         scores_K = (1 - self.alpha) * probs_K - self.alpha * like_K
         rows = zip(ids, probs_K.tolist(), like_K.tolist(), scores_K.tolist(), strict=True)
@@ -80,7 +82,13 @@ class ContrastiveSearch(SecondLook):
             self.branches.drop(branch)
         self.reading = Reading(forks[best], [*text, ids[best]])
         self.states[len(text)] = states_KE[best]
+        self.next_V = self.model.head(hidden_KE[best : best + 1])[0]
         return torch.full_like(logits_V, NEVER).index_put((ids_K,), scores_K)
+
+    def foreseen(self, written: Sequence[int]) -> Tensor | None:
+        """Return the model's logits behind a text that ends with the best candidate."""
+        same = len(self.reading.ids) == len(self.start) + len(written)
+        return self.next_V if same and written and self.reading.ids[-1] == written[-1] else None
 
     def read(self, text: Sequence[int]) -> None:
         """Bring the reading to the end of a text, and take in the states of what is new."""

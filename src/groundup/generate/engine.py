@@ -230,11 +230,12 @@ class Engine:
             if self.speculator and not self.queue.apart:
                 self.speculator.draft(self.queue.running)
             plan = self.queue.plan()
-            if not plan:
+            known = self.sample_foreseen(plan)
+            if not plan and not known:
                 return []
-            if not self.decodes(plan):
+            if known or not self.decodes(plan):
                 parts = [[entry] for entry in plan] if self.queue.apart else [plan]
-                done = [request for part in parts for request in self.run(part)]
+                done = [*known, *(request for part in parts if part for request in self.run(part))]
                 self.queue.release()
                 self.move_on()
                 return done
@@ -245,6 +246,15 @@ class Engine:
         done = self.land(self.flight)
         self.queue.release()
         return done
+
+    def sample_foreseen(self, plan: Plan) -> list[Request]:
+        """Give those their next token that feed none, their logits being foreseen; return them."""
+        feeding = {request for request, _ in plan}
+        found = {r: r.foreseen for r in self.queue.running if r not in feeding}
+        logits = {request: logits_V for request, logits_V in found.items() if logits_V is not None}
+        if logits:
+            sample(list(logits), torch.stack(list(logits.values())), self.watch)
+        return list(logits)
 
     def decodes(self, plan: Plan) -> bool:
         """Return whether a step only feeds the newest token of each request, all to one model."""

@@ -78,6 +78,12 @@ class Request:
         return self.length - self.holding.computed + len(self.draft)
 
     @property
+    def foreseen(self) -> Tensor | None:
+        """Return the logits behind the newest token where contrastive search has them already."""
+        search = self.processors.helpers.get("penalty_alpha")
+        return None if search is None else search.foreseen(self.output.token_ids)
+
+    @property
     def last_token(self) -> int:
         """Return the newest token."""
         return (self.output.token_ids or self.prompt)[-1]

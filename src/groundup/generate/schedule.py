@@ -39,10 +39,14 @@ class Schedule:
         bisect.insort(self.waiting, request, key=order)
 
     def plan(self) -> Plan:
-        """Return who feeds how many tokens, the fewest first; they have the blocks for them."""
+        """Return who feeds how many tokens, the fewest first; they have the blocks for them.
+
+        Those whose logits are foreseen feed none.
+        """
         plan: dict[Request, int] = {}
         budget = max(self.budget, self.rows)
-        for request in sorted(self.running, key=lambda r: r.ahead - len(r.draft) > 1):
+        feeding = [request for request in self.running if request.foreseen is None]
+        for request in sorted(feeding, key=lambda r: r.ahead - len(r.draft) > 1):
             count = self.next_count(request, budget - sum(plan.values()))
             while count and request in self.running and not self.reserve(request, count):
                 if request.draft:
