@@ -31,7 +31,7 @@ from groundup.figure import Series
 from groundup.figure.panels import Panel, save_panels
 from groundup.model import Decoder, ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
-from groundup.model.footprint import training_peak, twin_of
+from groundup.model.footprint import training_step, twin_of
 from groundup.model.inspection import train_memory
 from groundup.train.plan import SIZES, shape
 from groundup.train.ranks import here, together
@@ -100,8 +100,8 @@ def computed_bytes(case: Case) -> float:
     rows = max(1, tokens_of(case) // case[1] // ranks)
     with FakeTensorMode():
         twin = twin_of(Decoder(config))
-        peak = training_peak(twin, case[1], rows, dtype)
-        found = train_memory(twin, optim="muon", peak=peak)
+        step = training_step(twin, case[1], rows, dtype)
+        found = train_memory(twin, optim="muon", step=step)
     if ranks == 1:
         return found["total"]
     return found["step"] + found["weights"] + (found["weights"] + found["optimizer"]) / ranks

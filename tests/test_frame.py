@@ -1,5 +1,6 @@
 """The frame: the README's tree is true, everything imports, nothing names a machine."""
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -33,6 +34,22 @@ def test_every_module_imports():
             if err.name != "triton":  # the kernels of a GPU need it, and only they
                 raise
             assert module.name.startswith("groundup.model.gpu_")
+
+
+def test_benchmarks_import_what_is_there():
+    """Looked up, not run: most of their peers are not installed here."""
+    names = [
+        (path.name, node.module, alias.name)
+        for path in (ROOT / "benchmarks").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("groundup")
+        for alias in node.names
+    ]
+    modules = {module.name for module in pkgutil.walk_packages(groundup.__path__, "groundup.")}
+    assert names
+    for where, module, name in names:
+        there = f"{module}.{name}" in modules or hasattr(importlib.import_module(module), name)
+        assert there, f"{where}: {name} is not in {module}"
 
 
 def test_every_public_name_is_there():

@@ -111,8 +111,9 @@ def seconds_a_step(
 ) -> float:
     """Return how long a step of a source takes on average, by its first few, timed at a rate of 0.
 
-    Steps differ in length, so that time is counted by the position. Model and source are left as
-    they were. Several ranks share the work, and go by what the first one measured.
+    Each is run twice, and the second time counts: the first waits for new memory, at every length
+    anew. Steps differ in length, so that time is counted by the position. Model and source are left
+    as they were. Several ranks share the work, and go by what the first one measured.
     """
     dtype, begun, sizes = DTYPES[config.dtype], source.state_dict(), source.positions()
     few = [source.next_step() for _ in range(min(TIMED_EXAMPLE_STEPS, len(sizes)))]
@@ -123,10 +124,9 @@ def seconds_a_step(
         optimizers = make_optimizers(model, config, dtype)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = 0.0
-        times = step_seconds(model, objective, few * 2, optimizers, device, dtype)
+        times = step_seconds(model, objective, few * 2, optimizers, device, dtype)[len(few) :]
     model.train(was_training)
-    fastest = map(min, times[: len(few)], times[len(few) :])
-    by_position = sum(fastest) / sum(sizes[: len(few)])
+    by_position = sum(times) / sum(sizes[: len(few)])
     return here().told(by_position * sum(sizes) / len(sizes) / here().size)
 
 
