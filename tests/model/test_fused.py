@@ -1,5 +1,6 @@
 """Closed-form gradients equal those of the plain formulas."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -240,6 +241,31 @@ def test_training_and_evaluation_normalise_alike(dtype):
         norm.weight.uniform_(0.5, 2)
         wanted = norm(x)
     torch.testing.assert_close(norm(x), wanted)
+
+
+@needs_compiler
+def test_norms_gathered_in_bf16_have_the_fused_forms_too():
+    """As ranks have them that share weights: norms in bf16, what comes to them in fp32."""
+    wide = tied(model_type="qwen3", num_hidden_layers=2)
+    norms = [module for module in wide.modules() if isinstance(module, RMSNorm)]
+    for norm in norms:
+        norm.weight.data.uniform_(0.5, 1.5).copy_(norm.weight.bfloat16())
+    narrow = copy.deepcopy(wide)
+    for module in narrow.modules():
+        if isinstance(module, RMSNorm):
+            module.bfloat16()
+    ids = torch.randint(512, (2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, found = wide(ids), narrow(ids)
+    assert torch.equal(found, wanted)
+    nodes, edges = set(), [found.grad_fn]
+    while edges:
+        node = edges.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            edges += [following for following, _ in node.next_functions]
+    kinds = [node.name() for node in nodes]
+    assert (kinds.count("HeadsBackward"), kinds.count("RMSNormedBackward")) == (2, 5)
 
 
 def tied(**fields):

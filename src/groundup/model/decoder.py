@@ -112,7 +112,7 @@ class Attention(nn.Module):
             weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
             if self.qk_norm == "none":
                 return Heads.apply(x_BTE, *weights, None, None, 0.0, *rotary)
-            norms = (self.q_norm.weight, self.k_norm.weight)
+            norms = (self.q_norm.weight.float(), self.k_norm.weight.float())
             return Heads.apply(x_BTE, *weights, *norms, self.q_norm.eps, *rotary)
         q_BTHD, k_BTKD, v_BTKD = self.heads(x_BTE)
         q_BHTD = rotate(q_BTHD.transpose(1, 2), *rotary)
@@ -120,13 +120,17 @@ class Attention(nn.Module):
         return q_BHTD, k_BKTD, v_BTKD.transpose(1, 2)
 
     def in_one_step(self, x_BTE: Tensor, rotary: tuple[Tensor, Tensor]) -> bool:
-        """Say whether `Heads` is for this: plain layers, norms and tables in fp32, kernels."""
+        """Say whether `Heads` is for this: plain layers and norms, tables in fp32, kernels.
+
+        Norms may be in bf16, which is what ranks that share weights gather them in.
+        """
         norms = [] if self.qk_norm == "none" else [self.q_norm, self.k_norm]
         return (
             self.qk_norm != "width"
             and joinable(x_BTE, self.q_proj, self.k_proj, self.v_proj)
             and all(plain(norm, RMSNorm) and not norm.gemma for norm in norms)
-            and all(t.dtype == torch.float32 for t in (*rotary, *(norm.weight for norm in norms)))
+            and all(t.dtype == torch.float32 for t in rotary)
+            and all(norm.weight.dtype in (torch.float32, torch.bfloat16) for norm in norms)
             and dtype_of_products(x_BTE) in attention.DTYPES
             and native.passes() is not None
         )

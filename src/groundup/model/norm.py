@@ -27,9 +27,9 @@ class RMSNorm(nn.Module):
         dtype = x.dtype if self.gemma else wide_dtype
         if self.feeds and x.device.type == "cpu":
             dtype = dtype_of_products(x)
-        fitting = self.weight.dtype == torch.promote_types(x.dtype, torch.float32)
+        fitting = wide_dtype == torch.promote_types(x.dtype, torch.float32)
         if not self.gemma and fitting and dtype in DTYPES and worthwhile(x, narrow=True):
-            return RMSNormed.apply(x, self.weight, self.eps, dtype)
+            return RMSNormed.apply(x, self.weight.to(wide_dtype), self.eps, dtype)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         if self.gemma:
