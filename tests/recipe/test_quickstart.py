@@ -102,6 +102,9 @@ def test_every_stage_is_finished_and_the_report_is_one_file(finished):
     metrics = json.loads((finished / "evaluate" / "metrics.json").read_text())
     three = metrics["bits_per_byte"]
     assert three["mixture"]["bits_per_byte"] < three["network"]["bits_per_byte"]
+    kept = metrics["text_kept"]  # the validation text is short: all of it
+    assert kept["base"] == pytest.approx(three["network"]["bits_per_byte"], rel=1e-3)
+    assert len(set(kept.values())) == 3
 
 
 def test_transformers_opens_every_model_with_the_same_template(finished):

@@ -1,5 +1,6 @@
 """Stage `evaluate`: three models on held-out text, the answers of each stage, the preferences."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ from groundup.tokenizer import Tokenizer
 
 STAGES = ("base", "finetuned", "aligned")
 MAX_PAIRS = 300
+KEPT_TOKENS = 16_384  # of validation text, on which every stage's model is scored
 CARD_QUESTIONS = 5
 
 
@@ -57,6 +59,7 @@ def evaluate(config: EvaluateConfig, out: Path) -> dict[str, Any]:
         stage: LLM(load_model(folder, device=device.device), tok, max_num_seqs=32)
         for stage, folder in folders.items()
     }
+    text = text_kept(engines, validation, tok)
     rows = answer(engines, choose_questions(config), config)
     scores = {stage: score_answers(rows, stage) for stage in STAGES}
     show_answers(scores)
@@ -64,7 +67,12 @@ def evaluate(config: EvaluateConfig, out: Path) -> dict[str, Any]:
     samples = sample(engines, validation, tok, config.seed)
     write_jsonl(out / "answers.jsonl", rows)
     write_jsonl(out / "samples.jsonl", samples)
-    metrics = {"bits_per_byte": three, "answers": scores, "preferences": preferences}
+    metrics = {
+        "bits_per_byte": three,
+        "text_kept": text,
+        "answers": scores,
+        "preferences": preferences,
+    }
     write_json(out / "metrics.json", metrics)
     write_json(out / "card.json", card(base.config, rows, scores["aligned"]))
     return {
@@ -110,6 +118,19 @@ def show_three(three: dict[str, Any], ngram: str, title: str = "Validation text"
         f"{gain['low']:.3f} to {gain['high']:.3f}); every document is scored by weights fitted on "
         "others"
     )
+
+
+def text_kept(engines: dict[str, LLM], validation: Shard, tok: Tokenizer) -> dict[str, float]:
+    """Return each stage's bits per byte of some validation text: what it still knows of it."""
+    documents = spread(validation, KEPT_TOKENS)
+    bits = math.log(2) * bytes_of(documents, tok)
+    found = {}
+    for stage, llm in engines.items():
+        logprobs = NeuralLM(llm.engine.model, tok.eos_token_id).token_logprobs(documents)
+        found[stage] = -sum(float(row.sum()) for row in logprobs) / bits
+    told = ", ".join(f"{stage} {value:.3f}" for stage, value in found.items())
+    say(f"  of {sum(map(len, documents)):,} tokens of it, bits per byte: {told}")
+    return found
 
 
 def choose_questions(config: EvaluateConfig) -> list[Chat]:

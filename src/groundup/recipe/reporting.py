@@ -116,7 +116,7 @@ def three_blocks(metrics: dict[str, Any]) -> list[str]:
         name: (three[key]["bits_per_byte"], three[key]["low"], three[key]["high"])
         for key, name in names.items()
     }
-    gain = three["gain"]
+    gain, kept = three["gain"], metrics["text_kept"]
     return [
         page.picture(
             bar_plot(bars, x_label="bits per byte (lower is better)"),
@@ -127,6 +127,11 @@ def three_blocks(metrics: dict[str, Any]) -> list[str]:
             f"Interpolating takes {gain['bits_per_byte']:.3f} bits per byte off the network "
             f"(95 %: {gain['low']:.3f} to {gain['high']:.3f}, over the same files). Each half of "
             "the files was scored with weights fitted on the other half."
+        ),
+        page.text(
+            "Learning to answer costs some of what a network knows of text: on a part of the same "
+            f"files it has {kept['base']:.3f} bits per byte before, {kept['finetuned']:.3f} after "
+            f"fine-tuning and {kept['aligned']:.3f} after alignment."
         ),
     ]
 

@@ -107,6 +107,7 @@ STAGES = {
             config="groundup.recipe.configs:EvaluateConfig",
             run="groundup.recipe.evaluation:evaluate",
             help="measure three models, the answers and the preferences, held out",
+            version=2,
         ),
         Stage(
             name="classify",
