@@ -84,7 +84,7 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool], str], ...] = (
         ("learning_rate", "newton_schulz"),
         "optim",
         lambda x: x != "adamw",
-        "without optim muon or normuon",
+        "without optim muon or normuon: the rate of AdamW is adam_learning_rate",
     ),
     (("cautious_weight_decay",), "weight_decay", lambda x: x > 0, "without weight_decay above 0"),
     (
