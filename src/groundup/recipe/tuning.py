@@ -48,6 +48,7 @@ from groundup.train.timing import TIMED_EXAMPLE_STEPS, seconds_a_step
 
 STEPS = "steps.json"  # how many steps the time was worth; a resumed run has as many
 LEAST_STEPS = 10
+BESIDE = 0.1  # of the time: checkpoints, the live line, steps slower than those that are timed
 
 
 def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
@@ -254,7 +255,7 @@ def planned_steps(
     if ranks.told(note.is_file()):
         return int(read_json(note)["steps"])
     seconds_a_step = timed()
-    left = ranks.told(config.seconds - (time.monotonic() - started))
+    left = ranks.told((1 - BESIDE) * (config.seconds - (time.monotonic() - started)))
     at_most = int(config.max_epochs * -(-examples // config.batch_size))
     steps = max(LEAST_STEPS, min(int(left / seconds_a_step), at_most))
     if ranks.first:
