@@ -1,5 +1,6 @@
 """Continued pretraining: the same start, other vocabularies, other heads, from the command line."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,8 +9,13 @@ import torch
 from groundup.cli.main import main
 from groundup.core.errors import CheckpointError
 from groundup.model import Decoder, Encoder, EncoderConfig, load_network, save_model
+from groundup.model.counts import num_parameters
+from groundup.recipe.configs import PretrainConfig
+from groundup.recipe.pretraining import with_adam_rate
+from groundup.recipe.shared import fit_settings
 from groundup.recipe.starting import continued_decoder, continued_encoder, rows_between
 from groundup.tokenizer import Tokenizer
+from groundup.train.scaling import step_law_rate
 
 TABLES = ("word_embeddings.weight", "tok_embeddings.weight")
 
@@ -99,11 +105,14 @@ def test_pretraining_goes_on_from_the_command_line(corpus, tok, wordpiece, tmp_p
     shape = ["--hidden-size", "64", "--num-hidden-layers", "1", "--max-position-embeddings", "64"]
     first = [*start, *shape, "--tokenizer", str(tmp_path / "tok")]
     assert main([*first, "--out", str(tmp_path / "base")]) == 0
+    assert "AdamW's peak rate: 0.0120" in capsys.readouterr().err
     more = [*start, "--init", str(tmp_path / "base")]
     same = [*more, "--tokenizer", str(tmp_path / "tok"), "--out", str(tmp_path / "more")]
     assert main(same) == 0
     assert losses(tmp_path / "more")[0] < losses(tmp_path / "base")[0] - 1
-    assert "rows of 64 tokens: the model has no more positions" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "rows of 64 tokens: the model has no more positions" in said
+    assert "AdamW's peak rate" not in said
     other = [*more, "--tokenizer", str(tmp_path / "words"), "--out", str(tmp_path / "other")]
     assert main(other) == 0
     assert "another vocabulary:" in capsys.readouterr().err
@@ -115,6 +124,21 @@ def test_pretraining_goes_on_from_the_command_line(corpus, tok, wordpiece, tmp_p
     pairs += ["--init", str(tmp_path / "bert"), "--max-position-embeddings", "64"]
     assert main([*pairs, "--out", str(tmp_path / "pairs")]) == 0
     assert load_network(tmp_path / "pairs" / "model").config.task == "pretraining"
+
+
+def test_the_rate_beside_muon_follows_size_and_tokens(tiny, tmp_path):
+    step = {"steps": 10**6, "batch_size": 8, "gradient_accumulation_steps": 2}
+    config = PretrainConfig(corpus=tmp_path, tokenizer=tmp_path, max_position_embeddings=64, **step)
+    shape = dataclasses.replace(tiny.config, hidden_size=2048, intermediate_size=8192)
+    law = 2 * step_law_rate(num_parameters(shape, embeddings=False), 10**6 * 16 * 64)
+    rated = with_adam_rate(config, shape)
+    assert rated.adam_learning_rate == pytest.approx(law)
+    assert 0.0003 < law < 0.012
+    assert fit_settings(rated).adam_learning_rate == rated.adam_learning_rate
+    for other in ({"optim": "adamw"}, {"init": tmp_path}, {"adam_learning_rate": 0.001}):
+        kept = dataclasses.replace(config, **other)
+        assert with_adam_rate(kept, shape) == kept
+        assert fit_settings(kept).adam_learning_rate == other.get("adam_learning_rate", 0.003)
 
 
 def test_starts_that_do_not_fit_say_so(tiny, tok, wordpiece, corpus, tmp_path, capsys):

@@ -20,7 +20,7 @@ h2 { font-size: 1.25rem; margin: 2.75rem 0 .75rem; padding-top: .75rem;
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 p { margin: .5rem 0 1rem; max-width: 46rem; }
 .soft, figcaption { color: var(--soft); font-size: .92rem; }
-nav a { margin-right: 1rem; color: inherit; }
+nav a { margin-right: 1rem; color: inherit; display: inline-block; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem;
   margin: 1.25rem 0; }
 .card { background: var(--card); border-radius: .5rem; padding: .8rem 1rem; }

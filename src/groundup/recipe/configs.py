@@ -179,7 +179,10 @@ class PretrainConfig(ShapeOptions, LoopOptions, WatchingOptions):
     gradient_accumulation_steps: int = field(1, help="micro-batches in an optimizer step")
     steps: int = field(500, help="optimizer steps")
     learning_rate: float = field(0.02, help="peak rate of Muon (matrices)")
-    adam_learning_rate: float = field(0.003, help="peak rate of AdamW (embeddings, norms)")
+    adam_learning_rate: float | None = field(
+        None,
+        help="peak rate of AdamW; unset: 0.003, beside Muon in a new model by its size and tokens",
+    )
     dtype: Literal["fp32", "bf16", "fp16"] | None = field(
         None, help="dtype of matrix products; unset: bf16 on a GPU that has it, else fp32"
     )

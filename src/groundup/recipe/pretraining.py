@@ -57,7 +57,7 @@ from groundup.train import (
     fit,
 )
 from groundup.train.memory import check_memory, memory_free
-from groundup.train.plan import mlp_width
+from groundup.train.plan import adam_rate, mlp_width
 from groundup.train.ranks import here
 from groundup.train.step import DTYPES
 
@@ -144,8 +144,19 @@ def starting_model(
         config = within_positions(config, model.config.max_position_embeddings)
         positions = config.max_position_embeddings
         shape = dataclasses.replace(model.config, max_position_embeddings=positions)
+    config = with_adam_rate(config, shape)
     check_memory(shape, fit_settings(config), config.batch_size, free, ranks.size)
     return Decoder(shape) if model is None else model, config
+
+
+def with_adam_rate(config: PretrainConfig, shape: ModelConfig) -> PretrainConfig:
+    """Return the config with the rate of what Muon does not train in a new model, where unset."""
+    if config.adam_learning_rate is not None or config.optim == "adamw" or config.init is not None:
+        return config
+    rows = config.batch_size * config.gradient_accumulation_steps
+    rate = adam_rate(shape, config.steps * rows * config.max_position_embeddings)
+    say(f"  AdamW's peak rate: {rate:.4f}, by this size and so many tokens")
+    return dataclasses.replace(config, adam_learning_rate=rate)
 
 
 def next_token(config: ModelConfig, z_loss: float) -> NextToken:

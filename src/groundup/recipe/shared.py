@@ -21,9 +21,11 @@ from groundup.train.ranks import first_prepares, here, rows_each
 
 
 def fit_settings(config: LoopOptions, **others: Any) -> FitConfig:
-    """Return the loop's settings: those that the stage's config has, and `others`."""
-    names = [f.name for f in dataclasses.fields(FitConfig) if hasattr(config, f.name)]
-    return FitConfig(**{name: getattr(config, name) for name in names} | others)
+    """Return the loop's settings: those that are set in the stage's config, and `others`."""
+    values = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(FitConfig)}
+    return FitConfig(
+        **{name: value for name, value in values.items() if value is not None} | others
+    )
 
 
 def shards_of(
