@@ -1,12 +1,12 @@
 """What the engine's choices cost: rounded weights, the same bits in every batch, starting up.
 
 python benchmarks/engine_costs.py quality MODEL TEXT...
-python benchmarks/engine_costs.py invariance|start [--threads N]
+python benchmarks/engine_costs.py invariance|stored|start [--threads N]
 
 `quality` reads texts that MODEL was not trained on, in windows of 256 tokens: bits per byte, the
 mean KL divergence from fp32 a token, and how often the likeliest token is the same. int4 is only
-simulated: weights rounded in groups of 32, inputs in fp32. `invariance` and `start` use the random
-Llamas of engine_speed.py.
+simulated: weights rounded in groups of 32, inputs in fp32. The others use the random Llamas of
+engine_speed.py; `stored` compares a folder in bf16 with the same widened as it is loaded.
 """
 
 import argparse
@@ -31,6 +31,11 @@ from groundup.model.weights import weight_files
 from groundup.tokenizer import Tokenizer
 
 WINDOW, ROUNDS = 256, 7
+ROWS = {  # lengths of prompts, tokens of an answer, and how many tokens one of them stands for
+    "decode, batch 1": ([16], 64, 1),
+    "decode, batch 8": ([16] * 8, 48, 8),
+    "prefill 512": ([512], 1, 512),
+}
 BEGIN = """
 import re, sys, time
 import torch
@@ -84,30 +89,46 @@ def quality(folder: str, texts: list[str]) -> None:
         print(f"{name}: {bits:.4f} bits per byte, KL {divergence:.6f} nats, same token {same:.2%}")
 
 
+def compare(title: str, names: tuple[str, str], llms: list[LLM]) -> None:
+    """Print the rates of two engines that take turns, and the second's share of the first's."""
+    for row, (lengths, answer, scale) in ROWS.items():
+        params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
+        seconds: list[list[float]] = [[], []]
+        for _ in range(ROUNDS + 1):
+            for llm, column in zip(llms, seconds, strict=True):
+                start = time.perf_counter()
+                llm.generate(draw(lengths), params)
+                column.append(time.perf_counter() - start)
+        first, second = (statistics.median(column[1:]) for column in seconds)
+        tokens = scale * answer
+        print(f"{title}, {row}: {names[0]} {tokens / first:,.0f} tokens/s, ", end="")
+        print(f"{names[1]} {tokens / second:,.0f}, ratio {first / second:.2f}")
+
+
 def invariance() -> None:
     """Print rates with and without the same bits in every batch, for 25M parameters."""
-    rows = {
-        "decode, batch 1": ([16], 64, 1),
-        "decode, batch 8": ([16] * 8, 48, 8),
-        "prefill 512": ([512], 1, 512),
-    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_model("25M", Path(temporary), make_tokenizer())
         for quantization in (None, "int8"):
             settings = {"device": "cpu", "quantization": quantization}
             llms = [LLM(folder, batch_invariant=exact, **settings) for exact in (False, True)]
-            for name, (lengths, answer, scale) in rows.items():
-                params = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True)
-                seconds: list[list[float]] = [[], []]
-                for _ in range(ROUNDS + 1):
-                    for llm, column in zip(llms, seconds, strict=True):
-                        start = time.perf_counter()
-                        llm.generate(draw(lengths), params)
-                        column.append(time.perf_counter() - start)
-                free, exact = (statistics.median(column[1:]) for column in seconds)
-                tokens = scale * answer
-                print(f"{quantization or 'fp32'}, {name}: {tokens / free:,.0f} tokens/s, ", end="")
-                print(f"batch_invariant {tokens / exact:,.0f}, ratio {free / exact:.2f}")
+            compare(quantization or "fp32", ("free", "batch_invariant"), llms)
+
+
+def stored() -> None:
+    """Print rates of a folder in bf16 of 125M parameters: widened as it is loaded, and kept."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = narrow_model(Path(temporary))
+        llms = [LLM(folder, device="cpu", dtype=dtype) for dtype in ("float32", None)]
+        compare("bf16", ("widened", "as stored"), llms)
+
+
+def narrow_model(place: Path) -> Path:
+    """Write a model of 125M in bf16; return its folder."""
+    wide = make_model("125M", place, make_tokenizer())
+    return save_model(
+        load_network(wide), Tokenizer.load(wide), place / "bf16", dtype=torch.bfloat16
+    )
 
 
 def start() -> None:
@@ -117,10 +138,11 @@ def start() -> None:
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_model("125M", Path(temporary), make_tokenizer())
-        stored = save_model(
+        small = save_model(
             load_network(folder), Tokenizer.load(folder), folder / "int8", dtype=torch.int8
         )
-        kinds = [("fp32", folder, ""), ("int8", folder, "int8"), ("int8 stored", stored, "")]
+        kinds = [("fp32", folder, ""), ("int8", folder, "int8"), ("int8 stored", small, "")]
+        kinds.append(("bf16 stored", narrow_model(Path(temporary)), ""))
         for name, place, quantization in kinds:
             command = [sys.executable, "-c", BEGIN, str(place), quantization]
             shell = [sys.executable, "-m", "groundup.cli.main", "generate", str(place)]
@@ -146,7 +168,7 @@ def start() -> None:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("what", choices=("quality", "invariance", "start"))
+    flags.add_argument("what", choices=("quality", "invariance", "stored", "start"))
     flags.add_argument("paths", nargs="*")
     flags.add_argument("--threads", type=int, default=2)
     args = flags.parse_args()
@@ -154,7 +176,7 @@ def main() -> None:
     if args.what == "quality":
         quality(args.paths[0], args.paths[1:])
     else:
-        {"invariance": invariance, "start": start}[args.what]()
+        {"invariance": invariance, "stored": stored, "start": start}[args.what]()
 
 
 if __name__ == "__main__":

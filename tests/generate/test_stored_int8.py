@@ -322,9 +322,9 @@ def test_damaged_int8_is_named(both, name, tensor, said):
     tensors = load_file(file)
     tensors.pop(name, None)
     save_file(tensors | ({} if tensor is None else {name: tensor}), file)
-    for keep in (True, False):
+    for keep in ((torch.int8,), ()):
         with pytest.raises(CheckpointError, match=said):
-            load_network(both[1], keep_int8=keep)
+            load_network(both[1], keep=keep)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])

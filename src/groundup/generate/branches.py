@@ -16,6 +16,7 @@ from groundup.generate.blocks import BlockPool, Holding
 from groundup.generate.cache import Feed, KVCache
 from groundup.generate.paged import make_batch
 from groundup.model.decoder import Decoder
+from groundup.model.narrow import numbers_of
 
 BLOCK = 16
 Want = Literal["logits", "layers", "hidden"]
@@ -47,7 +48,7 @@ class Branches:
         prepare: Callable[[int], None] | None = None,
         own: int | None = None,
     ) -> None:
-        weight = next(model.parameters())
+        weight = numbers_of(model)
         blocks = count * (-(-longest // BLOCK) + 1)
         if own is not None:
             blocks = -(-longest // BLOCK) + count * (-(-own // BLOCK) + 1)

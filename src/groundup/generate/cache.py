@@ -23,6 +23,7 @@ from groundup.model import gpu, kernels, passes
 from groundup.model.attention import DTYPES, causal_attention, takes
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Attention, Decoder
+from groundup.model.narrow import numbers_of
 from groundup.model.rope import rotate
 from groundup.model.view import heads_of
 
@@ -305,7 +306,7 @@ def slots_of(feed: Feed, size: int) -> NDArray[np.int64]:
 
 def block_count(model: Decoder, config: EngineConfig, rows: int) -> int:
     """Return how many blocks the cache has: what the config allows, or what is ever needed."""
-    weight = next(model.parameters())
+    weight = numbers_of(model)
     a_block = bytes_a_token(model.config, weight.dtype) * config.block_size
     longest = -(-model.config.max_position_embeddings // config.block_size)
     allowed, name = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"

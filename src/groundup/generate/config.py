@@ -42,7 +42,9 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = field(True, help="share what prompts begin with")
     dtype: Literal["float32", "bfloat16"] | None = field(
-        None, help="of a folder's weights; unset: float32, on a GPU the fastest it has"
+        None,
+        help="of a folder's weights; unset: on a CPU float32, with bf16 or int8 matrices left as "
+        "stored, on a GPU the fastest it has",
     )
     quantization: Literal["int8"] | None = field(None, help="int8, or none")
     batch_invariant: bool = field(

@@ -34,6 +34,7 @@ from groundup.model.decoder import Decoder
 from groundup.model.gpu import GpuStack
 from groundup.model.heap import keep_memory
 from groundup.model.mixing import Mix, check_mixable, with_adapters
+from groundup.model.narrow import numbers_of
 from groundup.model.view import Move, stamp, view_of
 from groundup.tokenizer import Tokenizer
 
@@ -69,7 +70,7 @@ class Engine:
         self.source, self.tokenizer, self.lock = model, tokenizer, threading.RLock()
         self.config = config = config or EngineConfig()
         self.ends = tuple(ends if ends is not None else tokenizer.stop_token_ids)
-        weight = next(model.parameters())
+        weight = numbers_of(model)
         self.device = weight.device
         on_gpu = self.device.type == "cuda"
         many = on_gpu and speculative is None  # those who guess have caches of their own

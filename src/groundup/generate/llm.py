@@ -31,6 +31,7 @@ from groundup.generate.config import BeamSearchParams, EngineConfig, Speculative
 from groundup.generate.engine import Engine
 from groundup.generate.request import Pooling, Request
 from groundup.generate.statistical import NGramDecoder
+from groundup.model import kernels
 from groundup.model.decoder import Decoder
 from groundup.model.heads import HeadedDecoder
 from groundup.model.hf import load_network, need_decoder, read_ends
@@ -92,14 +93,16 @@ class LLM:
     def load_decoder(self, folder: Path, device: str | None, config: EngineConfig) -> Decoder:
         """Return a folder's network; a head for labels names them.
 
-        Weights that are stored in int8 stay so on a CPU, unless a dtype is asked for.
+        Matrices that are stored in int8 or bf16 stay so on a CPU, unless a dtype is asked for.
         """
         devices.route_products()
         place = devices.place(device)
         usual = devices.fastest_dtype(place) if place.type == "cuda" else torch.float32
         wanted = usual if config.dtype is None else getattr(torch, config.dtype)
-        keep = place.type == "cpu" and (config.dtype is None or config.quantization == "int8")
-        network = load_network(folder, device=place, dtype=wanted, keep_int8=keep)
+        keep: tuple[torch.dtype, ...] = ()
+        if place.type == "cpu" and (config.dtype is None or config.quantization == "int8"):
+            keep = (torch.int8, torch.bfloat16) if kernels.available() else (torch.int8,)
+        network = load_network(folder, device=place, dtype=wanted, keep=keep)
         if isinstance(network, HeadedDecoder) and network.task == "sequence":
             self.labels = network.labels or tuple(map(str, range(network.num_labels)))
             network = network.as_decoder()

@@ -25,6 +25,7 @@ from groundup.generate.request import Request
 from groundup.generate.sampling import Watch, broken_logits, choose
 from groundup.model.decoder import Decoder
 from groundup.model.hf import load_model
+from groundup.model.narrow import numbers_of
 from groundup.model.ngram import NGram
 from groundup.model.view import view_of
 from groundup.tokenizer import Tokenizer
@@ -317,7 +318,7 @@ def make_speculator(
         check_vocabulary(config, ngram.vocab_size, tokenizer.vocab_size)
         return Speculator(config, NGramDrafter(ngram))
     folder = resolve_model(config.model)
-    weight = next(target.parameters())
+    weight = numbers_of(target)
     draft = load_model(folder, device=weight.device, dtype=weight.dtype)
     check_vocabulary(config, draft.config.vocab_size, target.config.vocab_size)
     if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:

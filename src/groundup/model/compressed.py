@@ -7,7 +7,7 @@ Shape suffixes: N outputs, K inputs.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -89,17 +89,27 @@ def scaled(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def placed(
-    tensors: dict[str, Tensor], device: str | torch.device, dtype: torch.dtype, *, keep: bool
+    tensors: dict[str, Tensor],
+    device: str | torch.device,
+    dtype: torch.dtype,
+    *,
+    int8: bool,
+    bf16: Collection[str],
 ) -> dict[str, Tensor]:
-    """Return a folder's tensors on a device, as floats of a dtype; `keep` leaves int8 as it is."""
+    """Return a folder's tensors on a device, as floats of a dtype.
+
+    With `int8` such weights stay as they are, and those named by `bf16` do if they are bf16.
+    """
     made = {}
     for name, tensor in tensors.items():
         if name.endswith(SCALE) or f"{name}_scale" in tensors:
-            if keep:
+            if int8:
                 made[name] = tensor.to(device)
             elif not name.endswith(SCALE):
                 scale_N1 = tensors[f"{name}_scale"].to(device)
                 made[name] = (tensor.to(device) * scale_N1).to(dtype)
+        elif name in bf16 and tensor.dtype == torch.bfloat16:
+            made[name] = tensor.to(device)
         else:
             made[name] = tensor.to(device, dtype)
     return made

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import reprlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -23,6 +24,7 @@ from groundup.model.encoder_config import EncoderConfig
 from groundup.model.heads import TASKS as HEADS
 from groundup.model.heads import HeadedDecoder
 from groundup.model.lora import adapted, folded
+from groundup.model.narrow import matrices, take_in
 from groundup.model.weights import (
     INDEX,
     MAX_SHARD_BYTES,
@@ -85,14 +87,14 @@ def load_network(
     num_labels: int = 2,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    keep_int8: bool = False,
+    keep: Collection[torch.dtype] = (),
 ) -> Network:
     """Load any model folder: a decoder, a decoder with another head, or an encoder.
 
     On the CPU, weights that are stored in the wanted dtype stay mapped into the file.
     `task` puts a new head of that task on the body ("sequence", "token", "span", "mlm", ...);
-    the new head's weights are drawn with torch's seed. `keep_int8` leaves weights that are stored
-    in int8 as they are, for an engine; else they are floats, and a line says so.
+    the new head's weights are drawn with torch's seed. `keep` leaves matrices that are stored in
+    int8 or bf16 as they are, for an engine; int8 is read as floats else, and a line says so.
     """
     folder = model_path(path)
     values, where = read_config(folder), str(folder / "config.json")
@@ -103,16 +105,19 @@ def load_network(
     check_numbers(stored, folder)
     tensors = once(renamed(stored, values), model)
     wanted = dtype or torch.float32
-    if int8 and keep_int8:
+    if int8 and torch.int8 in keep:
         compressed.store(model, tensors)
     elif int8:
         say(f"{folder}: int8 weights, read as {str(wanted).removeprefix('torch.')}")
-    tensors = compressed.placed(tensors, device, wanted, keep=keep_int8)
+    narrow = matrices(model) if torch.bfloat16 in keep else ()
+    tensors = compressed.placed(tensors, device, wanted, int8=torch.int8 in keep, bf16=narrow)
     if task is not None:
         return with_new_head(model, tensors, task, num_labels, folder).to(device, wanted)
     check_tensors(model, tensors, folder)
     model.load_state_dict(tensors, strict=False, assign=True)
     retie(model)
+    if narrow:
+        take_in(model)
     return model
 
 
@@ -334,7 +339,7 @@ def save_model(
         dtype = compressed.narrow_dtype(model)
     with atomic_folder(Path(out)) as folder:
         write_model(model, tokenizer, folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        copy = load_network(folder, keep_int8=True)
+        copy = load_network(folder, keep=(torch.int8,))
         written = model_tensors(copy)
         for name, weight in compressed.narrowed(model_tensors(model), dtype).items():
             if not torch.equal(written[name], weight.to(written[name].dtype)):

@@ -20,9 +20,9 @@ P, L, N, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 
 
 class Matrix(ctypes.Structure):
-    """A matrix as the kernels see it: fp32, or int8 in panels with a scale an output."""
+    """A matrix as the kernels see it: fp32, bf16, or int8 in panels with a scale an output."""
 
-    _fields_ = (("weight", P), ("scale", P), ("bias", P), ("N", L), ("int8", N))
+    _fields_ = (("weight", P), ("scale", P), ("bias", P), ("N", L), ("kind", N))
 
 
 class Step(ctypes.Structure):
@@ -56,6 +56,7 @@ class Layer(ctypes.Structure):
     )
 
 
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # Kind in products.hpp
 Weights = Tensor | tuple[Tensor, Tensor]  # fp32 [N, K]; or int8, and its scales [N]
 Place = tuple[Step, Any, Any]  # a step, and where every layer's keys and values are
 
@@ -154,7 +155,7 @@ class Product:
         self.width = sum(sizes)
         self.matrices = (Matrix * len(weights))(
             *(
-                Matrix(pointer(w), pointer(scale), pointer(b), size, scale is not None)
+                Matrix(pointer(w), pointer(scale), pointer(b), size, KINDS[w.dtype])
                 for w, b, size in zip(weights, biases, sizes, strict=True)
             )
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from groundup.core.progress import say
 from groundup.model import kernels
+from groundup.model.narrow import NarrowLinear
 
 LARGEST = 127  # symmetric: -128 is not used
 
@@ -46,17 +47,17 @@ class StoredInt8(nn.Linear):
 
 
 def stored_or_not(layer: nn.Linear) -> kernels.Weights:
-    """Return a layer's int8 rows and scales where it has them, else its weights."""
+    """Return a layer's int8 rows and scales where it has them, else its weights in fp32."""
     if isinstance(layer, StoredInt8):
         return layer.weight.data, layer.weight_scale.data.flatten()
-    return layer.weight
+    return layer.weight.float()
 
 
 def wide_weight(layer: nn.Linear) -> Tensor:
-    """Return a linear layer's weights [N, K] as floats."""
+    """Return a linear layer's weights [N, K] in the dtype that it computes in."""
     if isinstance(layer, StoredInt8):
         return layer.weight * layer.weight_scale
-    return layer.weight
+    return layer.weight.float() if isinstance(layer, NarrowLinear) else layer.weight
 
 
 class Int8Linear(nn.Module):

@@ -19,6 +19,7 @@ from groundup.model import gpu, kernels, passes
 from groundup.model.config import ModelConfig
 from groundup.model.decoder import Attention, Cache, Context, Decoder, Layer, Stack
 from groundup.model.mlp import MLP, Experts
+from groundup.model.narrow import NarrowLinear, numbers_of
 from groundup.model.norm import RMSNorm
 from groundup.model.quant import FallbackLinear, Int8Linear, StoredInt8, int8_class
 from groundup.model.rope import rotary_table
@@ -166,7 +167,7 @@ def view_of(
 
     `exact` leaves no product to torch, whose bits depend on the number of rows.
     """
-    weight = next(model.parameters())
+    weight = numbers_of(model)
     plain = weight.device.type == "cpu" and weight.dtype == torch.float32
     if quantization and not plain:
         raise ConfigError(
@@ -218,7 +219,7 @@ def evaluating(module: nn.Module) -> nn.Module:
 
 
 class Move:
-    """A model's fp32 weights on their way into large pages: the same values, read faster there.
+    """A model's weights on their way into large pages: the same values, read faster there.
 
     It takes longer than loading them where the system must find such pages first (a second for
     500 MB), so that an engine does it between its first steps. Views read weights where they lie:
@@ -229,7 +230,7 @@ class Move:
         self.weights = [
             weight
             for weight in model.parameters()
-            if weight.device.type == "cpu" and weight.dtype == torch.float32
+            if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
         ]
         self.placed: list[Tensor] = []
         self.arena = kernels.Arena()
@@ -263,7 +264,7 @@ class Maker:
 
     def takes(self, *parts: nn.Module) -> bool:
         """Return whether all parts are plain linear layers; int8 ones where views are int8."""
-        kinds = (nn.Linear, StoredInt8) if self.quantization else (nn.Linear,)
+        kinds = (nn.Linear, NarrowLinear, *((StoredInt8,) if self.quantization else ()))
         return all(type(part) in kinds for part in parts)
 
     def join(self, *parts: nn.Linear) -> nn.Module:

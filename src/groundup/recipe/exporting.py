@@ -68,7 +68,7 @@ def export_folder(
         raise ConfigError(f"dtype {dtype!r}{closest(dtype, DTYPES)}")
     if out.exists():
         raise StorageError(f"{out} exists: delete it, or choose another --out")
-    model = load_network(source, keep_int8=dtype == "int8")
+    model = load_network(source, keep=(torch.int8,) if dtype == "int8" else ())
     tok = Tokenizer.load(source) if (source / "tokenizer.json").is_file() else None
     save_model(model, tok, out, dtype=DTYPES[dtype], max_shard_bytes=max_shard_bytes)
     write_card(model, asked, source, out, push or out.name)

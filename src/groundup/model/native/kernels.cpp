@@ -79,7 +79,7 @@ int int8_offset() { return OFFSET; }
 // Up to three products of the same x, their outputs side by side.
 void linear(const Matrix* matrices, int count, const float* x, float* out, long M, long K,
             int threads) {
-    Bytes bytes(matrices->int8 ? M : 0, K);
+    Bytes bytes(matrices->kind == INT8 ? M : 0, K);
     run_team(threads, [&](Crew& crew) {
         product(crew, matrices, count, x, Ready(), nullptr, out, M, K, bytes);
     });

@@ -7,24 +7,35 @@
 #include <immintrin.h>
 #endif
 
+#include "bf16.hpp"
 #include "rows.hpp"
 #include "team.hpp"
 
-// ---------------------------------------------------------------- float32 products
+// ---------------------------------------------------------------- products in float32
 
-// A matrix of N outputs: float32 [N, K], or int8 in panels with a scale an output. kernels.py
-// fills these in.
+// A matrix of N outputs: float32 or bfloat16 [N, K], or int8 in panels with a scale an output.
+// kernels.py fills these in.
+enum Kind { FLOAT32, BFLOAT16, INT8 };
 struct Matrix {
     const void* weight;
     const float *scale, *bias;
     long N;
-    int int8;
+    int kind;
 };
+
+inline float wide(float x) { return x; }
+inline float wide(uint16_t x) { return from_bf16(x); }
+inline numbers load(const float* at) { return *(const numbers*)at; }
+inline numbers load(const uint16_t* at) {
+    typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
+    typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+    return (numbers)(__builtin_convertvector(*(const halves*)at, words) << 16);
+}
 
 // N outputs for M rows, as vectors yet to be summed up, rows `step` apart. Four sums of each run side
 // by side, so that no addition waits for the one before.
-template <int M, int N = 1>
-void dot_rows(const float* weight, const float* x, long K, numbers* out, long step) {
+template <int M, int N = 1, class Weight>
+void dot_rows(const Weight* weight, const float* x, long K, numbers* out, long step) {
     numbers acc[N][M][4];
 #pragma GCC unroll 8
     for (int n = 0; n < N; n++)
@@ -35,7 +46,7 @@ void dot_rows(const float* weight, const float* x, long K, numbers* out, long st
     auto add = [&](long at, int i) {
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) {
-            numbers w = *(const numbers*)(weight + n * K + at);
+            numbers w = load(weight + n * K + at);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) acc[n][m][i] += w * *(const numbers*)(x + m * K + at);
         }
@@ -59,8 +70,8 @@ constexpr int ROWS = 3, WIDE_ROWS = 3, WIDE = 1;
 #endif
 
 // One output for `rows` rows, at most M.
-template <int M>
-void dot_few(const float* weight, const float* x, long K, long rows, numbers* out, long step) {
+template <int M, class Weight>
+void dot_few(const Weight* weight, const float* x, long K, long rows, numbers* out, long step) {
     if (rows == M) dot_rows<M>(weight, x, K, out, step);
     else if constexpr (M > 1) dot_few<M - 1>(weight, x, K, rows, out, step);
 }
@@ -68,7 +79,8 @@ void dot_few(const float* weight, const float* x, long K, long rows, numbers* ou
 // `count` outputs for some rows, as dot_rows leaves them. For few rows each is made after the other,
 // so that weights come as one stream, which is what memory is fastest at; else WIDE_ROWS at a time stay
 // in the nearest cache.
-inline void dot_group(const float* weight, long count, const float* x, long rows, long K, bool few,
+template <class Weight>
+void dot_group(const Weight* weight, long count, const float* x, long rows, long K, bool few,
                       numbers* out, long step) {
     auto dots = [&](long c, long r, long some) {
         dot_few<ROWS>(weight + c * K, x + r * K, K, some, out + r * step + c, step);
@@ -93,10 +105,10 @@ inline long grouped(long M) { return M > GROUP ? GROUP : LANES; }
 
 // Outputs n .. n + count of one matrix, `grouped` at most, for all rows; `place(m)` says where a
 // row's begin.
-template <class Place>
-void columns_f32(const Matrix& matrix, long n, long count, const float* x, const float* add, float* out,
-                 long M, long K, Place place) {
-    const float* weight = (const float*)matrix.weight + n * K;
+template <class Weight, class Place>
+void columns(const Matrix& matrix, long n, long count, const float* x, const float* add, float* out,
+             long M, long K, Place place) {
+    const Weight* weight = (const Weight*)matrix.weight + n * K;
     long whole = K / LANES * LANES, step = grouped(M);
     numbers dots[MANY * GROUP];
     float found[MANY * GROUP];
@@ -107,7 +119,7 @@ void columns_f32(const Matrix& matrix, long n, long count, const float* x, const
         for (long r = 0; r < rows; r++) {
             float* row = found + r * step;
             for (long k = whole; k < K; k++)
-                for (long c = 0; c < count; c++) row[c] += weight[c * K + k] * x[(m + r) * K + k];
+                for (long c = 0; c < count; c++) row[c] += wide(weight[c * K + k]) * x[(m + r) * K + k];
             if (matrix.bias)
                 for (long c = 0; c < count; c++) row[c] += matrix.bias[n + c];
             if (add)
@@ -118,8 +130,8 @@ void columns_f32(const Matrix& matrix, long n, long count, const float* x, const
 }
 
 // Several products of the same x, their outputs side by side, plus `add`.
-inline void product_f32(Crew& crew, const Matrix* matrices, int count, const float* x,
-                        const float* add, float* out, long M, long K) {
+inline void product_in_floats(Crew& crew, const Matrix* matrices, int count, const float* x,
+                             const float* add, float* out, long M, long K) {
     long width = 0;
     for (int i = 0; i < count; i++) width += matrices[i].N;
     crew.spans(width, [&](long first, long last) {
@@ -129,7 +141,9 @@ inline void product_f32(Crew& crew, const Matrix* matrices, int count, const flo
             while (n >= matrix->N) n -= (matrix++)->N;
             step = std::min({grouped(M), last - column, matrix->N - n});
             auto place = [=](long m) { return m * width + column; };
-            columns_f32(*matrix, n, step, x, add, out, M, K, place);
+            auto make = matrix->kind == BFLOAT16 ? columns<uint16_t, decltype(place)>
+                                                 : columns<float, decltype(place)>;
+            make(*matrix, n, step, x, add, out, M, K, place);
         }
     });
 }
@@ -262,9 +276,9 @@ struct Ready {  // for inputs that need no preparation
 template <class Prepare>
 void product(Crew& crew, const Matrix* matrices, int count, const float* x, Prepare prepare,
              const float* add, float* out, long M, long K, Bytes& bytes) {
-    if (!matrices->int8) {
+    if (matrices->kind != INT8) {
         if (!std::is_same_v<Prepare, Ready>) crew.each(M, prepare);
-        return product_f32(crew, matrices, count, x, add, out, M, K);
+        return product_in_floats(crew, matrices, count, x, add, out, M, K);
     }
     long stride = padded(K), panels = (matrices->N + PANEL - 1) / PANEL;
     crew.each(M, [&](long m) {
