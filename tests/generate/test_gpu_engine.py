@@ -36,6 +36,7 @@ FAMILIES = {
     "llama": {},
     "qwen3": {"model_type": "qwen3"},
     "qwen2": {"model_type": "qwen2"},
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
     "sliding": {"model_type": "mistral", "sliding_window": 8},
     "gemma2": {
         "model_type": "gemma2",

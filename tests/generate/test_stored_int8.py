@@ -34,6 +34,8 @@ FAMILIES = {
     "qwen2": {},
     "qwen3": {"tie_word_embeddings": True},
     "olmo2": {},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "phi3": {},
     "gemma3_text": {},
     "mixtral": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 38},

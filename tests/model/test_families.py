@@ -44,6 +44,23 @@ CASES = {
     "qwen2": {"model_type": "qwen2", "sliding_window": 7, "layer_types": MIXED},
     "qwen3": {"model_type": "qwen3"},
     "olmo2": {"model_type": "olmo2"},
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2, "mlp_bias": True},
+    "smollm3 with windows": {
+        "model_type": "smollm3",
+        "no_rope_layers": (0, 1, 0),
+        "sliding_window": 7,
+        "layer_types": MIXED,
+    },
+    "olmo3": {"model_type": "olmo3", "sliding_window": 7, "layer_types": MIXED},
+    "olmo3, scaled": {
+        "model_type": "olmo3",
+        "rope_theta": 1e3,
+        "rope_scaling": {"rope_type": "yarn", "attention_factor": 1.3, **SCALED["yarn"]},
+        "sliding_window": 7,
+        "layer_types": MIXED,
+    },
+    "phi3": {"model_type": "phi3"},
+    "phi3 with a window": {"model_type": "phi3", "sliding_window": 7, "num_key_value_heads": 1},
     "gemma3": {
         "model_type": "gemma3_text",
         "sliding_window": 7,

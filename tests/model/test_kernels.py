@@ -149,6 +149,7 @@ FAMILIES = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
+    "smollm3": {"no_rope_layer_interval": 2},
     "olmo2": {},
     "gemma2": {"attn_logit_softcapping": 50.0, "hidden_act": "gelu_pytorch_tanh"},
     "mixtral": {"num_experts": 4, "num_experts_per_tok": 2},
@@ -184,7 +185,7 @@ def test_views_equal_their_models(family, quantization):
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
     else:
         assert (found - wanted).norm() / wanted.norm() < 0.1
-    whole = family in ("llama", "qwen2", "qwen3")
+    whole = family in ("llama", "qwen2", "qwen3", "smollm3")
     assert all(isinstance(layer, FastLayer) == whole for layer in view.model.layers)
     assert isinstance(view.model, FastStack) == whole
     assert set(dict(model.named_parameters())) == names  # the model itself is as it was

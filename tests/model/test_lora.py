@@ -53,6 +53,7 @@ MODELS = {
         "CausalLM",
     ),
     "gemma3": (lambda: decoder(model_type="gemma3_text", **GEMMA), "CausalLM"),
+    "phi3": (lambda: decoder(model_type="phi3"), "CausalLM"),
     "mixtral": (lambda: decoder(model_type="mixtral", norm_topk_prob=True, **MOE), "CausalLM"),
     "qwen3_moe": (
         lambda: decoder(model_type="qwen3_moe", moe_intermediate_size=24, **MOE),
@@ -68,6 +69,11 @@ CONFIGS = {
         LoraConfig(r=4),
         LoraConfig(r=4, use_dora=True, bias="all"),
         LoraConfig(r=4, use_rslora=True, target_modules=("q_proj", "up_proj"), bias="lora_only"),
+    ],
+    "phi3": [
+        LoraConfig(r=3),
+        LoraConfig(r=3, use_dora=True, target_modules=("qkv_proj", "down_proj")),
+        LoraConfig(r=3, use_rslora=True, target_modules=("gate_up_proj",)),
     ],
     "reward": [
         LoraConfig(r=2, modules_to_save=("score",)),
@@ -198,6 +204,8 @@ def test_merged_equals_adapted_and_removing_restores(case, config, tmp_path):
         ("reward", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
         ("untied", {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
         ("untied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("phi3", {"target_modules": "all-linear", "use_dora": True}),
+        ("phi3", {"target_modules": ["qkv_proj", "o_proj"]}),
         ("mixtral", {"target_modules": ["q_proj"], "target_parameters": [DOWN, GATE_UP]}),
         ("qwen3_moe", {"target_modules": [], "target_parameters": [GATE_UP]}),
         ("qwen3_moe", {"target_modules": ["o_proj"], "target_parameters": [DOWN]}),

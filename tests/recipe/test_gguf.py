@@ -80,6 +80,11 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+OLMO3 = {
+    "num_hidden_layers": 4,
+    "sliding_window": 16,
+    "layer_types": (*(SLIDING,) * 3, FULL),
+}
 UNTIED = {"tie_word_embeddings": False}
 
 
@@ -94,6 +99,11 @@ CASES = [
     ("qwen3", "f32", {"rope_scaling": YARN}, 1e-4),
     ("olmo2", "f32", {}, 1e-4),
     ("olmo2", "f16", UNTIED, 2e-2),
+    ("smollm3", "f32", {"num_hidden_layers": 5}, 1e-4),
+    ("olmo3", "f32", OLMO3, 1e-4),
+    ("olmo3", "f32", OLMO3 | {"rope_scaling": YARN, "rope_theta": 1e3}, 1e-4),
+    ("phi3", "f32", {}, 1e-4),
+    ("phi3", "f16", UNTIED, 2e-2),
     ("mixtral", "f32", EXPERTS, 1e-4),
     ("mixtral", "q8_0", EXPERTS, 0.3),
     ("qwen3_moe", "f32", EXPERTS | {"moe_intermediate_size": 32}, 1e-4),
@@ -162,6 +172,14 @@ def test_what_llama_cpp_would_do_otherwise_is_refused(tok, texts, tmp_path):
         ("gemma2", GEMMA2 | UNTIED, "not tied"),
         ("gemma2", GEMMA2 | {"final_logit_softcapping": None}, "always caps"),
         ("gemma3_text", GEMMA3 | {"rope_local_base_freq": 5e3}, "there always 10000"),
+        ("gemma3_text", GEMMA3 | {"sliding_window": None}, "there always 10000"),
+        ("olmo3", OLMO3 | {"rope_local_base_freq": 5e3}, "there always 10000"),
+        ("olmo3", {"rope_scaling": YARN}, "some layers turn by other angles"),
+        ("smollm3", {"no_rope_layer_interval": 2}, "one layer in 4 has no positions there"),
+        ("smollm3", {"sliding_window": 8}, "no sliding windows"),
+        ("phi3", {"sliding_window": 8}, "no sliding windows"),
+        ("qwen3", {"rope_scaling": YARN | {"beta_fast": 16.0}}, "other numbers than yarn's own"),
+        ("qwen3", {"rope_scaling": YARN | {"attention_factor": 1.0}}, "than yarn's own"),
         ("mixtral", EXPERTS | {"norm_topk_prob": False}, "norm_topk_prob is false"),
         ("qwen3_moe", EXPERTS | {"mlp_only_layers": (0,)}, "some layers have no experts"),
         ("qwen3", {"rope_scaling": LLAMA3}, "rope type 'llama3' for llama only"),

@@ -25,7 +25,7 @@ from groundup.model.fused_experts import (
     target_parameters,
     widest,
 )
-from groundup.model.hf import Network, config_json, renamed
+from groundup.model.hf import Network, config_json
 from groundup.model.lora import (
     LINEAR,
     OWN,
@@ -37,6 +37,7 @@ from groundup.model.lora import (
     apply_lora,
     matching,
 )
+from groundup.model.names import renamed
 from groundup.model.weights import read_tensors, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -246,7 +247,7 @@ def apply_adapter(model: Network, adapter: Adapter) -> None:
     """Put a loaded adapter on a model, in place; its parameters can be trained on."""
     config = dataclasses.replace(adapter.config, target_modules=tuple(adapter.layers))
     apply_lora(model, config)
-    own = dict(model.named_parameters())
+    own = dict(model.named_parameters(remove_duplicate=False))
     for name, layer in adapter.layers.items():
         names = LINEAR if f"{name}.{LINEAR[0]}" in own else TABLE
         for part, tensor in zip(names, (layer.A_RI, layer.B_OR, layer.magnitude_O), strict=True):

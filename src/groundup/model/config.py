@@ -1,80 +1,15 @@
 """The shape of a decoder, in the field names of a Hugging Face config.json; imports no torch."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from groundup.core.errors import CheckpointError, ConfigError, closest
 from groundup.model.config_fields import check_kinds, check_positive, check_scaling
+from groundup.model.families import FAMILIES, Family
 
-
-@dataclass(frozen=True)
-class Family:
-    """What a model_type fixes; `defaults` are transformers' own, for keys a file leaves out."""
-
-    architecture: str
-    qk_norm: str = "none"  # or "head": each head by itself; "width": all heads together
-    norms: str = "before"  # or "after", "both": where a block's input and output are normalised
-    qkv_bias: bool = False  # whatever attention_bias says
-    gemma: bool = False  # norm weights count from one, embeddings are scaled
-    experts: bool = False
-    defaults: tuple[tuple[str, Any], ...] = ()
-
-
-GEMMA2 = {
-    "tie_word_embeddings": True,
-    "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "max_position_embeddings": 8192,
-    "attn_logit_softcapping": 50.0,
-    "final_logit_softcapping": 30.0,
-}
-GEMMA3 = {
-    "tie_word_embeddings": True,
-    "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
-    "rope_theta": 1e6,
-    "rope_local_base_freq": 1e4,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "max_position_embeddings": 131072,
-}
-MIXTRAL = {
-    "rope_theta": 1e6,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "router_aux_loss_coef": 0.001,
-    "rms_norm_eps": 1e-5,
-}
-QWEN_MOE = {
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
-    "router_aux_loss_coef": 0.001,
-}
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM", defaults=(("sliding_window", 4096),)),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm="head"),
-    "olmo2": Family("Olmo2ForCausalLM", qk_norm="width", norms="after"),
-    "gemma2": Family("Gemma2ForCausalLM", norms="both", gemma=True, defaults=tuple(GEMMA2.items())),
-    "gemma3_text": Family(
-        "Gemma3ForCausalLM",
-        qk_norm="head",
-        norms="both",
-        gemma=True,
-        defaults=tuple(GEMMA3.items()),
-    ),
-    "mixtral": Family("MixtralForCausalLM", experts=True, defaults=tuple(MIXTRAL.items())),
-    "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM", qk_norm="head", experts=True, defaults=tuple(QWEN_MOE.items())
-    ),
-}
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+Rotation = Literal["full", "local", "none"]  # which table turns queries and keys of a layer
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -101,6 +36,8 @@ class ModelConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    no_rope_layers: tuple[int, ...] | None = None  # 0 where a layer has no positions, else 1
+    no_rope_layer_interval: int | None = None
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -136,14 +73,19 @@ class ModelConfig:
             raise ConfigError(
                 f"hidden_act {self.hidden_act!r}{closest(self.hidden_act, ACTIVATIONS)}"
             )
-        if self.rope_type not in ROPE_TYPES:
-            raise ConfigError(f"rope type {self.rope_type!r}{closest(self.rope_type, ROPE_TYPES)}")
+        if self.rope_type not in self.family.rope_types:
+            hint = closest(self.rope_type, self.family.rope_types)
+            raise ConfigError(f"{self.model_type} with rope type {self.rope_type!r}{hint}")
         check_scaling(self.rope_type, self.rope_scaling or {})
-        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
-            raise ConfigError(
-                f"layer_types has {len(self.layer_types)} entries for "
-                f"{self.num_hidden_layers} layers"
-            )
+        for name in ("layer_types", "no_rope_layers"):
+            each = getattr(self, name)
+            if each is not None and len(each) != self.num_hidden_layers:
+                raise ConfigError(
+                    f"{name} has {len(each)} entries for {self.num_hidden_layers} layers"
+                )
+        for name in ("no_rope_layers", "no_rope_layer_interval"):
+            if getattr(self, name) is not None and not self.family.nope_every:
+                raise ConfigError(f"{name} belongs to smollm3: {self.model_type} has none")
         if self.family.experts and not 0 < self.num_experts_per_tok <= self.num_experts:
             raise ConfigError(
                 f"num_experts_per_tok = {self.num_experts_per_tok} must be 1 to "
@@ -167,6 +109,14 @@ class ModelConfig:
             return self.sliding_window
         return self.sliding_window if self.layer_types[layer] == SLIDING else None
 
+    def rotation(self, layer: int) -> Rotation:
+        """Return which rotary table is a layer's: the model's, that of windows, or none (NoPE)."""
+        every = self.no_rope_layer_interval or self.family.nope_every
+        if not rotary_layers(self.num_hidden_layers, self.no_rope_layers, every)[layer]:
+            return "none"
+        own = self.rope_local_base_freq is not None or self.family.windows_unscaled
+        return "local" if own and self.window(layer) is not None else "full"
+
     def is_sparse(self, layer: int) -> bool:
         """Return whether a layer has experts in place of one MLP."""
         return (
@@ -178,21 +128,30 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the content of config.json, readable by transformers 4 and 5."""
         values = dataclasses.asdict(self)
+        # without layer_types a file means the family's pattern
+        patterned = self.family.full_every or self.family.nope_every
         values["architectures"] = [self.family.architecture]
         values["torch_dtype"] = "float32"
         if self.family.gemma:
             values["hidden_activation"] = values.pop("hidden_act")
-            if self.sliding_window is None:  # transformers wants a window, used or not
-                values["sliding_window"] = 4096
-                values["layer_types"] = (FULL,) * self.num_hidden_layers
-            elif self.layer_types is None:  # without them a file means the family's pattern
-                values["layer_types"] = (SLIDING,) * self.num_hidden_layers
+        if self.family.full_every and self.sliding_window is None:
+            values["sliding_window"] = 4096  # transformers wants a window, used or not
+            values["layer_types"] = (FULL,) * self.num_hidden_layers
+        elif self.sliding_window is not None and self.layer_types is None and patterned:
+            values["layer_types"] = (SLIDING,) * self.num_hidden_layers
+        if self.family.windows_unscaled:  # in transformers 5 the older keys lose one of the bases
+            local = {"rope_theta": self.rope_local_base_freq or self.rope_theta}
+            scaling = {"rope_type": "default"} | (self.rope_scaling or {})
+            values["rope_parameters"] = {
+                FULL: {"rope_theta": self.rope_theta} | scaling,
+                SLIDING: local | {"rope_type": "default"},
+            }
         if not self.family.experts:
             for name in EXPERT_FIELDS:
                 values.pop(name)
         elif self.model_type == "mixtral":
             values["num_local_experts"] = values.pop("num_experts")
-        if self.model_type in ("qwen2", "qwen3", "qwen3_moe"):
+        if self.model_type in ("qwen2", "qwen3", "qwen3_moe", "smollm3"):
             values["use_sliding_window"] = self.sliding_window is not None
             values["max_window_layers"] = 0 if self.layer_types is None else None
         defaults = dict(self.family.defaults)
@@ -217,6 +176,7 @@ class ModelConfig:
         required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
         if missing := required - values.keys():
             raise CheckpointError(f"{where}: {', '.join(sorted(missing))} is missing")
+        read_rope(values, where)
         for key, allowed in REFUSED.items():
             if values.get(key) not in allowed:
                 raise CheckpointError(f"{where}: {key} = {values[key]!r} is not supported")
@@ -224,17 +184,17 @@ class ModelConfig:
             values["hidden_act"] = values["hidden_activation"] or "gelu_pytorch_tanh"
         if "num_local_experts" in values:
             values["num_experts"] = values["num_local_experts"]
-        read_rope(values, family)
         values = {"tie_word_embeddings": False, **dict(family.defaults), **values}
-        read_windows(values)
+        read_windows(values, family)
         heads = values.get("num_attention_heads", 0)
         values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
         values["head_dim"] = values.get("head_dim") or values.get("hidden_size", 0) // max(1, heads)
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = next(iter(values["eos_token_id"]), None)
         values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
-        if values.get("layer_types") is not None:
-            values["layer_types"] = tuple(values["layer_types"])
+        for name in ("layer_types", "no_rope_layers"):
+            if values.get(name) is not None:
+                values[name] = tuple(values[name])
         names = {field.name for field in dataclasses.fields(cls)}
         try:
             return cls(**{key: value for key, value in values.items() if key in names})
@@ -254,6 +214,7 @@ POSITIVE = (
     "rope_theta",
     "rope_local_base_freq",
     "sliding_window",
+    "no_rope_layer_interval",
     "query_pre_attn_scalar",
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -274,6 +235,8 @@ EXPERT_FIELDS = (
 OPTIONAL = (
     "rope_local_base_freq",
     "layer_types",
+    "no_rope_layers",
+    "no_rope_layer_interval",
     "query_pre_attn_scalar",
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -283,6 +246,8 @@ OPTIONAL = (
 # Keys that would change the forward pass, with the only values that we compute exactly.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0, None),
+    "embd_pdrop": (0, 0.0, None),
+    "resid_pdrop": (0, 0.0, None),
     "pretraining_tp": (1, None),
     "use_bidirectional_attention": (False, None),
     "partial_rotary_factor": (1, 1.0, None),
@@ -290,30 +255,46 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_rope(values: dict[str, Any], family: Family) -> None:
+def rotary_layers(layers: int, listed: Sequence[int] | None, every: int) -> Sequence[int]:
+    """Return 0 for each layer without positions (Kazemnejad et al. 2023, arXiv 2305.19466)."""
+    if listed is not None:
+        return listed
+    return [int(not every or (n + 1) % every != 0) for n in range(layers)]
+
+
+def read_rope(values: dict[str, Any], where: str) -> None:
     """Turn `rope_parameters` (transformers 5), or the older keys, into ours."""
     rope = values.pop("rope_parameters", None) or values.get("rope_scaling") or {}
     if FULL in rope or SLIDING in rope:
-        local = rope.get(SLIDING) or {}
+        local, rope = rope.get(SLIDING) or {}, rope.get(FULL) or {}
+        if not isinstance(local, dict) or not isinstance(rope, dict):
+            raise CheckpointError(f"{where}: rope_parameters of a kind of layers is not an object")
+        if local.get("rope_type", "default") != "default":
+            raise CheckpointError(f"{where}: rope_parameters of windows = {local} is not supported")
         if "rope_theta" in local:
             values["rope_local_base_freq"] = local["rope_theta"]
-        rope = rope.get(FULL) or {}
-    if "rope_theta" in rope:
-        values["rope_theta"] = rope["rope_theta"]
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            values[key] = rope[key]
     kind = rope.get("rope_type", rope.get("type", "default"))
-    scaled = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
+    known = ("rope_theta", "partial_rotary_factor", "type")
+    scaled = {k: v for k, v in rope.items() if k not in known}
     values["rope_scaling"] = None if kind == "default" else scaled | {"rope_type": kind}
 
 
-def read_windows(values: dict[str, Any]) -> None:
+def read_windows(values: dict[str, Any], family: Family) -> None:
     """Settle `sliding_window` and `layer_types` from the keys that families use for them."""
     layers = values["num_hidden_layers"]
     if values.get("use_sliding_window") is False:
         values["sliding_window"], values["layer_types"] = None, None
     pattern = values.get("sliding_window_pattern") or values.get("_sliding_window_pattern")
-    if values["model_type"].startswith("gemma") and not values.get("layer_types"):
-        every = pattern or (2 if values["model_type"] == "gemma2" else 6)
+    if family.full_every and not values.get("layer_types"):
+        every = pattern or family.full_every
         values["layer_types"] = [FULL if (n + 1) % every == 0 else SLIDING for n in range(layers)]
+    elif family.nope_every and not values.get("layer_types"):
+        every = values.get("no_rope_layer_interval") or family.nope_every
+        turned = rotary_layers(layers, values.get("no_rope_layers"), every)
+        values["layer_types"] = [FULL if rotary else SLIDING for rotary in turned]
     elif values.get("use_sliding_window") and not values.get("layer_types"):
         first = values.get("max_window_layers", 28)
         values["layer_types"] = [SLIDING if n >= first else FULL for n in range(layers)]

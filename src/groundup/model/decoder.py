@@ -1,6 +1,6 @@
-"""The decoder: Llama, Mistral, Qwen 2 and 3, OLMo 2, Gemma 2 and 3, mixtures of experts.
+"""The decoder: Llama, Mistral, Qwen, OLMo, SmolLM 3, Phi-3, Gemma, mixtures of experts.
 
-Parameter names are those of their Hugging Face checkpoints; `config.family` says what differs.
+Parameter names are those of Hugging Face's Llama; `config.family` says what differs.
 
 Shape suffixes: B batch, T positions of this call, S positions attended to (cache included),
 H query heads, K key/value heads, D size of a head, E hidden size, V vocabulary,
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from groundup.model import attention, flex, native
-from groundup.model.config import ModelConfig
+from groundup.model.config import ModelConfig, Rotation
 from groundup.model.fused import TiedTable, dtype_of_products, plain, worthwhile
 from groundup.model.joined import Heads, joinable
 from groundup.model.loss import IGNORE, linear_cross_entropy
@@ -55,8 +55,7 @@ class Cache(Protocol):
 class Context:
     """What every layer of one forward shares: rotary tables, what is looked at, the cache."""
 
-    rotary: tuple[Tensor, Tensor]
-    local_rotary: tuple[Tensor, Tensor]
+    rotary: dict[Rotation, tuple[Tensor, Tensor]]
     reach: attention.Reach
     local_reach: attention.Reach
     cache: Cache | None
@@ -69,7 +68,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.window = config.window(layer)
+        self.window, self.rotation = config.window(layer), config.rotation(layer)
         width = config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
         biased = config.attention_bias or config.family.qkv_bias
@@ -89,11 +88,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BTE: Tensor, context: Context) -> Tensor:
         """Attend as far as the context reaches."""
-        local = self.window is not None
-        rotary = context.local_rotary if local else context.rotary
+        rotary = context.rotary[self.rotation]
         if context.cache is not None:
             return self.o_proj(context.cache.attend(self, *self.heads(x_BTE), rotary))
-        reach = context.local_reach if local else context.reach
+        reach = context.reach if self.window is None else context.local_reach
         q_BHTD, k_BKTD, v_BKTD = self.turned_heads(x_BTE, rotary)
         if self.softcap is None and attention.takes(q_BHTD, k_BKTD, v_BKTD):
             out_BHTD = attention.causal_attention(q_BHTD, k_BKTD, v_BKTD, reach.first(), self.scale)
@@ -239,6 +237,7 @@ class Stack(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_hidden_layers))
+        self.rotations = tuple(dict.fromkeys(map(config.rotation, range(len(self.layers)))))
         self.norm = norm_of(config, config.hidden_size)
 
     def forward(
@@ -265,9 +264,10 @@ class Stack(nn.Module):
                     check_length(T, most)
             rows = 1 if cache is None else B  # alike, unless a cache shifts them
             positions = torch.arange(T, device=ids_BT.device).expand(rows, T)
-        rotary = local_rotary = rotary_table(positions, config, cached=cache is not None)
-        if config.sliding_window is not None and config.rope_local_base_freq is not None:
-            local_rotary = rotary_table(positions, config, local=True)
+        rotary = {
+            kind: rotary_table(positions, config, kind, cached=cache is not None)
+            for kind in self.rotations
+        }
         reach = local_reach = attention.Reach(ids_BT, segments)
         if config.sliding_window is not None:
             local_reach = attention.Reach(ids_BT, segments, config.sliding_window)
@@ -276,7 +276,6 @@ class Stack(nn.Module):
                 every.prepare(capped=config.attn_logit_softcapping is not None)
         context = Context(
             rotary,
-            local_rotary,
             reach,
             local_reach,
             cache,

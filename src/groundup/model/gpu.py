@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from groundup.model.config import ModelConfig
+from groundup.model.config import ModelConfig, Rotation
 from groundup.model.decoder import MLP, Attention, Cache, Decoder, Layer, Stack
 from groundup.model.gpu_pages import Pages, Shape, Turn
 from groundup.model.norm import RMSNorm
@@ -71,7 +71,7 @@ class LayerWeights:
     down: Tensor
     down_bias: Tensor | None
     shape: Shape  # attention's
-    local: bool  # whether it turns by the angles of sliding layers
+    rotation: Rotation  # the angles that it turns by
 
 
 class GpuLinear(nn.Module):
@@ -103,8 +103,7 @@ class GpuStack(Stack):
 
     made: list[LayerWeights]
     exact: bool
-    angles: tuple[Tensor, Tensor]
-    local_angles: tuple[Tensor, Tensor]
+    angles: dict[Rotation, tuple[Tensor, Tensor]]
 
     def forward(
         self,
@@ -139,8 +138,7 @@ class GpuStack(Stack):
 
         of, opts = self.made[layer], options(qkv.device)
         keys, values = cache.layer(layer)
-        angles = self.local_angles if of.local else self.angles
-        turn = Turn(of.norms, self.norm.eps, angles)
+        turn = Turn(of.norms, self.norm.eps, self.angles[of.rotation])
         return gpu_attention.attend(qkv, keys, values, pages, of.shape, opts, turn)
 
     def few(self, x: Tensor, pages: Pages, cache: Any, each: list[Tensor] | None) -> Tensor:
@@ -195,20 +193,19 @@ def view_of(model: Decoder, made: Decoder, *, exact: bool) -> Decoder:
     new: Any = copy.copy(made.model)
     new.__class__, new.made, new.exact = GpuStack, layers, exact
     weight = stack.embed_tokens.weight
-    new.angles = angles_of(stack.config, weight.device, local=False)
-    new.local_angles = new.angles
-    if stack.config.rope_local_base_freq is not None:
-        new.local_angles = angles_of(stack.config, weight.device, local=True)
+    new.angles = {kind: angles_of(stack.config, weight.device, kind) for kind in stack.rotations}
     made.model = new
     if type(model.lm_head) is nn.Linear:
         made.lm_head = GpuLinear(model.lm_head.weight.detach(), None, exact=exact)  # type: ignore[assignment]
     return made
 
 
-def angles_of(config: ModelConfig, device: torch.device, *, local: bool) -> tuple[Tensor, Tensor]:
+def angles_of(
+    config: ModelConfig, device: torch.device, rotation: Rotation
+) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of all positions, [P, D / 2] each."""
     positions_1P = torch.arange(config.max_position_embeddings, device=device)[None]
-    both = rotary_table(positions_1P, config, local=local, cached=True)
+    both = rotary_table(positions_1P, config, rotation, cached=True)
     cosine, sine = (x_11PD[0, 0, :, : config.head_dim // 2].contiguous() for x_11PD in both)
     return cosine, sine
 
@@ -241,7 +238,7 @@ def layer_weights(layer: nn.Module) -> LayerWeights | None:
         down=mlp.down_proj.weight.detach(),
         down_bias=mlp.down_proj.bias,
         shape=shape_of(attention),
-        local=attention.window is not None,
+        rotation=attention.rotation,
     )
 
 

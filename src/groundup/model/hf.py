@@ -5,7 +5,7 @@ import os
 import reprlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,16 @@ from groundup.core.files import atomic_folder, read_json, write_json
 from groundup.core.progress import say
 from groundup.core.run import model_path
 from groundup.model import compressed
-from groundup.model.config import FAMILIES, ModelConfig
+from groundup.model.config import ModelConfig
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
 from groundup.model.encoder_config import CLASSES as ENCODERS
 from groundup.model.encoder_config import EncoderConfig
+from groundup.model.families import FAMILIES
 from groundup.model.heads import TASKS as HEADS
 from groundup.model.heads import HeadedDecoder
 from groundup.model.lora import adapted, folded
+from groundup.model.names import renamed
 from groundup.model.narrow import matrices, take_in
 from groundup.model.weights import (
     INDEX,
@@ -36,7 +38,6 @@ from groundup.model.weights import (
     write_weights,
 )
 
-T = TypeVar("T")
 Network = Decoder | HeadedDecoder | Encoder
 PROBE = 32  # tokens that a model and its written copy must agree on
 
@@ -236,39 +237,6 @@ def retie(model: Network) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
     if isinstance(model, Encoder) and model.modern and model.config.task == "mlm":
         model.decoder.weight = model.model.embeddings["tok_embeddings"].weight
-
-
-# Where a checkpoint's names differ from ours: (theirs, ours).
-NAMES = {
-    "mixtral": (
-        (".block_sparse_moe.", ".mlp."),
-        (".w1.", ".gate_proj."),
-        (".w2.", ".down_proj."),
-        (".w3.", ".up_proj."),
-    )
-}
-
-
-OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))
-
-
-def renamed(tensors: dict[str, T], values: dict[str, Any], *, back: bool = False) -> dict[str, T]:
-    """Return tensors under our names; `back`: under those of the config's checkpoints."""
-    result = {}
-    bare = {"BertModel": "bert.", "ModernBertModel": "model."}
-    prefix = bare.get((values.get("architectures") or ["?"])[0], "")
-    for name, tensor in tensors.items():
-        sparse = ".block_sparse_moe." in name or ".experts." in name or ".mlp.gate." in name
-        for theirs, ours in NAMES.get(values["model_type"], ()) if sparse else ():
-            name = name.replace(ours, theirs) if back else name.replace(theirs, ours)
-        if back:
-            name = name.removeprefix(prefix)
-        elif prefix and not name.startswith(prefix):
-            name = prefix + name
-        for old, new in OLD_NAMES if not back else ():
-            name = name.replace(old, new)
-        result[name] = tensor
-    return result
 
 
 def config_json(model: Network) -> dict[str, Any]:

@@ -35,9 +35,9 @@ class Step(ctypes.Structure):
 
 
 class Heads(ctypes.Structure):
-    """The shape of attention; a window of 0 is none."""
+    """The shape of attention; a window of 0 is none, and without positions nothing is turned."""
 
-    _fields_ = (("H", L), ("G", L), ("D", L), ("window", L), ("scale", F))
+    _fields_ = (("H", L), ("G", L), ("D", L), ("window", L), ("turned", L), ("scale", F))
 
 
 class Layer(ctypes.Structure):

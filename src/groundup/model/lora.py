@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundup.core.errors import ConfigError, closest
+from groundup.model.names import Packed, packed_layers
 
 ALL_LINEAR = "all-linear"
 LINEAR = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
@@ -151,7 +152,10 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> list[str]:
     for wanted in config.modules_to_save:
         if not any(ends_in(name, (wanted,)) for name in saved):
             raise ConfigError(f"modules_to_save: the model has no module {wanted!r}")
-    names = [name for name in matching(layers, config.target_modules) if name not in saved]
+    packed = packed_layers(getattr(getattr(model, "config", None), "model_type", ""))
+    targets = unpacked(config.target_modules, packed)
+    names = [name for name in matching(layers, targets) if name not in saved]
+    groups = sharing(names, packed)
     for name in [*names, *saved]:
         if shares_weight(model, name):
             raise ConfigError(
@@ -168,6 +172,9 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> list[str]:
             replace(model, name, LoRAEmbedding(layer, config))
         else:
             replace(model, name, LoRALinear(layer, config))
+    for first, *others in groups:
+        for name in others:
+            replace(model, f"{name}.lora_A", model.get_submodule(f"{first}.lora_A"))
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
     for name, weight in model.named_parameters():
@@ -176,6 +183,30 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> list[str]:
         if name.endswith(OWN) or (biased and (config.bias == "all" or owner in names)):
             weight.requires_grad_(True)
     return names
+
+
+def unpacked(targets: Sequence[str], packed: Packed) -> list[str]:
+    """Return targets with our layers in place of those that checkpoints keep as one."""
+    parts = dict(packed)
+    return [part for target in targets for part in parts.get(target, (target,))]
+
+
+def sharing(names: Sequence[str], packed: Packed) -> list[list[str]]:
+    """Return the adapted layers that checkpoints keep as one, and that have one A there."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        owner, _, end = name.rpartition(".")
+        for whole, parts in packed:
+            if end in parts:
+                groups.setdefault((owner, whole), []).append(name)
+    for (_, whole), found in groups.items():
+        parts = dict(packed)[whole]
+        if len(found) < len(parts):
+            raise ConfigError(
+                f"target_modules: {', '.join(parts)} are one layer in checkpoints of this family: "
+                f"adapt all of them ({whole}), or none"
+            )
+    return list(groups.values())
 
 
 def shares_weight(model: nn.Module, name: str) -> bool:

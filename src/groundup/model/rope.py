@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groundup.core.errors import ConfigError, DataError
-from groundup.model.config import ModelConfig
+from groundup.model.config import ModelConfig, Rotation
 from groundup.model.fused import Rotated, worthwhile
 
 
@@ -23,16 +23,20 @@ def check_length(T: int, most: int) -> None:
 
 
 def rotary_table(
-    positions_BT: Tensor, config: ModelConfig, *, local: bool = False, cached: bool = False
+    positions_BT: Tensor,
+    config: ModelConfig,
+    rotation: Rotation = "full",
+    *,
+    cached: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin [B, 1, T, D] (Su et al. 2021, arXiv 2104.09864, eq. 34), in fp32.
 
-    The halves are laid out one behind the other, as in Hugging Face checkpoints. `local` asks
-    for the table of sliding layers where a model has its own.
+    The halves are laid out one behind the other, as in Hugging Face checkpoints. `local` is the
+    table of sliding layers where a model has its own, and `none` leaves queries and keys alone.
     """
     theta, scaling = config.rope_theta, config.rope_scaling or {}
-    if local and config.rope_local_base_freq is not None:
-        theta, scaling = config.rope_local_base_freq, {}
+    if rotation != "full":
+        theta, scaling = config.rope_local_base_freq or config.rope_theta, {}
     D, factor = config.head_dim, 1.0
     exponents_d = torch.arange(0, D, 2, device=positions_BT.device).float() / D
     kind = scaling.get("rope_type", "default") if scaling else "default"
@@ -44,6 +48,8 @@ def rotary_table(
             )
         theta = dynamic_theta(theta, scaling, int(positions_BT.max()) + 1, config)
     freqs_d = theta**-exponents_d
+    if rotation == "none":
+        freqs_d = torch.zeros_like(freqs_d)
     if kind == "linear":
         freqs_d = freqs_d / scaling["factor"]
     elif kind == "llama3":

@@ -47,7 +47,7 @@ class FastLayer(Layer):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Return the residual stream after this layer."""
         attention = self.self_attn
-        rotary = context.local_rotary if attention.window is not None else context.rotary
+        rotary = context.rotary[attention.rotation]
         place = None
         if context.cache is not None and x.shape[1] <= self.most:
             place = context.cache.in_kernel(rotary, attention.layer)
@@ -335,8 +335,8 @@ def described(layer: Layer) -> kernels.Layer | None:
 
 def heads_of(attention: Attention) -> kernels.Heads:
     """Return the shape of attention for the kernel."""
-    window = attention.window or 0
-    return kernels.Heads(*attention.head_counts, attention.head_dim, window, attention.scale)
+    sizes = *attention.head_counts, attention.head_dim, attention.window or 0
+    return kernels.Heads(*sizes, attention.rotation != "none", attention.scale)
 
 
 def is_swiglu(mlp: MLP, make: Maker) -> bool:

@@ -5,7 +5,8 @@ architecture what our configs leave open (activations, windows, scales, how expe
 Here are decoders; what encoders are called there is in gguf_encoder.py.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.decoder import Decoder
 from groundup.model.encoder import Encoder
 from groundup.model.hf import Network, load_network
+from groundup.model.names import packed
 from groundup.model.rope import llama3
 from groundup.recipe.gguf_encoder import Contents, Floats, encoder_contents
 from groundup.recipe.gguf_vocabulary import add_vocabulary
@@ -39,6 +41,8 @@ class Architecture:
     paired: bool = False  # rotary positions pair neighbouring dimensions, not halves of a head
     activation: str = "silu"
     windows: int | None = None  # every so many layers one looks back without bounds; None: all do
+    window_theta: float | None = None  # their rotary base, unscaled; 0: the model's; None: scaled
+    nope: int = 0  # every so many layers one has no positions
     head: Literal["either", "tied", "own"] = "either"  # the output matrix, in the file
 
 
@@ -49,9 +53,14 @@ ARCHITECTURES = {
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
     "qwen3_moe": Architecture("qwen3moe"),
+    "smollm3": Architecture("smollm3", paired=True, nope=4),
     "olmo2": Architecture("olmo2", head="own"),
+    "olmo3": Architecture("olmo2", windows=4, window_theta=0.0, head="own"),
+    "phi3": Architecture("phi3"),
     "gemma2": Architecture("gemma2", activation="gelu_pytorch_tanh", windows=2, head="tied"),
-    "gemma3_text": Architecture("gemma3", activation="gelu_pytorch_tanh", windows=6),
+    "gemma3_text": Architecture(
+        "gemma3", activation="gelu_pytorch_tanh", windows=6, window_theta=10_000.0
+    ),
 }
 OUTER_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -60,6 +69,7 @@ OUTER_NAMES = {
 }
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -67,6 +77,7 @@ LAYER_NAMES = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -140,7 +151,10 @@ def architecture_of(config: ModelConfig) -> Architecture:
     else:
         wanted = [(n + 1) % found.windows != 0 for n in layers]
     scalar = config.query_pre_attn_scalar or config.head_dim
-    local = config.rope_local_base_freq
+    nope = [config.rotation(n) == "none" for n in layers]
+    turned = [config.rotation(n) == "local" for n in layers]
+    local = config.rope_local_base_freq or config.rope_theta
+    base = found.window_theta or config.rope_theta
     rules = (
         (
             config.hidden_act == found.activation,
@@ -169,8 +183,13 @@ def architecture_of(config: ModelConfig) -> Architecture:
             "some layers have no experts",
         ),
         (
-            local is None or not any(bounded) or local == 10_000.0,
-            f"rope_local_base_freq is {local}, there always 10000",
+            found.window_theta is None
+            or angles(config, local, turned) == angles(config, base, wanted),
+            f"some layers turn by other angles: with windows their base is there always {base:g}",
+        ),
+        (
+            nope == [found.nope > 0 and (n + 1) % found.nope == 0 for n in layers],
+            f"no_rope_layers: one layer in {found.nope} has no positions there",
         ),
         (
             config.model_type != "gemma2"
@@ -178,6 +197,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
             "it always caps Gemma 2's logits",
         ),
         (config.rope_type != "dynamic", "it has no rope type 'dynamic'"),
+        (plain_yarn(config), "rope_scaling has other numbers than yarn's own"),
         (
             config.rope_type in ("default", "linear", "yarn") or found.name == "llama",
             f"it reads rope type {config.rope_type!r} for llama only",
@@ -189,6 +209,24 @@ def architecture_of(config: ModelConfig) -> Architecture:
                 f"{config.model_type}: llama.cpp would compute otherwise ({fault}): not written"
             )
     return found
+
+
+def angles(config: ModelConfig, base: float, windowed: Sequence[bool]) -> list[tuple[float, str]]:
+    """Return every layer's rotary base and scaling, where those with windows have their own."""
+    full = config.rope_theta, config.rope_type
+    return [(base, "default") if own else full for own in windowed]
+
+
+def plain_yarn(config: ModelConfig) -> bool:
+    """Return whether yarn, where it is used, has the numbers that llama.cpp has for it."""
+    scaling = config.rope_scaling or {}
+    if config.rope_type != "yarn":
+        return True
+    magnitude = 0.1 * math.log(max(1.0, scaling["factor"])) + 1
+    usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None}
+    return all(scaling.get(name) in (None, value) for name, value in usual.items()) and (
+        math.isclose(scaling.get("attention_factor") or magnitude, magnitude, rel_tol=1e-6)
+    )
 
 
 def add_decoder_shape(
@@ -280,7 +318,7 @@ def named_tensors(model: Decoder, *, own_head: bool) -> Iterator[tuple[str, Floa
     """
     if own_head and model.config.tie_word_embeddings:
         yield "lm_head.weight", model.lm_head.weight.detach().float().cpu().numpy()
-    for name, parameter in model.named_parameters():
+    for name, parameter in packed(dict(model.named_parameters()), model.config.model_type).items():
         weight = parameter.detach().float().cpu().numpy()
         before, inside, after = name.partition(".mlp.experts.")
         if not inside:

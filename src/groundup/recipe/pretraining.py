@@ -19,10 +19,11 @@ from groundup.core.types import SamplingParams
 from groundup.data import Shard, open_shard
 from groundup.figure import LiveTraining
 from groundup.generate import LLM
-from groundup.model.config import FAMILIES, ModelConfig
+from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
 from groundup.model.decoder import Decoder
 from groundup.model.encoder_config import CLASSES as ENCODERS
+from groundup.model.families import FAMILIES
 from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.recipe.configs import PretrainConfig
 from groundup.recipe.encoders import pretrain_encoder

@@ -14,7 +14,7 @@ struct Step {
 };
 
 struct Heads {
-    long H, G, D, window;
+    long H, G, D, window, turned;
     float scale;
 };
 
@@ -29,12 +29,20 @@ struct Cached {
     }
 };
 
+// Turn one head of a token by its angles, in layers that have positions.
+inline void turn(const Cached& cached, long t, const float* x, float* out) {
+    const Step& step = cached.step;
+    long D = cached.heads.D;
+    if (cached.heads.turned)
+        rotate(x, step.cosine + t * D, step.sine + t * D, D, out);
+    else
+        std::memcpy(out, x, D * sizeof(float));
+}
+
 // Turn a token's keys k [G, D] and store them with its values.
 inline void store(const Cached& cached, long t, const float* k, const float* v) {
-    const Step& step = cached.step;
-    long G = cached.heads.G, D = cached.heads.D, place = cached.slot(t, step.at[t]);
-    for (long g = 0; g < G; g++)
-        rotate(k + g * D, step.cosine + t * D, step.sine + t * D, D, cached.keys + place + g * D);
+    long G = cached.heads.G, D = cached.heads.D, place = cached.slot(t, cached.step.at[t]);
+    for (long g = 0; g < G; g++) turn(cached, t, k + g * D, cached.keys + place + g * D);
     std::memcpy(cached.values + place, v, G * D * sizeof(float));
 }
 
@@ -90,8 +98,7 @@ inline void attend_group(const Cached& cached, long t, long g, const float* q, f
     for (long s = 0; s < count; s++) places[s] = cached.slot(t, first + s) + g * D;
     turned.resize(group * D);
     scores.resize(group * count);
-    for (long h = 0; h < group; h++)
-        rotate(q + (g * group + h) * D, step.cosine + t * D, step.sine + t * D, D, turned.data() + h * D);
+    for (long h = 0; h < group; h++) turn(cached, t, q + (g * group + h) * D, turned.data() + h * D);
     for (long h = 0; h < group; h++)
         dots(turned.data() + h * D, cached.keys, places.data(), count, D, scores.data() + h * count);
     for (float& score : scores) score *= heads.scale;
