@@ -157,8 +157,8 @@ def test_impossible_shapes_are_refused():
         dataclasses.replace(SHAPE, num_key_value_heads=3)
     with pytest.raises(ConfigError, match="model_type"):
         dataclasses.replace(SHAPE, model_type="gpt9")
-    with pytest.raises(CheckpointError, match="pretraining_tp"):
-        ModelConfig.from_json({**SHAPE.to_json(), "pretraining_tp": 8}, where="config.json")
+    with pytest.raises(CheckpointError, match="attention_dropout"):
+        ModelConfig.from_json({**SHAPE.to_json(), "attention_dropout": 0.1}, where="config.json")
     with pytest.raises(CheckpointError, match=r"'quen3' is not supported \(did you mean 'qwen3'"):
         ModelConfig.from_json({**SHAPE.to_json(), "model_type": "quen3"}, where="config.json")
 

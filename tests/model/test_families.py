@@ -1,5 +1,7 @@
 """Every family of decoders against transformers: logits, gradients, files, cache, padding."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -193,6 +195,48 @@ def test_transformers_writes_what_we_read(fresh, tmp_path):
     ids = torch.arange(30)[None]
     assert torch.equal(again(ids), ours(ids))
     assert sum(p.numel() for p in ours.parameters()) == num_parameters(ours.config)
+
+
+# Keys of config.json as these families' checkpoints were published, with transformers 4.
+PUBLISHED = {
+    "smollm3": {"rope_theta": 5e6, "rope_scaling": None, "pretraining_tp": 2},
+    "olmo3": {
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "phi3": {
+        "attention_bias": False,
+        "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"},
+        "embd_pdrop": 0.0,
+        "original_max_position_embeddings": 64,
+        "resid_pdrop": 0.0,
+        "rope_scaling": None,
+        "sliding_window": 7,
+    },
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_configs_mean_what_they_do_in_transformers(family, tmp_path, capsys):
+    """Most keys left out: the families' own patterns and defaults."""
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    values = sizes | {"model_type": family, "num_hidden_layers": 5} | PUBLISHED[family]
+    theirs = transformers.AutoConfig.for_model(**values)
+    theirs.bos_token_id = theirs.eos_token_id = theirs.pad_token_id = None
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(theirs, attn_implementation="eager")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    ids = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+    assert close(load_model(tmp_path)(ids), model.eval()(ids).logits)
+    assert ("auto_map names is not run" in capsys.readouterr().err) == (family == "phi3")
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])

@@ -173,6 +173,8 @@ def settings(folder, **changes):
         ({"model_type": "opt"}, "choose from bert, gemma2, .*llama"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map asks for code .* never run"),
+        ({"auto_map": {"AutoModelForCausalLM": "a.MyLlama"}}, "auto_map asks for code"),
+        ({"auto_map": "LlamaForCausalLM"}, "auto_map asks for code"),
         ({"trust_remote_code": True}, "trust_remote_code asks for code"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "wide"}, "hidden_size = .wide. is not a whole number"),

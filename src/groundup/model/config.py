@@ -248,7 +248,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0, None),
     "embd_pdrop": (0, 0.0, None),
     "resid_pdrop": (0, 0.0, None),
-    "pretraining_tp": (1, None),
     "use_bidirectional_attention": (False, None),
     "partial_rotary_factor": (1, 1.0, None),
     "router_jitter_noise": (0, 0.0, None),
