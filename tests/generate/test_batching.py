@@ -18,6 +18,7 @@ from groundup.model.view import view_of
 
 PROMPTS = [[5, 9, 31], list(range(40, 61)), [7], list(range(100, 140)), list(range(100, 145))]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def greedy(model, tok, prompts=PROMPTS, **settings):
@@ -167,7 +168,15 @@ def test_batch_invariant_in_bf16(tiny, tok):
 
 @pytest.mark.parametrize("way", ["torch", "kernel", "exact", "view", "exact view"])
 @pytest.mark.parametrize(
-    "change", [{}, {"sliding_window": 8}, {"model_type": "qwen3"}, {"model_type": "gemma2"}]
+    "change",
+    [
+        {},
+        {"sliding_window": 8},
+        {"model_type": "qwen3"},
+        {"model_type": "gemma2"},
+        {"model_type": "smollm3", "no_rope_layer_interval": 2, "initializer_range": 0.2},
+        {"model_type": "olmo3", "sliding_window": 8, "rope_scaling": YARN},
+    ],
 )
 def test_logits_of_a_batch_equal_single_ones(tiny, change, way):
     if change.get("model_type") == "gemma2":

@@ -116,10 +116,11 @@ assert sum(weight.nbytes for weight in model.parameters()) > 60e6
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo3", "smollm3"])
 def test_settings_left_at_none_survive_a_familys_defaults(model_type, window, tmp_path):
     """Gemma's files without a scale mean 256, without layer types a pattern; ours do not."""
-    model = decoder(model_type=model_type, hidden_act="gelu_pytorch_tanh", sliding_window=window)
+    act = "gelu_pytorch_tanh" if "gemma" in model_type else "silu"
+    model = decoder(model_type=model_type, hidden_act=act, sliding_window=window)
     save_model(model, None, tmp_path / "m")
     assert torch.equal(load_network(tmp_path / "m")(IDS), model(IDS))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -186,6 +187,13 @@ def settings(folder, **changes):
         ({"model_type": "qwen3"}, "self_attn.k_norm.weight is missing, and 3 more"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
         ({"hidden_act": "swish9"}, "hidden_act 'swish9'"),
+        ({"num_attention_heads": None}, "num_attention_heads is missing"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers belongs to smollm3: llama has none"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5 is not supported",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_one_line(folder, changes, message):
@@ -194,6 +202,34 @@ def test_a_config_that_cannot_be_is_one_line(folder, changes, message):
         load_network(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers has 1 entries for 2 layers"),
+        ("smollm3", {"no_rope_layers": [1, 0.5]}, "no_rope_layers = .* is not a list, each item"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0 must be at least 1"),
+        ("olmo3", {"layer_types": ["sliding_attention"]}, "layer_types has 1 entries"),
+        (
+            "olmo3",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_parameters of windows = .* is not supported",
+        ),
+        ("olmo3", {"rope_parameters": {"full_attention": 5}}, "of a kind of layers is not an obj"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}}, "phi3 is not supported with rope type"),
+        ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "with rope type 'yarn'"),
+        ("phi3", {"num_key_value_heads": 1}, r"v_proj.weight has shape \[56, 32\], .* \[8, 32\]"),
+        ("phi3", {"intermediate_size": 40}, r"up_proj.weight has shape \[56, 32\], .* \[40, 32\]"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop = 0.1 is not supported"),
+    ],
+)
+def test_a_familys_own_keys_are_named(family, changes, message, tmp_path):
+    save_model(decoder(model_type=family, sliding_window=5), None, tmp_path / "m")
+    settings(tmp_path / "m", **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_network(tmp_path / "m")
+    assert str(tmp_path / "m") in str(caught.value)
 
 
 def refusal(folder):
@@ -214,6 +250,9 @@ ODD = ("wide", [], {}, [1.5], None, True, 1.5, -1, 0)
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "sliding_window": 5},
         {"model_type": "gemma3_text", "hidden_act": "gelu", "rope_local_base_freq": 1e3},
         {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 24},
+        {"model_type": "smollm3", "no_rope_layers": (1, 0), "no_rope_layer_interval": 2},
+        {"model_type": "olmo3", "sliding_window": 5},
+        {"model_type": "phi3", "sliding_window": 5},
         {"model_type": "bert", "task": "sequence"},
         {"model_type": "modernbert", "task": "sequence"},
     ],

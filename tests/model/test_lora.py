@@ -296,6 +296,8 @@ def test_settings_that_make_no_sense_are_refused(options, message):
         apply_lora(make("untied"), LoraConfig(target_modules=("embed_tokens",), use_dora=True))
     with pytest.raises(ConfigError, match="routers are not adapted"):
         apply_lora(make("mixtral"), LoraConfig(target_modules=("gate",)))
+    with pytest.raises(ConfigError, match=r"one layer in checkpoints .* \(qkv_proj\), or none"):
+        apply_lora(make("phi3"), LoraConfig(target_modules=("q_proj", "k_proj")))
     with pytest.raises(ConfigError, match="gate_proj and up_proj of an expert in one tensor"):
         apply_lora(make("mixtral"), LoraConfig(target_modules=("gate_proj", "down_proj")))
     model = make("llama")

@@ -75,7 +75,9 @@ class ModelConfig:
             )
         if self.rope_type not in self.family.rope_types:
             hint = closest(self.rope_type, self.family.rope_types)
-            raise ConfigError(f"{self.model_type} with rope type {self.rope_type!r}{hint}")
+            raise ConfigError(
+                f"{self.model_type} is not supported with rope type {self.rope_type!r}{hint}"
+            )
         check_scaling(self.rope_type, self.rope_scaling or {})
         for name in ("layer_types", "no_rope_layers"):
             each = getattr(self, name)
@@ -173,8 +175,7 @@ class ModelConfig:
             )
         family = FAMILIES[known]
         check_kinds(cls, values, where)
-        required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
-        if missing := required - values.keys():
+        if missing := REQUIRED - values.keys():
             raise CheckpointError(f"{where}: {', '.join(sorted(missing))} is missing")
         read_rope(values, where)
         for key, allowed in REFUSED.items():
@@ -186,9 +187,9 @@ class ModelConfig:
             values["num_experts"] = values["num_local_experts"]
         values = {"tie_word_embeddings": False, **dict(family.defaults), **values}
         read_windows(values, family)
-        heads = values.get("num_attention_heads", 0)
+        heads = values["num_attention_heads"]
         values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
-        values["head_dim"] = values.get("head_dim") or values.get("hidden_size", 0) // max(1, heads)
+        values["head_dim"] = values.get("head_dim") or values["hidden_size"] // max(1, heads)
         if isinstance(values.get("eos_token_id"), list):
             values["eos_token_id"] = next(iter(values["eos_token_id"]), None)
         values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
@@ -202,6 +203,13 @@ class ModelConfig:
             raise CheckpointError(f"{where}: {err}") from err
 
 
+REQUIRED = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+}
 POSITIVE = (
     "vocab_size",
     "hidden_size",

@@ -5,6 +5,7 @@ one above the other. Here they are layers of their own, so that all that is done
 to them; an adapter's A, which all of them read, is one and the same.
 """
 
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -72,23 +73,25 @@ def packed(tensors: dict[str, T], model_type: str) -> dict[str, T]:
 def unpacked(tensors: dict[str, T], values: dict[str, Any]) -> dict[str, T]:
     """Return tensors with the rows of layers that a checkpoint keeps as one given to ours.
 
-    `values` are its config.json's. What cannot be divided keeps its name, which no model has.
+    `values` are its config.json's, which say how many each has; the last has the rest.
     """
-    heads = values.get("num_attention_heads") or 1
-    narrow = values.get("num_key_value_heads") or heads
-    counts = {"q_proj": heads, "k_proj": narrow, "v_proj": narrow}
     result: dict[str, Any] = dict(tensors)
     for whole, parts in packed_layers(values["model_type"]):
-        shares = [counts.get(part, 1) for part in parts]
+        ends = list(accumulate(rows_of(part, values) for part in parts[:-1]))
         for name in [name for name in result if f".{whole}." in name]:
-            tensor, total = result[name], sum(shares)
-            if name.endswith(SHARED):
-                each = [tensor] * len(parts)
-            elif len(tensor) % total:
-                continue
-            else:
-                each = tensor.split([len(tensor) // total * share for share in shares])
-            del result[name]
+            tensor = result.pop(name)
+            alone = name.endswith(SHARED) or tensor.dim() == 0
+            each = [tensor] * len(parts) if alone else tensor.tensor_split(ends)
             for part, piece in zip(parts, each, strict=True):
                 result[name.replace(f".{whole}.", f".{part}.")] = piece
     return result
+
+
+def rows_of(part: str, values: dict[str, Any]) -> int:
+    """Return how many outputs a layer has by a config.json."""
+    if part not in ("q_proj", "k_proj", "v_proj"):
+        return int(values["intermediate_size"])
+    heads = values["num_attention_heads"]
+    size = values.get("head_dim") or values["hidden_size"] // heads
+    count = heads if part == "q_proj" else values.get("num_key_value_heads") or heads
+    return int(count * size)
