@@ -96,7 +96,7 @@ class ShapeOptions:
 
     model_type: str = field(
         "qwen3",
-        help="llama, mistral, qwen2, qwen3, olmo2, mixtral, ...; bert or modernbert for mlm",
+        help="llama, mistral, qwen3, olmo3, smollm3, mixtral, ...; bert or modernbert for mlm",
     )
     num_experts: int = field(0, help="experts a layer (mixtral, qwen3_moe)")
     num_experts_per_tok: int = field(2, help="experts that a token goes through")
