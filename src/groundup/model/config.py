@@ -130,17 +130,16 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the content of config.json, readable by transformers 4 and 5."""
         values = dataclasses.asdict(self)
-        # without layer_types a file means the family's pattern
-        patterned = self.family.full_every or self.family.nope_every
         values["architectures"] = [self.family.architecture]
         values["torch_dtype"] = "float32"
         if self.family.gemma:
             values["hidden_activation"] = values.pop("hidden_act")
+        patterned = self.family.full_every or self.family.nope_every
         if self.family.full_every and self.sliding_window is None:
             values["sliding_window"] = 4096  # transformers wants a window, used or not
             values["layer_types"] = (FULL,) * self.num_hidden_layers
         elif self.sliding_window is not None and self.layer_types is None and patterned:
-            values["layer_types"] = (SLIDING,) * self.num_hidden_layers
+            values["layer_types"] = (SLIDING,) * self.num_hidden_layers  # else the pattern
         if self.family.windows_unscaled:  # in transformers 5 the older keys lose one of the bases
             local = {"rope_theta": self.rope_local_base_freq or self.rope_theta}
             scaling = {"rope_type": "default"} | (self.rope_scaling or {})

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+Packed = tuple[tuple[str, tuple[str, ...]], ...]  # layers of checkpoints, each with ours in it
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -20,7 +21,7 @@ class Family:
     nope_every: int = 0  # without no_rope_layers, one layer in so many has no positions
     windows_unscaled: bool = False  # rope_scaling is for layers without a window
     rope_types: tuple[str, ...] = ROPE_TYPES
-    packed: tuple[tuple[str, tuple[str, ...]], ...] = ()  # layers that its files keep as one
+    packed: Packed = ()  # what its files keep as one layer
     defaults: tuple[tuple[str, Any], ...] = ()
 
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundup.core.errors import ConfigError, closest
-from groundup.model.names import Packed, packed_layers
+from groundup.model.families import Packed
+from groundup.model.names import packed_layers
 
 ALL_LINEAR = "all-linear"
 LINEAR = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")

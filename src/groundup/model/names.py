@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from groundup.model.families import FAMILIES
+from groundup.model.families import FAMILIES, Packed
 
 T = TypeVar("T")
-Packed = tuple[tuple[str, tuple[str, ...]], ...]  # layers that checkpoints keep as one: what of
 # Where a checkpoint's names differ from ours: (theirs, ours).
 NAMES = {
     "mixtral": (
@@ -53,10 +52,7 @@ def packed_layers(model_type: str) -> Packed:
 
 
 def packed(tensors: dict[str, T], model_type: str) -> dict[str, T]:
-    """Return tensors with those of layers that checkpoints keep as one joined, as they have them.
-
-    What is no tensor is there once.
-    """
+    """Return tensors with those that checkpoints keep as one joined; what is none is there once."""
     found: dict[str, list[Any]] = {}
     for name, tensor in tensors.items():
         for whole, parts in packed_layers(model_type):
