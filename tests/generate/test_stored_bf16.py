@@ -18,6 +18,8 @@ FAMILIES = {
     "olmo2": {},
     "gemma3_text": {"tie_word_embeddings": True},
     "mixtral": {"num_experts": 4, "num_experts_per_tok": 2},
+    "smollm3": {"no_rope_layers": (1, 0)},
+    "phi3": {"tie_word_embeddings": False},
 }
 built = pytest.mark.skipif(not kernels.available(), reason="no compiler built the kernels")
 
