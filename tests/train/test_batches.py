@@ -33,7 +33,7 @@ def stream_of(lengths, context, seed=0):
 @settings(max_examples=60, deadline=None)
 def test_every_token_is_a_target_once_an_epoch_with_its_own_past(lengths, context):
     source = stream_of(lengths, context)
-    seen = []
+    seen, counted = [], 0
     for _ in range(source.rows_per_epoch):
         [batch] = source.next_step()
         ids, targets = batch["ids"][0].tolist(), batch["targets"][0].tolist()
@@ -43,7 +43,9 @@ def test_every_token_is_a_target_once_an_epoch_with_its_own_past(lengths, contex
             seen.append(target)
             if target != EOS:  # tokens are numbered along their document
                 assert before == target - 1 or before == EOS
+        counted += batch["tokens"]
     assert sorted(seen) == sorted(source.tokens.tolist())
+    assert counted == len(source.tokens)  # what fills up the last row is none
 
 
 def test_a_position_can_be_restored_across_epochs():

@@ -85,13 +85,15 @@ def test_rows_of_mixtures_grow(growth):
     source = stream(growth=growth)
     wanted = [length for steps, length in growth for _ in range(steps)]
     everything = [token for order in ORDERS for token in wanted_tokens(order)]
-    seen, steps = [], 0
+    seen, counted, steps = [], 0, 0
     while source.row < len(source.starts):
         step = source.next_step()
         length = wanted[steps] if steps < len(wanted) else CONTEXT
         assert {tuple(m["ids"].shape) for m in step} == {(2 * CONTEXT // length, length)}
         seen += [t for m in step for t in m["targets"].flatten().tolist() if t != IGNORE]
+        counted += sum(m["tokens"] for m in step)
         steps += 1
+    assert counted == len(seen)
     once = seen[: len(everything)]
     assert sorted(once) == sorted(everything)
     first = len(wanted_tokens(ORDERS[0])) + CONTEXT  # the row at the phase's end is of both

@@ -61,6 +61,15 @@ def row_of(
     return ids, targets
 
 
+def stack_rows(
+    rows: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], documents: Sequence[int | str]
+) -> MicroBatch:
+    """Return rows of inputs and targets as a micro-batch; its tokens are what is a target."""
+    ids_BT, targets_BT = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    tokens = int((targets_BT != IGNORE).sum())
+    return {"ids": ids_BT, "targets": targets_BT, "documents": documents, "tokens": tokens}
+
+
 class TokenStream:
     """Rows of equal length from documents in random order: every token is a target once an epoch.
 
@@ -147,8 +156,7 @@ class TokenStream:
         for _ in range(self.accumulation):
             self.drawn = set()
             rows = [self.next_row() for _ in range(self.rows())]
-            ids, targets = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-            step.append({"ids": ids, "targets": targets, "documents": sorted(self.drawn)})
+            step.append(stack_rows(rows, sorted(self.drawn)))
         return step
 
     def state_dict(self) -> dict[str, Any]:

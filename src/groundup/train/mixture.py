@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from groundup.core.errors import DataError
 from groundup.data.mix import Order
 from groundup.data.shards import Shard
-from groundup.train.batches import StepBatch, row_of, same_data
+from groundup.train.batches import StepBatch, row_of, same_data, stack_rows
 from groundup.train.growing import growth_ends
 
 Ints = NDArray[np.int64]
@@ -115,8 +114,7 @@ class MixtureStream:
                 ids, targets, names = self.next_row()
                 rows.append((ids, targets))
                 documents += names
-            ids_BT, targets_BT = (torch.from_numpy(np.stack(p)) for p in zip(*rows, strict=True))
-            step.append({"ids": ids_BT, "targets": targets_BT, "documents": documents})
+            step.append(stack_rows(rows, documents))
         return step
 
     def epochs(self) -> dict[str, float]:
