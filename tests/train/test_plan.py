@@ -1,5 +1,7 @@
 """The planner's rules: closed forms, choices with made-up speeds, predictions."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -219,6 +221,24 @@ def test_sizes_are_timed_once_more_when_other_work_came_between(
     assert capsys.readouterr().err.count("once more") == rounds - 1
     assert made.hidden_size == (128 if slow_for == 40 else 192)
     assert seen.count((128, 16)) == 2 * rounds
+
+
+@pytest.mark.parametrize(("growing", "pays"), [(True, False), (False, True)])
+def test_compiling_is_charged_for_each_length_of_rows(growing, pays, monkeypatch):
+    """Of 400 s compiling saves 40: more than one length takes, less than three."""
+
+    def fake(config, rows, device, dtype, *, compile=False):
+        return Timing(config, 11_100 if compile else 10_000, 10**6)
+
+    monkeypatch.setattr(plan, "timed", fake)
+    monkeypatch.setattr("groundup.train.timing.timed", fake)
+    device = Device(torch.device("cpu"), torch.bfloat16, "cpu")
+    budget = dataclasses.replace(parse_budget("415s"), growing=growing)
+    made = make_plan(budget, train_tokens=10**8, vocab_size=VOCAB, device=device)
+    assert made.compile == pays
+    assert f"the {54 if growing else 30} s that it takes" in made.reasons["compile"]
+    left = 0.97 * (415 - 30 * pays)
+    assert made.predicted["seconds"] == pytest.approx(left, rel=0.01)
 
 
 def test_flops_of_rows_that_grow_are_those_of_their_lengths(monkeypatch):

@@ -43,7 +43,7 @@ OF_STEP_LAW, LEAST_ADAM_RATE, MOST_ADAM_RATE = 2.0, 0.0003, 0.012  # docs/decisi
 REPEATED_DECAY = 0.2  # of weights, where text is read again (docs/decisions/0099)
 CONTEXT_WARMUP = 0.7  # share of the steps with shorter rows (docs/decisions/0094)
 COMPILE_S, GPU_COMPILE_S = 30.0, 15.0  # what compiling costs; weighed against what it saves
-COMPILES = 1.8  # times that: each of the two lengths more takes 0.4 of the first
+COMPILES = 1.8  # times that where rows grow: each of the two lengths more takes 0.4 of the first
 TRIED_FROM = 12  # times that: trying costs it once more, and saves a quarter at the most
 WATCHING = 0.03  # of the time: samples, checkpoints
 SCORING = 1 / 3  # of a token trained: what a token scored costs
@@ -117,9 +117,13 @@ def micro_tokens(device: Device) -> int:
     return GPU_MICRO_TOKENS if device.device.type == "cuda" else MICRO_TOKENS
 
 
-def compile_seconds(device: Device) -> float:
-    """Return what compiling costs: a whole model on a CPU, one block for all on a GPU."""
-    return GPU_COMPILE_S if device.device.type == "cuda" else COMPILE_S
+def compile_seconds(device: Device, growing: bool = False) -> float:
+    """Return what compiling costs: a whole model on a CPU, one block for all on a GPU.
+
+    Rows that grow have three lengths.
+    """
+    once = GPU_COMPILE_S if device.device.type == "cuda" else COMPILE_S
+    return COMPILES * once if growing else once
 
 
 def memory_needed(config: ModelConfig, ranks: int = 1) -> float:
@@ -244,7 +248,7 @@ def measured(
         most = max(1, round(max(wanted, LEAST_STEP_TOKENS) / context))
         rows, chosen = widest(eager, micro_tokens(device) // context, most, device, dtype)
         seconds = tokens_within(budget, config, chosen.tokens_per_s) / chosen.tokens_per_s
-        faster = try_compiling(chosen, rows, seconds, device, dtype)
+        faster = try_compiling(chosen, rows, seconds, device, dtype, budget.growing)
         found = Measured(smallest, faster or chosen, rows, faster is not None, rule)
         again = time_size(smallest.config).tokens_per_s / smallest.tokens_per_s
         if last or 1 / STEADY < again < STEADY:
@@ -261,7 +265,8 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
     chosen, config = found.chosen, found.chosen.config
     context = config.max_position_embeddings
     if found.compile and budget.seconds:
-        budget = replace(budget, seconds=budget.seconds - COMPILES * compile_seconds(device))
+        compiling_s = compile_seconds(device, budget.growing)
+        budget = replace(budget, seconds=budget.seconds - compiling_s)
     tokens = tokens_within(budget, config, chosen.tokens_per_s)
     wanted = step_law_tokens(tokens)
     rows, accumulation = batch_of(tokens, wanted, found.rows, context, budget)
@@ -294,8 +299,7 @@ def make_plan(budget: Budget, *, train_tokens: int, vocab_size: int, device: Dev
             "flops": steps * per_step * flops_per_token(config, budget.growing),
         },
     )
-    why = reasons(made, budget, found.rule, wanted, compile_seconds(device))
-    return replace(made, reasons=why)
+    return replace(made, reasons=reasons(made, budget, found.rule, wanted, device))
 
 
 def adam_rate(config: ModelConfig, tokens: float) -> float:
@@ -319,7 +323,7 @@ def expected_memory(found: Measured, rows: int, device: Device, dtype: str) -> f
 
 
 def reasons(
-    made: Plan, budget: Budget, rule: str, wanted: float, compile_s: float
+    made: Plan, budget: Budget, rule: str, wanted: float, device: Device
 ) -> dict[str, str]:
     """Return the rule behind each number; `wanted` is what the Step Law says."""
     rows, context = made.batch_size, made.context
@@ -344,16 +348,16 @@ def reasons(
         "step (docs/decisions/0094)"
         if budget.growing
         else f"{context} tokens: packed rows and those of fill-in-the-middle do not grow",
-        "compile": compiling(made, compile_s),
+        "compile": compiling(made, device, budget.growing),
     }
 
 
-def compiling(made: Plan, compile_s: float) -> str:
+def compiling(made: Plan, device: Device, growing: bool) -> str:
     """Return why a plan compiles, or does not."""
-    cost = f"{COMPILES * compile_s:.0f} s that it takes"
+    cost = f"{compile_seconds(device, growing):.0f} s that it takes"
     if made.compile:
         return f"saves more than the {cost}"
-    if made.predicted["seconds"] <= TRIED_FROM * compile_s:
+    if made.predicted["seconds"] <= TRIED_FROM * compile_seconds(device):
         return f"not tried: the run is short beside the {cost}"
     return f"does not save more than the {cost}"
 
@@ -379,13 +383,12 @@ def batch_of(
 
 
 def try_compiling(
-    eager: Timing, rows: int, seconds: float, device: Device, dtype: str
+    eager: Timing, rows: int, seconds: float, device: Device, dtype: str, growing: bool
 ) -> Timing | None:
     """Return the compiled size's timing where it saves more than compiling costs."""
-    cost = compile_seconds(device)
-    if seconds <= TRIED_FROM * cost:
+    if seconds <= TRIED_FROM * compile_seconds(device):
         return None
     fast = timed(eager.config, rows, device, dtype, compile=True)
     saved_s = seconds * (1 - eager.tokens_per_s / max(fast.tokens_per_s, 1e-9))
     say(f"  compiled: {fast.tokens_per_s:,.0f} tokens/s, saves {saved_s:,.0f} s")
-    return fast if saved_s > COMPILES * cost else None
+    return fast if saved_s > compile_seconds(device, growing) else None
