@@ -16,7 +16,6 @@ divided by them plus the exchange that two had, which grows as (R - 1) / R.
 import argparse
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -56,25 +55,17 @@ def tokens_of(case: Case) -> int:
     return max(TOKENS, case[1])
 
 
-def resident() -> int:
-    """Return the bytes that this process holds now."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return 1024 * int(found[1])
-
-
 def work(case: Case, threads: int) -> None:
     """Time a case as one process of it; the first prints what it found."""
     torch.set_num_threads(threads)
     device = pick("cpu")
     dtype = "bf16" if device.dtype == torch.bfloat16 else "fp32"
     timed(replace(config_of((0, 64, 1)), vocab_size=64), 1, device, dtype)  # kernels are loaded
-    before = resident()
     rows = tokens_of(case) // case[1] // case[2]
     found = timed(config_of(case), rows, device, dtype)
     if here().first:
         seconds = tokens_of(case) / found.tokens_per_s
-        print(json.dumps({"seconds": seconds, "bytes": found.memory_bytes - before}))
+        print(json.dumps({"seconds": seconds, "bytes": found.memory_bytes}))
 
 
 def measured(case: Case, threads: int) -> dict[str, float]:

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from groundup.cli.main import main
 from groundup.core.files import read_json
@@ -54,6 +56,27 @@ def test_a_budget_is_planned_once(place, tmp_path, capsys):
     assert summary["tokens"] == made["tokens"]
     assert read_run(tmp_path / "run").settings["steps"] == made["steps"]
     assert "The plan and the outcome" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory")
+def test_what_stays_of_planning_is_foretold_as_well(place, tmp_path, monkeypatch):
+    """Of a size that was timed before the one that is trained, and of small runs: 400 MB here."""
+    left = []
+    timed = plan.timed
+
+    def leak(result):
+        left.append(torch.ones(50_000_000))
+        return result
+
+    monkeypatch.setattr(
+        plan, "timed", lambda *a, **b: timed(*a, **b) if left else leak(timed(*a, **b))
+    )
+    monkeypatch.setattr(planning, "small_trials", lambda *_: leak([]))
+    command = ["pretrain", place, "--tokenizer", "tok", "--budget", "8k tokens", "--out", "run"]
+    assert main(command) == 0
+    summary = read_json(tmp_path / "run" / "stage.json")["summary"]
+    foretold, came = (summary[name]["memory_bytes"] for name in ("expected", "came"))
+    assert foretold == pytest.approx(came, abs=80e6)
 
 
 @pytest.mark.parametrize(

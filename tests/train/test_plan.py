@@ -1,6 +1,7 @@
 """The planner's rules: closed forms, choices with made-up speeds, predictions."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from groundup.core.device import Device
 from groundup.core.errors import ConfigError
 from groundup.model.counts import num_parameters, train_flops_per_token
-from groundup.train import plan
+from groundup.train import plan, timing
 from groundup.train.budget import parse_budget, parse_duration_s
 from groundup.train.growing import warmup_lengths
 from groundup.train.plan import SIZES, Timing, choose, make_plan, memory_needed, shape
@@ -282,9 +283,26 @@ def test_the_memory_is_that_of_the_rows_that_are_trained(monkeypatch):
 
     monkeypatch.setattr(plan, "timed", fake)
     monkeypatch.setattr("groundup.train.timing.timed", fake)
+    monkeypatch.setattr(plan, "resident_memory", lambda device: 7)
     device = Device(torch.device("cpu"), torch.bfloat16, "cpu")
     for tokens, once_more in (("2M tokens", False), ("6,000 tokens", True)):
         made = make_plan(parse_budget(tokens), train_tokens=10**7, vocab_size=VOCAB, device=device)
         assert (seen[-1] == made.batch_size) == once_more
-        more = 4 * made.parameters + plan.BESIDES_BYTES
+        more = 4 * made.parameters + plan.BESIDES_BYTES + 7
         assert made.predicted["memory_bytes"] == made.batch_size * 10**6 + more
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory")
+def test_the_memory_of_a_size_is_what_it_gives_back(monkeypatch):
+    """What stays is resident when the run begins, whatever left it behind."""
+    device, left, run = Device(torch.device("cpu"), torch.float32, "cpu"), [], timing.step_seconds
+    config = shape(64, 1, 1, 64, 1 << 17)  # 34 MB of weights, as gradients, twice in Adam's moments
+
+    def leaky(*args):
+        left.append(torch.ones(50_000_000))
+        return run(*args)
+
+    plain = timing.timed(config, 1, device, "fp32").memory_bytes
+    assert 4 * 34e6 < plain < 8 * 34e6
+    monkeypatch.setattr(timing, "step_seconds", leaky)
+    assert timing.timed(config, 1, device, "fp32").memory_bytes == pytest.approx(plain, abs=60e6)

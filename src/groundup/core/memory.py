@@ -47,9 +47,14 @@ def gpu_memory() -> dict[str, int]:
 
 def peak_memory_bytes() -> int:
     """Return the peak resident memory since the last reset (or of the process)."""
+    return status_bytes("VmHWM:")
+
+
+def status_bytes(name: str) -> int:
+    """Return what Linux says of this process's memory; elsewhere its peak."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(name):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
@@ -64,3 +69,13 @@ def peak_memory(device: "torch.device") -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_memory_bytes()
+
+
+def resident_memory(device: "torch.device") -> int:
+    """Return what a GPU, or this process where there is none, still holds: what is in use."""
+    import torch
+
+    release_memory()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return status_bytes("VmRSS:")

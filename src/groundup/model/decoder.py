@@ -28,8 +28,8 @@ from groundup.model.rope import check_length, rotary_table, rotate
 
 PADDED_TO = 32  # rows may be padded to a multiple of this, beyond the last position
 LOGITS_IN_ONE_PIECE = 2**26  # more logits than this (256 MB in fp32) are computed in pieces
-# On a CPU without gradients: 16 MB, so that scoring takes less than a training step.
-LOGITS_READ, ROWS_READ = 2**22, 64
+# On a CPU without gradients: 4 MB, so that scoring takes less than a training step.
+LOGITS_READ, ROWS_READ = 2**20, 128
 
 
 class Cache(Protocol):

@@ -14,7 +14,7 @@ from groundup.core import config as configs
 from groundup.core import device as devices
 from groundup.core.errors import ConfigError, DataError
 from groundup.core.files import read_json, write_json
-from groundup.core.memory import peak_memory, reset_peak_memory
+from groundup.core.memory import peak_memory, reset_peak_memory, resident_memory
 from groundup.core.metrics import MetricsLog
 from groundup.core.progress import say, show_table
 from groundup.data import Shard, open_shard
@@ -69,11 +69,14 @@ def plan_for(
     made = make_plan(
         budget, train_tokens=len(train.tokens), vocab_size=train.vocab_size, device=device
     )
+    held = resident_memory(device.device)
     if ladder is not None:
         trials = [Trial(**row) for row in read_json(ladder / "ladder.json")["trials"]]
     else:
         trials = small_trials(made, train, validation, device, out)
     values = asdict(made)
+    grown = here().told(resident_memory(device.device) - held)  # a run begins with what stays
+    values["predicted"]["memory_bytes"] += grown
     if trials:
         floor = FLOOR * nats_per_bit(validation)
         found = predict(trials, made.parameters, made.tokens, made.unique_tokens, floor)

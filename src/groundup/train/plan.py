@@ -12,6 +12,7 @@ import torch
 
 from groundup.core.device import Device
 from groundup.core.errors import ConfigError
+from groundup.core.memory import resident_memory
 from groundup.core.progress import say
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters, train_flops_per_token
@@ -309,17 +310,18 @@ def adam_rate(config: ModelConfig, tokens: float) -> float:
 
 
 def expected_memory(found: Measured, rows: int, device: Device, dtype: str) -> float:
-    """Return the peak to expect of a run: a step's of so many rows, and on a CPU what else comes.
+    """Return the peak to expect of a run of so many rows, in this process as it is now.
 
-    A checkpoint's copies lie mostly in what activations have left: the weights once more, for the
+    A step's comes on top of what is resident, and on a CPU more. A checkpoint's copies lie mostly in what activations have left: the weights once more, for the
     file's bytes, were measured (docs/decisions/0092).
     """
     chosen = found.chosen
     if rows != found.rows:  # fewer, for so small a budget
         chosen = timed(chosen.config, rows, device, dtype)
+    held = here().told(resident_memory(device.device)) + chosen.memory_bytes
     if device.device.type != "cpu":
-        return chosen.memory_bytes
-    return chosen.memory_bytes + 4.0 * chosen.parameters + BESIDES_BYTES
+        return held
+    return held + 4.0 * chosen.parameters + BESIDES_BYTES
 
 
 def reasons(

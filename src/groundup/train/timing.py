@@ -3,6 +3,7 @@
 Several ranks time together what they would train together, and go by what the first one measured.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from groundup.core.device import Device
-from groundup.core.memory import peak_memory_bytes, reset_peak_memory
+from groundup.core.memory import peak_memory, reset_peak_memory, resident_memory
 from groundup.model.config import ModelConfig
 from groundup.model.counts import num_parameters
 from groundup.model.decoder import Decoder
@@ -30,7 +31,7 @@ TIMED_EXAMPLE_STEPS = 8  # of examples, which are of any length; each twice
 
 @dataclass(frozen=True)
 class Timing:
-    """A size on this machine: its shape, tokens a second, and memory at the peak."""
+    """A size on this machine: its shape, tokens a second, and memory that it gives back after."""
 
     config: ModelConfig
     tokens_per_s: float
@@ -50,19 +51,30 @@ def timed(
     A model that cannot be compiled has the rate 0.
     """
     ranks = here(device.device)
-    torch.manual_seed(0)
     reset_peak_memory()
+    seconds = best_step(config, rows, device, dtype, ranks, compile)
+    memory = peak_memory(device.device) - resident_memory(device.device)
+    rate = ranks.size * rows * config.max_position_embeddings / seconds
+    # the first rank holds the whole weights besides, so that it takes the most memory
+    return Timing(config, *ranks.told((rate, memory)))
+
+
+def best_step(
+    config: ModelConfig, rows: int, device: Device, dtype: str, ranks: Ranks, compile: bool
+) -> float:
+    """Return the seconds of the fastest of a few steps; infinite where compiling fails."""
+    torch.manual_seed(0)
     model = spread(Decoder(config), ranks, device.device, DTYPES[dtype], 0)
     objective = NextToken()
     optimizers = make_optimizers(model, FitConfig(steps=1), DTYPES[dtype])
-    context = config.max_position_embeddings
-    ids = torch.randint(config.vocab_size, (rows, context), device=device.device)
+    shape_BT = (rows, config.max_position_embeddings)
+    ids = torch.randint(config.vocab_size, shape_BT, device=device.device)
     batch: StepBatch = [{"ids": ids, "targets": ids}] * ranks.size
     forward: nn.Module | None = model
     if compile:
         forward = compiled(model, objective, batch[0], device.device, DTYPES[dtype])
     if forward is None:
-        return Timing(config, 0.0, 0)
+        return math.inf
     times = step_seconds(  # the first one warms up
         forward,
         objective,
@@ -72,11 +84,7 @@ def timed(
         DTYPES[dtype],
         ranks,
     )
-    on_gpu = device.device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()
-    rate = ranks.size * rows * context / min(times[1:])
-    # the first rank holds the whole weights besides, so that it takes the most memory
-    return Timing(config, *ranks.told((rate, memory)))
+    return min(times[1:])
 
 
 def step_seconds(
