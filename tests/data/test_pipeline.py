@@ -319,6 +319,11 @@ def test_the_stopper_waits_for_enough_records(tmp_path):
         ({"settings": ("c4.min_sentences=2",)}, "is not among the steps: tidy"),
         ({"validation_fraction": 1.5}, "give a number from 0 to 1"),
         ({"validation_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
+        ({"repeated_characters": 9}, "changes nothing with repeated = keep"),
+        (
+            {"duplicate_similarity": 0.9, "near_duplicates": "keep"},
+            "changes nothing with near_duplicates = keep",
+        ),
         ({"workers": 0}, "give 1 or more"),
         ({"executor": "rya"}, "did you mean 'ray'"),
         ({"against": ("nowhere",)}, "is no corpus"),

@@ -11,6 +11,7 @@ from groundup.data.labelled import Labelled, nested_samples, split_labelled
 from groundup.evaluate.classifiers import load_classifier
 
 SHAPE = ["--hidden-size", "32", "--num-hidden-layers", "1", "--vocab-size", "300"]
+ROWS = "text,label\nx,y\nz,w\n"
 WORDS = {"fruit": "apple pear plum", "metal_ware": "iron zinc lead", "sky": "cloud wind rain"}
 
 
@@ -97,12 +98,19 @@ def test_labels_that_one_side_lacks(tmp_path, capsys):
         ("text,label\n" + "x,y\nz,y\n" * 5, [], "holds one label only (y)"),
         ("text,label\n", [], "holds no labelled text"),
         ("text,label\nx\n", [], "row 1: 'label' is missing"),
-        ("text,label\nx,y\nz,w\n", ["--text-column", "txt"], "no column 'txt' (did you mean"),
-        ("text,label\nx,y\nz,w\n", ["--methods", "bayes"], "unknown method 'bayes'"),
-        ("text,label\nx,y\nz,w\n", ["--test-share", "1.5"], "must lie between 0 and 1"),
-        ("text,label\nx,y\nz,w\n", ["--sizes", "0"], "--sizes 0 is too small: 2 or more"),
-        ("text,label\nx,y\nz,w\n", ["--batch-size", "0"], "--batch-size 0 is too small"),
-        ("text,label\nx,y\nz,w\n", ["--encoder", "nowhere"], "nowhere does not exist"),
+        (ROWS, ["--text-column", "txt"], "no column 'txt' (did you mean"),
+        (ROWS, ["--methods", "bayes"], "unknown method 'bayes'"),
+        (ROWS, ["--test-share", "1.5"], "must lie between 0 and 1"),
+        (ROWS, ["--sizes", "0"], "--sizes 0 is too small: 2 or more"),
+        (ROWS, ["--batch-size", "0"], "--batch-size 0 is too small"),
+        (ROWS, ["--encoder", "nowhere"], "nowhere does not exist"),
+        (ROWS, ["--methods", "lm", "--encoder", "m"], "encoder changes nothing without encoder"),
+        (
+            ROWS,
+            ["--methods", "lm", "--lm", "m", "--hidden-size", "64", "--vocab-size", "300"],
+            "hidden_size, vocab_size change nothing where no network starts from random weights",
+        ),
+        (ROWS, ["--methods", "naive-bayes", "--epochs", "1"], "nothing in naive-bayes, which is"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, content, more, message):

@@ -93,6 +93,7 @@ def test_bad_input_is_one_line(place, tok, tiny, capsys):
         ((str(place / "base"), "--task", "span", "--doc-stride", "0"), "must be 1 or more"),
         ((str(place / "base"), "--task", "span", "--max-length", "9"), "leaves 2 tokens"),
         ((str(place / "base"), "--task", "span", "--test-share", "0"), "0 to test on"),
+        ((str(place / "base"), "--task", "span", "--batch-size", "0"), "must be 1 or more"),
     ):
         rest = ["--data", str(place / "train.json"), "--out", str(place / "out")]
         assert main(["finetune", *words, *rest]) == 2, message
@@ -104,8 +105,13 @@ def test_bad_input_is_one_line(place, tok, tiny, capsys):
     (place / "notes.txt").write_text("words")
     assert main([*texts, "--doc-stride", "4"]) == 2
     assert "are for questions in SQuAD's form" in capsys.readouterr().err
-    assert main(["evaluate", str(place / "base"), "--data", str(place / "dev.json")]) == 2
+    assert main([*texts, "--limit", "4"]) == 2
+    assert "--limit needs --tasks" in capsys.readouterr().err
+    questions = ["evaluate", str(place / "base"), "--data", str(place / "dev.json")]
+    assert main(questions) == 2
     assert "no head for spans" in capsys.readouterr().err
+    assert main([*questions, "--ngram", str(place)]) == 2
+    assert "drop --ngram" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_continues_bit_for_bit(place, capsys):

@@ -22,8 +22,10 @@ from groundup.recipe.configs import (
     AlignConfig,
     ClassifyConfig,
     FinetuneConfig,
+    PlanConfig,
     PretrainConfig,
     ReadingConfig,
+    TokenizerConfig,
 )
 from groundup.train import FitConfig
 from groundup.train.config import NEEDS
@@ -120,10 +122,40 @@ def test_settings_that_would_change_nothing(settings, said):
         FitConfig(steps=1, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"pretrain_s": 9, "usd_per_hour": 2}, "usd_per_hour changes nothing without a budget in"),
+        ({"pretrain_s": 9, "budget": "2m"}, "either budget or pretrain_s, and not both"),
+        ({}, "either budget or pretrain_s"),
+        ({"pretrain_s": 0}, "pretrain_s = 0 must be above 0"),
+    ],
+)
+def test_plans_that_cannot_be(settings, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        PlanConfig(shards=tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kind": "char", "pattern": "gpt2"}, "pattern changes nothing without kind bpe or word"),
+        ({"byte_fallback": False}, "without kind char, unigram or sentencepiece-bpe"),
+        ({"kind": "word", "sample_bytes": 9}, "without kind unigram or sentencepiece-bpe"),
+    ],
+)
+def test_settings_of_other_tokenizers(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        TokenizerConfig(paths=("text",), **settings)
+
+
 def test_settings_and_what_they_need_stand_in_one_config():
     """A name that was misspelt, or is no more, would be asked for nowhere."""
     kinds = (PretrainConfig, FinetuneConfig, AlignConfig, ReadingConfig, ClassifyConfig)
-    having = [{field.name for field in dataclasses.fields(kind)} for kind in kinds]
+    having = [
+        {field.name for field in dataclasses.fields(kind)} | set(vars(kind))
+        for kind in (*kinds, TokenizerConfig)
+    ]
     for names, other, _, _ in NEEDS:
         for name in names:
             assert any({name, other} <= found for found in having), (name, other)

@@ -105,6 +105,8 @@ def evaluate(argv: Sequence[str]) -> None:
     args = parse(evaluation_flags(), argv)
     if not args.data and not args.tasks:
         raise ConfigError("groundup evaluate: give texts with --data, or tasks with --tasks")
+    if args.limit is not None and not args.tasks:
+        raise ConfigError("groundup evaluate: --limit needs --tasks, whose rows it counts")
     if (args.ngram and not args.data) or (args.out and not args.ngram):
         raise ConfigError("groundup evaluate: --out needs --ngram, and --ngram needs --data")
     from groundup.data.squad import is_squad
@@ -117,6 +119,8 @@ def evaluate(argv: Sequence[str]) -> None:
         raise ConfigError(
             "groundup evaluate: --max-length and --doc-stride are for questions in SQuAD's form"
         )
+    if reading and args.ngram:
+        raise ConfigError("groundup evaluate: an n-gram has no answers to questions: drop --ngram")
     if reading:
         from groundup.recipe.reading import evaluate_reading
 

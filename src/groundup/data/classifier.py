@@ -47,6 +47,8 @@ def train_classifier(config: ClassifierConfig, out: Path) -> dict[str, Any]:
     """Read examples, train on most of them, measure on the others, save; return the measures."""
     if (bool(config.good), bool(config.bad), bool(config.scored)) not in KINDS_GIVEN:
         raise ConfigError("give --good and --bad texts, or else --scored rows")
+    if config.top != ClassifierConfig.top and not config.scored:
+        raise ConfigError("top changes nothing without --scored rows")
     if not 0 <= config.held_out < 1:
         raise ConfigError(f"held_out is {config.held_out}: give a share from 0 to less than 1")
     rng = np.random.default_rng(config.seed)

@@ -85,6 +85,13 @@ def check(config: CorpusConfig) -> None:
     for name in ("memory_mb", "file_mb"):
         if getattr(config, name) <= 0:
             raise ConfigError(f"{name} is {getattr(config, name)}: give more than 0")
+    for name, other in (
+        ("repeated_characters", "repeated"),
+        ("duplicate_similarity", "near_duplicates"),
+    ):
+        default = CorpusConfig.__dataclass_fields__[name].default
+        if getattr(config, other) == "keep" and getattr(config, name) != default:
+            raise ConfigError(f"{name} changes nothing with {other} = keep")
     executor_of(config.executor)
     for corpus in config.against:
         corpus_files(Path(corpus), "train")

@@ -105,6 +105,8 @@ def check(config: MixConfig, sizes: Mapping[str, int]) -> None:
             raise ConfigError(
                 f"{where}: tokens and temperature must be above 0, replay from 0 to 1"
             )
+        if phase.weights and phase.temperature != Phase.temperature:
+            raise ConfigError(f"{where}: temperature changes nothing beside weights")
         if phase.replay and number == 0:
             raise ConfigError(f"{where} is the first and has nothing to replay")
     for name in config.source_epochs or {}:

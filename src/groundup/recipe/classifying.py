@@ -194,10 +194,7 @@ def show_counts(
 
 def small_tokenizer(config: ClassifyConfig, train: list[Labelled], out: Path) -> Tokenizer | None:
     """Return a WordPiece tokenizer of the training texts, if a network starts from nothing."""
-    scratch = ("lm" in config.methods and config.lm is None) or (
-        "encoder" in config.methods and config.encoder is None
-    )
-    if not scratch:
+    if not config.from_random:
         return None
     texts = [f"{row.label.replace('_', ' ')}: {row.text}" for row in train]
     tok = Tokenizer.train(texts, kind="wordpiece", vocab_size=config.vocab_size)

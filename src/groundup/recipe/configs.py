@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from groundup.core.config import field
+from groundup.core.errors import ConfigError
 from groundup.data.mix import MixConfig
 from groundup.train.config import LoopOptions, check_needs, check_numbers
 
@@ -52,6 +53,10 @@ class TokenizerConfig:
     sample_bytes: int = field(100_000_000, help="sentencepiece trains on this much text at most")
     seed: int = field(0, help="seed of that sample")
 
+    def __post_init__(self) -> None:
+        """Refuse settings that would change nothing."""
+        check_needs(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardsConfig:
@@ -88,6 +93,13 @@ class PlanConfig:
         None, help="folder of `groundup ladder`: predict the loss from its runs", input=True
     )
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+    def __post_init__(self) -> None:
+        """Refuse two budgets and none, and settings that would change nothing."""
+        check_numbers(self)
+        check_needs(self)
+        if (self.budget is None) == (self.pretrain_s is None):
+            raise ConfigError("plan needs either budget or pretrain_s, and not both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +279,8 @@ class ReadingConfig:
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
 
     def __post_init__(self) -> None:
-        """Refuse settings that would change nothing."""
+        """Refuse numbers that cannot be, and settings that would change nothing."""
+        check_numbers(self)
         check_needs(self)
 
 
@@ -370,6 +383,12 @@ class ClassifyConfig:
     max_test_rows: int = field(1000, help="test texts scored, drawn by seed")
     seed: int = field(1, help="seed of samples, weights and order")
     device: str | None = field(None, help=DEVICE_HELP, semantic=False)
+
+    @property
+    def from_random(self) -> bool:
+        """Return whether a network starts from random weights."""
+        networks = {"lm": self.lm, "encoder": self.encoder}
+        return any(networks[name] is None for name in self.methods if name in networks)
 
     def __post_init__(self) -> None:
         """Refuse settings that would change nothing."""

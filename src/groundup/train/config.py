@@ -35,6 +35,7 @@ POSITIVE = (
     "beta",
     "lora_alpha",
     "usd_per_hour",
+    "pretrain_s",
 )
 NOT_NEGATIVE = (
     "learning_rate",
@@ -137,6 +138,41 @@ NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool], str], ...] = (
         lambda x: x not in LEFT_TO_RIGHT,
         "without objective mlm",
     ),
+    (("lm",), "methods", lambda x: "lm" in x, "without lm among methods"),
+    (("encoder",), "methods", lambda x: "encoder" in x, "without encoder among methods"),
+    (
+        ("hidden_size", "num_hidden_layers", "vocab_size"),
+        "from_random",
+        bool,
+        "where no network starts from random weights",
+    ),
+    (
+        (
+            *("max_length", "batch_size", "epochs", "least_steps"),
+            *("learning_rate", "adam_learning_rate", "dtype"),
+        ),
+        "methods",
+        lambda x: set(x) != {"naive-bayes"},
+        "in naive-bayes, which is counted",
+    ),
+    (
+        ("pattern",),
+        "kind",
+        lambda x: x not in ("char", "wordpiece", "unigram", "sentencepiece-bpe"),
+        "without kind bpe or word",
+    ),
+    (
+        ("byte_fallback",),
+        "kind",
+        lambda x: x not in ("bpe", "word", "wordpiece"),
+        "without kind char, unigram or sentencepiece-bpe",
+    ),
+    (
+        ("sample_bytes",),
+        "kind",
+        lambda x: x not in ("char", "bpe", "word", "wordpiece"),
+        "without kind unigram or sentencepiece-bpe",
+    ),
     (("test_share",), "test", lambda x: x is None, "beside test"),
     (("steps",), "seconds", lambda x: x is None, "beside seconds, which say how many there are"),
     (("epochs",), "steps", lambda x: x is None, "beside steps"),
@@ -164,7 +200,8 @@ def check_needs(config: Any, brought: Collection[str] = ()) -> None:
     """Refuse settings that would change nothing; those `brought` from elsewhere are not judged."""
     defaults = {f.name: f.default for f in fields(config) if f.name not in brought}
     for names, other, allowed, words in NEEDS:
-        if other in defaults and not allowed(getattr(config, other)):
+        judged = hasattr(config, other) and other not in brought
+        if judged and not allowed(getattr(config, other)):
             idle = [n for n in names if n in defaults and getattr(config, n) != defaults[n]]
             if idle:
                 verb = "change" if len(idle) > 1 else "changes"

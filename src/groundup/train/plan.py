@@ -312,8 +312,9 @@ def adam_rate(config: ModelConfig, tokens: float) -> float:
 def expected_memory(found: Measured, rows: int, device: Device, dtype: str) -> float:
     """Return the peak to expect of a run of so many rows, in this process as it is now.
 
-    A step's comes on top of what is resident, and on a CPU more. A checkpoint's copies lie mostly in what activations have left: the weights once more, for the
-    file's bytes, were measured (docs/decisions/0092).
+    A step's comes on top of what is resident, and on a CPU more. A checkpoint's copies lie mostly
+    in what activations have left: the weights once more, for the file's bytes, were measured
+    (docs/decisions/0092).
     """
     chosen = found.chosen
     if rows != found.rows:  # fewer, for so small a budget
@@ -324,9 +325,7 @@ def expected_memory(found: Measured, rows: int, device: Device, dtype: str) -> f
     return held + 4.0 * chosen.parameters + BESIDES_BYTES
 
 
-def reasons(
-    made: Plan, budget: Budget, rule: str, wanted: float, device: Device
-) -> dict[str, str]:
+def reasons(made: Plan, budget: Budget, rule: str, wanted: float, device: Device) -> dict[str, str]:
     """Return the rule behind each number; `wanted` is what the Step Law says."""
     rows, context = made.batch_size, made.context
     per_step = rows * context * made.gradient_accumulation_steps
