@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from groundup.core.errors import GroundupError
+from groundup.core.files import read_json
 from groundup.core.metrics import MetricsLog
 from groundup.train import Examples, FitConfig, Hook, NextToken, collate_rows, fit
 from groundup.train.guard import Guard, LossScale
@@ -57,7 +58,9 @@ def test_a_bad_step_stops_and_names_the_document(tiny, tmp_path):
 
 
 def test_a_skipped_step_leaves_the_weights_alone(tiny, tmp_path, capsys):
-    run(tiny, tmp_path, on_bad_step="skip")
+    run(tiny, tmp_path, on_bad_step="skip", ema_decay=0.9)
+    last = read_json(tmp_path / "checkpoints" / "step-4" / "training.json")
+    assert last["average_steps"] == 3  # nor do weights count twice that did not change
     rows = MetricsLog.read(tmp_path / "metrics.jsonl")
     [bad] = [row["step"] for row in rows if row.get("skipped")]
     assert "skipped" in capsys.readouterr().err

@@ -92,3 +92,12 @@ def test_time_becomes_steps_once(tmp_path, seconds, gone, steps):
     assert again == kept
     config.seconds = None
     assert planned_steps(config, lambda: 99.0, 400, started, tmp_path) == 7
+
+
+def test_no_example_is_read_more_often_than_the_epochs_say(tmp_path):
+    """Of few examples neither: the least number of steps is for little time."""
+    for seconds in (1, 1e6):
+        config = SimpleNamespace(seconds=seconds, max_epochs=2, batch_size=4)
+        out = tmp_path / str(seconds)
+        out.mkdir()
+        assert planned_steps(config, lambda: 2.0, 6, time.monotonic(), out) == 4

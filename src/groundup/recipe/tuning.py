@@ -256,8 +256,8 @@ def planned_steps(
         return int(read_json(note)["steps"])
     seconds_a_step = timed()
     left = ranks.told((1 - BESIDE) * (config.seconds - (time.monotonic() - started)))
-    at_most = int(config.max_epochs * -(-examples // config.batch_size))
-    steps = max(LEAST_STEPS, min(int(left / seconds_a_step), at_most))
+    at_most = max(1, int(config.max_epochs * -(-examples // config.batch_size)))
+    steps = min(max(LEAST_STEPS, int(left / seconds_a_step)), at_most)
     if ranks.first:
         write_json(note, {"steps": steps, "seconds_a_step": seconds_a_step})
     return steps

@@ -238,10 +238,10 @@ def optimizer_step(
             torch._foreach_mul_([own_part(grad) for grad in grads], factor)
         for optimizer in training.optimizers:
             optimizer.step()
+        if training.average:  # a step that is left out has no weights of its own
+            training.average.update(training.model)
     for weight in weights:
         weight.grad = None
-    if training.average:
-        training.average.update(training.model)
     return metrics
 
 
