@@ -12,8 +12,8 @@ from groundup.cli.main import main
 from groundup.core import config as configs
 from groundup.model import load_model, save_model
 from groundup.model.adapter import apply_adapter, load_adapter
-from groundup.recipe.configs import AlignConfig, FinetuneConfig
-from groundup.recipe.tuning import align, finetune
+from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
+from groundup.recipe.tuning import align, finetune, make_preferences
 from groundup.train import loop
 
 OPTIONS = {"steps": 8, "checkpoint_every": 3, "batch_size": 4, "lora_r": 4, "lora_dropout": 0.1}
@@ -154,3 +154,17 @@ def test_rows_are_no_longer_than_the_model_has_positions(base, chats, tmp_path, 
     said = capsys.readouterr().err
     assert f"rows of {positions} tokens at most: the model has no more positions" in said
     assert f"packed into 1 rows of {positions} tokens" in said
+
+
+def test_prompts_too_long_to_be_answered_are_counted(base, tmp_path, capsys):
+    chats = tmp_path / "chats.jsonl"
+    long = {"role": "user", "content": "say " * 400}
+    rows = [
+        {"messages": [asked, {"role": "assistant", "content": "a"}], "split": "train"}
+        for asked in (user(1), long, long)
+    ]
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PreferencesConfig(model=base, chats=chats, sampled_prompts=10, max_tokens=2)
+    counts = make_preferences(config, tmp_path)
+    assert (counts["asked"], counts["too_long"]) == (1, 2)
+    assert "2 prompts not asked" in capsys.readouterr().err

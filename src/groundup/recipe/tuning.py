@@ -128,7 +128,7 @@ def make_preferences(config: PreferencesConfig, out: Path) -> dict[str, Any]:
     llm = LLM(config.model, tok, device=config.device, max_num_seqs=32)
     rng = np.random.default_rng(config.seed)
     own: list[Preference] = []
-    asked = 0
+    asked = too_long = 0
     for split, share in (("train", 0.8), ("validation", 0.2)):
         candidates = [chat for chat in chats if chat.split == split]
         count = min(len(candidates), int(config.sampled_prompts * share))
@@ -142,13 +142,17 @@ def make_preferences(config: PreferencesConfig, out: Path) -> dict[str, Any]:
         kept = [n for n, fits in enumerate(fitting) if fits]
         outputs = llm.generate([prompts[n] for n in kept], [params[n] for n in kept])
         asked += len(kept)
+        too_long += len(prompts) - len(kept)
         for n, output in zip(kept, outputs, strict=True):
             said = output.outputs[0].text.strip()
             if said and said != chosen[n].messages[-1]["content"].strip():
                 own.append(pair_of(chosen[n], said, "own sample"))
     write_preferences(out / "preferences.jsonl", [*pairs, *own])
     say(f"  {len(pairs):,} pairs with another answer; {len(own):,} wrong of {asked:,} own answers")
-    return {"mismatched": len(pairs), "own_samples": len(own), "asked": asked}
+    if too_long:
+        say(f"  {too_long:,} prompts not asked: with an answer they are too long for the model")
+    counts = {"mismatched": len(pairs), "own_samples": len(own)}
+    return counts | {"asked": asked, "too_long": too_long}
 
 
 def align(config: AlignConfig, out: Path) -> dict[str, Any]:
