@@ -62,6 +62,14 @@ def accepts(grammar, tok, data):
     return whole and grammar.matcher.is_accepting()
 
 
+def test_a_token_that_is_too_long_for_the_compiler_is_left_out():
+    long = Tokenizer.train(["x" * 100_000, "a b c"], vocab_size=280)
+    assert max(map(len, long.token_bytes)) > 1_024
+    grammar = compiled(long, regex="x{2000}")
+    text = sample(grammar, long, seed=1, most=2_001)
+    assert text == "x" * 2_000
+
+
 def test_samples_of_a_schema_are_valid(tok):
     jsonschema = pytest.importorskip("jsonschema")
     grammar = compiled(tok, json=PERSON)

@@ -27,14 +27,16 @@ KINDS: dict[str, tuple[type, ...]] = {
     "choice": (list, tuple),
     "grammar": (str,),
 }
+LONGEST = 1_024  # bytes of a token that llguidance can hold: it panics at a longer one
 TOKENIZERS: "weakref.WeakKeyDictionary[Tokenizer, dict[Any, Any]]" = weakref.WeakKeyDictionary()
 
 
 class Vocabulary:
-    """A tokenizer as llguidance wants to see it."""
+    """A tokenizer as llguidance wants to see it; tokens too long for it are never allowed."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int]) -> None:
-        pieces = list(tokenizer.token_bytes[:vocab_size])
+        whole = tokenizer.token_bytes[:vocab_size]
+        pieces = [piece if len(piece) <= LONGEST else b"" for piece in whole]
         self.tokens = pieces + [b""] * (vocab_size - len(pieces))
         self.special_token_ids = sorted(tokenizer.silent)
         self.eos_token_id, self.bos_token_id = ends[0], None
