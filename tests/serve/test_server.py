@@ -1,6 +1,7 @@
 """The server through the official client: chat, completion, streams, errors, many at once."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -10,9 +11,10 @@ import openai
 import pytest
 import uvicorn
 
-from groundup.core.errors import ConfigError, ServeError
+from groundup.core.errors import ConfigError, GroundupError, ServeError
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM
+from groundup.generate.constrain import Grammar
 from groundup.serve import make_app, serve
 from groundup.serve.app import API
 
@@ -85,7 +87,80 @@ def test_completions_score_a_given_text(client, tiny, tok):
         [ids], SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0)
     )
     expected = [row[i] for i, row in zip(ids[1:], wanted.prompt_logprobs[1:], strict=True)]
-    assert found[:3] == pytest.approx(expected, abs=1e-5)
+    assert found[0] is None  # one place for each token that was sent: clients count them
+    assert found[1:4] == pytest.approx(expected, abs=1e-5)
+    assert answer.choices[0].text.startswith(tok.decode(ids))
+    told = answer.choices[0].logprobs
+    assert told.text_offset[-1] == len("".join(told.tokens[:-1]))
+    text = client.completions.create(
+        model="tiny", prompt="def a(", max_tokens=1, echo=True, logprobs=0
+    ).choices[0]
+    assert None not in text.logprobs.token_logprobs  # a text's first token follows a document's end
+    assert text.text == "".join(text.logprobs.tokens).replace("<|endoftext|>", "")
+
+
+@pytest.mark.parametrize("form", ["response_format", "structured_outputs"])
+def test_answers_keep_to_a_schema(client, form):
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    schema["additionalProperties"] = False
+    asked = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+        "structured_outputs": {"json": schema},
+    }
+    answer = client.chat.completions.create(
+        model="tiny", messages=QUESTION, max_tokens=40, extra_body={form: asked[form]}
+    )
+    assert json.loads(answer.choices[0].message.content)["n"] in (1, 2)
+
+
+def test_parameters_of_the_engine_are_taken(client, tok):
+    [letter] = tok.encode("a")
+    answer = client.completions.create(
+        model="tiny", prompt=[7, 9], max_tokens=4, logit_bias={str(letter): 100}
+    )
+    assert answer.choices[0].text == "aaaa"
+    more = {"allowed_token_ids": [letter], "order": "vllm", "typical_p": 0.9}
+    answer = client.completions.create(model="tiny", prompt=[7, 9], max_tokens=4, extra_body=more)
+    assert answer.choices[0].text == "aaaa"
+
+
+def test_a_stream_tells_log_probabilities_too(client):
+    asked = {"model": "tiny", "messages": QUESTION, "max_tokens": 12, "temperature": 0}
+    asked |= {"logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**asked).choices[0].logprobs.content
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    told = [e for c in chunks if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
+    assert [entry.bytes for entry in told] == [entry.bytes for entry in whole]
+    assert [e.logprob for e in told] == pytest.approx([e.logprob for e in whole], abs=1e-4)
+    assert len(told[3].top_logprobs) == 2
+    text = {"model": "tiny", "prompt": [7, 9], "max_tokens": 12, "temperature": 0, "logprobs": 2}
+    whole = client.completions.create(**text).choices[0].logprobs
+    pieces = [c.choices[0].logprobs for c in client.completions.create(**text, stream=True)]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        found = [x for piece in pieces for x in getattr(piece, name)]
+        assert found == pytest.approx(getattr(whole, name), abs=1e-4)
+
+
+def test_an_answer_that_fails_is_no_answer(tiny, tok, server, client, monkeypatch):
+    def fail(self, written, logits_V):
+        raise GroundupError("no token goes on")
+
+    monkeypatch.setattr(Grammar, "__call__", fail)
+    asked = {"messages": QUESTION, "response_format": {"type": "json_object"}}
+    url = f"{server}/v1/chat/completions"
+    answer = httpx.post(url, json=asked)
+    assert answer.status_code == 500
+    assert "broken off: no token goes on" in answer.json()["error"]["message"]
+    streamed = httpx.post(url, json=asked | {"stream": True})
+    assert "broken off: no token goes on" in streamed.text
+    assert "[DONE]" not in streamed.text
+
+
+def test_other_paths_are_refused_in_openai_s_form(server):
+    assert "Not Found" in httpx.post(f"{server}/v1/embeddings").json()["error"]["message"]
+    answer = httpx.get(f"{server}/v1/completions")
+    assert answer.status_code == 405
+    assert "Method Not Allowed" in answer.json()["error"]["message"]
 
 
 def test_text_completions_stream_and_come_in_lists(client):
@@ -108,7 +183,12 @@ def test_text_completions_stream_and_come_in_lists(client):
         ({"messages": [{"role": "user", "content": "x " * 500}]}, "shorten it"),
         ({"messages": [{"role": "user", "content": [5]}]}, "only parts of type text"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "parts of type text"),
-        ({"response_format": {"type": "json_object"}}, "'response_format' is not supported"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\].content must be text"),
+        ({"response_format": {"type": "xml"}}, "'response_format' must be of type text, json"),
+        ({"response_format": {"type": "json_schema"}}, "'response_format' must be of type text"),
+        ({"top_logprobs": 2}, "'top_logprobs' needs 'logprobs'"),
+        ({"extra_body": {"stream_options": 5}}, "stream_options = 5 must be of dict"),
+        ({"extra_body": {"suffix": "x"}}, "'suffix' is not supported"),
         ({"max_tokens": "many"}, "max_tokens"),
     ],
 )

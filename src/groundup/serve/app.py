@@ -5,12 +5,12 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from groundup.core.errors import GroundupError, ServeError, need
 from groundup.core.progress import say
-from groundup.core.types import SamplingParams
 from groundup.generate import LLM, Request
 from groundup.generate.worker import Worker
 from groundup.serve import protocol
@@ -29,37 +29,29 @@ class API:
         if not isinstance(messages, list) or not messages:
             raise ServeError("'messages' must be a list of at least one message")
         for number, message in enumerate(messages):
-            if not isinstance(message, dict) or message.get("role") not in (
-                "system",
-                "user",
-                "assistant",
-                "tool",
-            ):
-                raise ServeError(f"messages[{number}] must have a role and content")
-            content = message.get("content")
-            if isinstance(content, list):  # OpenAI's list of parts; text is all that is read
-                if not all(is_text(part) for part in content):
-                    raise ServeError(f"messages[{number}]: only parts of type text are read")
-                message["content"] = "".join(part["text"] for part in content)
-            elif content is not None and not isinstance(content, str):
-                raise ServeError(f"messages[{number}].content must be text")
+            protocol.check_message(message, f"messages[{number}]")
         rendered = self.llm.tokenizer.render(
             messages, tools=body.get("tools"), add_generation_prompt=True
         )
         return rendered.ids
 
-    def prompt_ids(self, body: dict[str, Any]) -> list[list[int]]:
-        """Return the ids of one or many prompts, given as text or as ids."""
+    def prompt_ids(self, body: dict[str, Any]) -> list[tuple[list[int], int]]:
+        """Return the ids of one or many prompts, and how many of them the client gave.
+
+        A text's first token, which begins a document, is not among those.
+        """
         prompt = body.get("prompt", "")
-        if isinstance(prompt, str):
-            return [self.llm.encode(prompt)]
+        ints = isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt)
+        if isinstance(prompt, str) or ints:
+            prompt = [prompt]
         if isinstance(prompt, list) and prompt:
-            if all(isinstance(item, int) for item in prompt):
-                prompt = [prompt]
             ids = [self.llm.encode(item) for item in prompt]
             limit = self.llm.tokenizer.vocab_size
             if all(isinstance(i, int) and 0 <= i < limit for row in ids for i in row):
-                return ids
+                return [
+                    (row, len(row) - 1 if isinstance(item, str) else len(item))
+                    for item, row in zip(prompt, ids, strict=True)
+                ]
         raise ServeError("'prompt' must be text, a list of texts, or lists of token ids")
 
     async def chat(self, body: dict[str, Any]) -> Any:
@@ -71,6 +63,7 @@ class API:
             return self.stream(body, [(requests, events)], len(ids), chat=True)
         async for _ in self.worker.events(requests, events):
             pass
+        protocol.check_ended(requests)
         choices = [
             {
                 "index": request.output.index,
@@ -86,12 +79,12 @@ class API:
     async def complete(self, body: dict[str, Any]) -> Any:
         """Answer /v1/completions."""
         prompts = self.prompt_ids(body)
-        longest = max(map(len, prompts))
+        longest = max(len(ids) for ids, _ in prompts)
         params = protocol.params_of(body, chat=False, room=self.llm.context - longest - 1)
         groups: list[Any] = []
-        streams, count = False, sum(map(len, prompts))
+        streams, count = False, sum(len(ids) for ids, _ in prompts)
         try:
-            for ids in prompts:
+            for ids, _ in prompts:
                 groups.append(await self.worker.submit(ids, params))
             if streams := bool(body.get("stream")):
                 return self.stream(body, groups, count, chat=False)
@@ -101,19 +94,21 @@ class API:
         finally:
             if not streams:  # after a bad prompt or a client gone, the others would run on
                 self.worker.abort([request for requests, _ in groups for request in requests])
+        done = [request for requests, _ in groups for request in requests]
+        protocol.check_ended(done)
         choices: list[dict[str, Any]] = []
-        for ids, (requests, _) in zip(prompts, groups, strict=True):
+        for (ids, given), (requests, _) in zip(prompts, groups, strict=True):
+            echoed = given if body.get("echo") else 0
+            before = self.llm.tokenizer.decode(ids[len(ids) - echoed :])
             for request in requests:
-                before = self.llm.tokenizer.decode(ids[1:]) if body.get("echo") else ""
                 choices.append(
                     {
                         "index": len(choices),
                         "text": before + request.output.text,
                         "finish_reason": request.output.finish_reason,
-                        "logprobs": self.text_logprobs(request, params),
+                        "logprobs": self.text_logprobs(request, echoed=echoed),
                     }
                 )
-        done = [request for requests, _ in groups for request in requests]
         head = protocol.envelope("text_completion", self.name)
         return head | {"choices": choices, "usage": protocol.usage(count, done)}
 
@@ -125,8 +120,12 @@ class API:
         head = protocol.envelope(kind, self.name)
         everyone = [request for requests, _ in groups for request in requests]
 
-        def event(index: int, content: dict[str, Any], reason: str | None) -> str:
-            choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+        told: dict[Request, tuple[int, int]] = {}
+
+        def event(
+            index: int, content: dict[str, Any], reason: str | None, logprobs: Any = None
+        ) -> str:
+            choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": logprobs}
             choice |= {"delta": content} if chat else content
             return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
 
@@ -137,7 +136,11 @@ class API:
                 async for request, text, reason in self.worker.events(requests, events):
                     index = everyone.index(request)
                     content = {"content": text} if chat else {"text": text}
-                    yield event(index, content, reason)
+                    yield event(index, content, reason, self.new_logprobs(request, told, chat=chat))
+            protocol.check_ended(everyone)
+        except RuntimeError as err:
+            yield f"data: {json.dumps(protocol.error(str(err), kind='server_error'))}\n\n"
+            return
         finally:
             self.worker.abort(everyone)  # the client may have gone
         if (body.get("stream_options") or {}).get("include_usage"):
@@ -148,36 +151,60 @@ class API:
             yield f"data: {json.dumps(head | counts)}\n\n"
         yield "data: [DONE]\n\n"
 
-    def chat_logprobs(self, request: Request) -> dict[str, Any] | None:
-        """Return OpenAI's log-probabilities of a chat answer."""
+    def new_logprobs(
+        self, request: Request, told: dict[Request, tuple[int, int]], *, chat: bool
+    ) -> dict[str, Any] | None:
+        """Return log-probabilities of tokens that no event has told yet, and note them as told.
+
+        They may be ahead of the text, which waits while it could become a stop string.
+        """
+        start, at = told.get(request, (0, 0))
+        if chat:
+            found = self.chat_logprobs(request, start)
+            tokens = [entry["token"] for entry in found["content"]] if found else []
+        else:
+            found = self.text_logprobs(request, start=start, at=at)
+            tokens = found["tokens"] if found else []
+        told[request] = start + len(tokens), at + sum(map(len, tokens))
+        return found
+
+    def chat_logprobs(self, request: Request, start: int = 0) -> dict[str, Any] | None:
+        """Return OpenAI's log-probabilities of a chat answer, from its token `start` on."""
         if request.output.logprobs is None:
             return None
         content = []
-        for token, found in zip(request.output.token_ids, request.output.logprobs, strict=True):
+        for found in request.output.logprobs[start:]:
             entries = [self.token_entry(i, value) for i, value in found.items()]
             content.append(entries[0] | {"top_logprobs": entries})
-            assert entries[0]["token"] == self.token_text(token)
         return {"content": content}
 
-    def text_logprobs(self, request: Request, params: SamplingParams) -> dict[str, Any] | None:
-        """Return OpenAI's log-probabilities of a completion, the prompt's too when echoed."""
+    def text_logprobs(
+        self, request: Request, *, echoed: int = 0, start: int = 0, at: int = 0
+    ) -> dict[str, Any] | None:
+        """Return OpenAI's log-probabilities of a completion, from its token `start` on.
+
+        The last `echoed` tokens of the prompt come before them. `at` is where in the text the first
+        one stands. Nothing is said of a prompt's first token, which has nothing before it.
+        """
         if request.output.logprobs is None:
             return None
-        tokens, found = list(request.output.token_ids), list(request.output.logprobs)
-        if request.prompt_logprobs is not None:
-            tokens = [*request.prompt[1:], *tokens]
-            found = [*(row or {} for row in request.prompt_logprobs[1:]), *found]
-        offsets, at = [], 0
-        for token in tokens:
-            offsets.append(at)
-            at += len(self.token_text(token))
+        found: list[dict[int, float] | None] = list(request.output.logprobs[start:])
+        tokens = [next(iter(row)) for row in found if row]  # the token itself comes first
+        if echoed and request.prompt_logprobs is not None:
+            tokens = [*request.prompt[-echoed:], *tokens]
+            found = [*request.prompt_logprobs[-echoed:], *found]
+        texts = [self.token_text(token) for token in tokens]
         return {
-            "tokens": [self.token_text(token) for token in tokens],
-            "token_logprobs": [row.get(t) for t, row in zip(tokens, found, strict=True)],
-            "top_logprobs": [
-                {self.token_text(i): value for i, value in row.items()} for row in found
+            "tokens": texts,
+            "token_logprobs": [
+                None if row is None else row[token]
+                for token, row in zip(tokens, found, strict=True)
             ],
-            "text_offset": offsets,
+            "top_logprobs": [
+                None if row is None else {self.token_text(i): x for i, x in row.items()}
+                for row in found
+            ],
+            "text_offset": list(accumulate(map(len, texts[:-1]), initial=at)) if texts else [],
         }
 
     def token_text(self, token: int) -> str:
@@ -190,17 +217,11 @@ class API:
         return {"token": self.token_text(token), "logprob": logprob, "bytes": list(content)}
 
 
-def is_text(part: Any) -> bool:
-    """Return whether a part of a message is text, in OpenAI's shape."""
-    return (
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-    )
-
-
 def make_app(llm: LLM, name: str, card: dict[str, Any]) -> Any:
     """Return the ASGI application."""
     need("starlette", extra="serve", purpose="serving")
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     from starlette.requests import Request as HTTPRequest
     from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
     from starlette.routing import Route
@@ -241,6 +262,14 @@ def make_app(llm: LLM, name: str, card: dict[str, Any]) -> Any:
     async def index(request: HTTPRequest) -> Any:
         return HTMLResponse(page)
 
+    async def refused(request: HTTPRequest, err: Any) -> Any:  # no such path or method
+        words = f"{err.detail}: {request.method} {request.url.path}"
+        return JSONResponse(protocol.error(words), err.status_code)
+
+    async def failed(request: HTTPRequest, err: Exception) -> Any:
+        words = f"{type(err).__name__}: {err}"
+        return JSONResponse(protocol.error(words, kind="server_error"), 500)
+
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         api.worker.start()
@@ -255,7 +284,8 @@ def make_app(llm: LLM, name: str, card: dict[str, Any]) -> Any:
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", complete, methods=["POST"]),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    handlers = {HTTPException: refused, Exception: failed}
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 
 def serve(llm: LLM, name: str, card: dict[str, Any], *, host: str, port: int) -> None:
