@@ -1,6 +1,7 @@
 """Configs, files and stage folders: exact round trips, complete or absent, honest statuses."""
 
 import errno
+import gzip
 import json
 import os
 import re
@@ -123,6 +124,20 @@ def test_broken_json_names_file_and_line(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"a": "\xff"}\n')
     with pytest.raises(DataError, match="is not UTF-8"):
         list(files.read_jsonl(tmp_path / "b.jsonl"))
+    (tmp_path / "c.jsonl").write_text('[\n{"a": 1}\n]')
+    with pytest.raises(DataError, match="line 1 begins a JSON array: write one object a line"):
+        list(files.read_jsonl(tmp_path / "c.jsonl"))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 99)[:-9])
+    with pytest.raises(DataError, match="cannot read"):
+        list(files.read_jsonl(tmp_path / "d.jsonl.gz"))
+
+
+def test_lines_of_json_may_be_gzipped_and_begin_with_a_mark(tmp_path):
+    content = b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}'
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert list(files.read_jsonl(tmp_path / name)) == [(1, {"a": 1}), (3, {"a": 2})]
 
 
 def test_metrics_are_cut_back_and_survive_a_torn_line(tmp_path):

@@ -43,7 +43,7 @@ def test_forms_become_requests(form, tmp_path):
     ("row", "said"),
     [
         ({"text": "a"}, "no known form"),
-        ([1], "no known form"),
+        ([1], "holds a list"),
         ({"query": "a", "choices": ["b", "c"]}, "right choice"),
         ({"query": "a", "choices": ["b", "c"], "gold": 2}, "is 2, of 2"),
         ({"goal": "a", "sol1": "b", "sol2": "c"}, "right choice"),
@@ -57,7 +57,7 @@ def test_bad_rows_are_named(row, said, tmp_path):
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="cannot read"):
         read_task(tmp_path / "none.jsonl")
     (tmp_path / "text.jsonl").write_text("{")
     (tmp_path / "fake.jsonl.gz").write_text("{}")

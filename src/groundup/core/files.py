@@ -1,10 +1,12 @@
 """Files and folders that are complete or absent: written aside, synced, renamed."""
 
 import errno
+import gzip
 import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,30 +123,36 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object); blank lines are passed over, anything else is a DataError."""
+    """Yield (line number, object) of a plain or gzipped file; blank lines are passed over.
+
+    Anything else is a DataError that names the line.
+    """
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        handle = open(path, encoding="utf-8")  # noqa: SIM115 (closed below, after the last yield)
-    except OSError as err:
-        raise DataError(f"cannot read {path}: {err.strerror}") from err
-    with handle:
-        try:
+        with opened(path, "rt", encoding="utf-8-sig") as handle:
             for number, line in enumerate(handle, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as err:
-                    raise DataError(
-                        f"{path}, line {number} is not JSON ({err.msg}): mend or delete that line"
-                    ) from err
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"{path}, line {number} holds a {type(row).__name__}; "
-                        'each line must be an object such as {"text": "..."}'
-                    )
-                yield number, row
-        except UnicodeDecodeError as err:
-            raise DataError(f"{path} is not UTF-8 ({err}): convert it first") from err
+                if line.strip():
+                    yield number, as_object(line, f"{path}, line {number}")
+    except UnicodeDecodeError as err:
+        raise DataError(f"{path} is not UTF-8 ({err}): convert it first") from err
+    except (OSError, EOFError, zlib.error) as err:
+        raise DataError(f"cannot read {path}: {getattr(err, 'strerror', None) or err}") from err
+
+
+def as_object(line: str, where: str) -> dict[str, Any]:
+    """Return the JSON object of a line."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as err:
+        if line.lstrip()[0] == "[":  # one array over many lines
+            raise DataError(f"{where} begins a JSON array: write one object a line") from err
+        raise DataError(f"{where} is not JSON ({err.msg}): mend or delete that line") from err
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where} holds a {type(row).__name__}; "
+            'each line must be an object such as {"text": "..."}'
+        )
+    return row
 
 
 @contextmanager

@@ -6,10 +6,8 @@ decoding would have written it. Scores bear lm-eval's names: `acc`, `acc_norm` (
 the choice), `perplexity`.
 """
 
-import gzip
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from groundup.core.errors import DataError
+from groundup.core.files import read_jsonl
 from groundup.core.progress import track
 from groundup.core.types import LM, Encoder
 from groundup.evaluate.statistics import wilson
@@ -113,7 +112,7 @@ def read_task(path: Path, *, limit: int | None = None, seed: int = 1) -> Task:
     With `limit`, so many rows are drawn by seed.
     """
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    items = [read_row(row, f"{path}, line {line}") for line, row in lines_of(path)]
+    items = [read_row(row, f"{path}, line {line}") for line, row in read_jsonl(path)]
     if not items:
         raise DataError(f"{path} holds no row")
     if limit is not None and limit < len(items):
@@ -122,36 +121,22 @@ def read_task(path: Path, *, limit: int | None = None, seed: int = 1) -> Task:
     return Task(name, items)
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield numbered JSON objects of a plain or gzipped file."""
-    try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as handle:
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except FileNotFoundError as err:
-        raise DataError(f"{path} does not exist: give a .jsonl file of a task") from err
-    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, IsADirectoryError) as err:
-        raise DataError(f"{path} is no JSONL file of a task ({err})") from err
-
-
-def read_row(row: Any, where: str) -> Item:
+def read_row(row: dict[str, Any], where: str) -> Item:
     """Turn one row into an item by the keys that it has."""
-    if isinstance(row, dict):
-        for keys, read in FORMS.items():
-            if all(key in row for key in keys):
-                try:
-                    item = read(row)
-                except (StopIteration, TypeError, ValueError, AttributeError) as err:
-                    raise DataError(
-                        f"{where}: a row with {', '.join(keys)} also needs the number of the "
-                        "right choice as gold, label or answer, and texts for the others"
-                    ) from err
-                if not 0 <= item.gold < len(item.requests):
-                    raise DataError(
-                        f"{where}: the right choice is {item.gold}, of {len(item.requests)}"
-                    )
-                return item
+    for keys, read in FORMS.items():
+        if all(key in row for key in keys):
+            try:
+                item = read(row)
+            except (StopIteration, TypeError, ValueError, AttributeError) as err:
+                raise DataError(
+                    f"{where}: a row with {', '.join(keys)} also needs the number of the "
+                    "right choice as gold, label or answer, and texts for the others"
+                ) from err
+            if not 0 <= item.gold < len(item.requests):
+                raise DataError(
+                    f"{where}: the right choice is {item.gold}, of {len(item.requests)}"
+                )
+            return item
     forms = "; ".join(" + ".join(keys) for keys in FORMS)
     raise DataError(f"{where}: no known form of a task. Rows need the keys {forms}")
 
