@@ -57,7 +57,7 @@ def test_bad_rows_are_named(row, said, tmp_path):
 
 
 def test_bad_files_are_named(tmp_path):
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="does not exist"):
         read_task(tmp_path / "none.jsonl")
     (tmp_path / "text.jsonl").write_text("{")
     (tmp_path / "fake.jsonl.gz").write_text("{}")

@@ -50,6 +50,16 @@ def test_scores_come_every_few_steps_and_at_the_end(place):
     assert 0 <= rows[-1]["names_acc"] <= 1
 
 
+def test_scores_are_printed_as_they_come_and_in_the_summary(place, corpus, capsys):
+    assert pretrain(corpus, place, "told", "--eval-tokens", "900", "--json") == 0
+    out, err = capsys.readouterr()
+    [last] = [r for r in MetricsLog.read(place / "told" / "evals.jsonl") if r["step"] == STEPS]
+    assert f"validation at step {STEPS}: bits_per_byte {last['bits_per_byte']:.3f}" in err
+    found = json.loads(out)["metrics"]
+    assert found["eval_bits_per_byte"] == last["bits_per_byte"]
+    assert set(found) == {"loss", "bits_per_byte", "eval_bits_per_byte"}
+
+
 def test_of_much_validation_text_a_part_is_scored(place, corpus, capsys):
     tok = Tokenizer.load(place / "tok")
     write_shards(corpus, tok, place / "parted")
@@ -198,7 +208,7 @@ def test_runs_beside_each_other(place, capsys):
     found = json.loads(capsys.readouterr().out)
     assert set(found) == set(runs)
     assert found[runs[1]]["validation bits per byte"]
-    assert found[runs[0]]["steps"] == found[runs[1]]["steps"] == str(STEPS)
+    assert found[runs[0]]["steps"] == found[runs[1]]["steps"] == STEPS
     content = page.read_text()
     assert content.count("<svg") == 7  # loss twice, held out twice, rate, gradient, speed
     assert "Settings that differ" not in content  # watching is no setting
@@ -272,4 +282,4 @@ def test_an_unfinished_run_can_be_compared(place, capsys):
     (place / "cut" / "stage.json").unlink()
     main(["compare", str(place / "cut"), "--out", str(place / "cut.html"), "--json"])
     [found] = json.loads(capsys.readouterr().out).values()
-    assert found["finished"] == "no"
+    assert found["finished"] is False

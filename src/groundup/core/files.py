@@ -133,6 +133,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
                     yield number, as_object(line, f"{path}, line {number}")
+    except FileNotFoundError as err:
+        raise DataError(f"{path} does not exist") from err
     except UnicodeDecodeError as err:
         raise DataError(f"{path} is not UTF-8 ({err}): convert it first") from err
     except (OSError, EOFError, zlib.error) as err:

@@ -63,7 +63,13 @@ def show_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[Any]]
     from rich.table import Table
 
     body = [[str(cell) for cell in row] for row in rows]
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        show_header=any(headers),
+    )
     for index, header in enumerate(headers):
         cells = [row[index] for row in body]
         numeric = any(cells) and all(NUMBER.fullmatch(cell) for cell in cells if cell)

@@ -121,7 +121,7 @@ def step_lines(llm: LLM, step: Step) -> Iterator[str]:
     widths = [max(7, len(name)) for name in names]
     header = "  ".join(name.rjust(width) for name, width in zip(names, widths, strict=True))
     header += "   cosine    score" if step.weighed else ""
-    yield f"token {len(step.written) + 1:<3} {'':<14} {header}"
+    yield f"{f'token {len(step.written) + 1}, %':<24}{header}"
     for i in step.candidates(SHOWN):
         cells = [
             percent(float(probs_V[i])).rjust(width)
@@ -178,7 +178,8 @@ def step_sections(
         cells = [percent(float(probs_V[token])) for probs_V in taken.stages.values()]
         rows.append((number, show(llm, token), *cells))
     table = html.table(["step", "chosen", *story.steps[0].stages], rows)
-    return [*sections, html.section("The chosen tokens", table)]
+    said = html.text("Their probabilities in percent: the model's, and after each parameter.")
+    return [*sections, html.section("The chosen tokens", said, table)]
 
 
 def what_if(
@@ -192,7 +193,7 @@ def what_if(
 
     return {
         "temperature": {str(t): probs(fn.temperature(logits_V, t)) for t in (0.5, 1.0, 1.5)},
-        "top_k": {str(k): probs(fn.top_k(logits_V, k)) for k in (2, 5, len(logits_V))},
+        "top_k": {str(k): probs(fn.top_k(logits_V, k)) for k in (2, 5)} | {"off": probs(logits_V)},
         "top_p": {str(p): probs(fn.top_p(logits_V, p)) for p in (0.5, 0.9, 1.0)},
         "repetition_penalty": {
             str(r): probs(fn.repetition_penalty(logits_V, seen, r)) for r in (1.0, 1.3, 2.0)

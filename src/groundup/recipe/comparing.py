@@ -20,6 +20,7 @@ from groundup.recipe.curves import (
 )
 
 MOST_RUNS = 6  # colours that can be told apart
+DIGITS = {"training minutes": ",.1f", "median tokens/s": ",.0f", "peak MB": ",.0f"}
 
 
 def compare(paths: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def compare(paths: Sequence[Path], out: Path) -> dict[str, Any]:
     if settings:
         show_table("Settings that differ", headers, settings)
     labels = dict.fromkeys(label for row in endings for label in row)  # losses may differ in kind
-    table = [(label, *(row.get(label, "") for row in endings)) for label in labels]
+    table = [(label, *(words(label, row.get(label)) for row in endings)) for label in labels]
     show_table("Runs", headers, table)
     sections = [
         page.section(
@@ -70,22 +71,26 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return rows
 
 
-def ending(run: Run) -> dict[str, str]:
-    """Return how a run ended."""
+def ending(run: Run) -> dict[str, Any]:
+    """Return how a run ended; None where that is not known."""
     _, losses = run.column("loss", run.tokens())
     last = losses[-max(1, len(losses) // 20) :]
-    found = {
-        "steps": f"{run.rows[-1]['step']:,}",
-        "tokens": f"{run.tokens()[-1]:.2f}M",
-        "parameters": f"{run.summary['parameters']:,}" if "parameters" in run.summary else "",
-        f"training {run.unit}, last 5 %": f"{np.mean(last):.4f}" if last else "",
-        "validation bits per byte": "",
-        "training minutes": f"{run.minutes()[-1]:.1f}",
-        "median tokens/s": f"{np.median(speeds(run)):,.0f}",
-        "peak MB": f"{run.peak_memory_bytes / 1e6:,.0f}" if run.peak_memory_bytes else "",
-        "finished": "yes" if run.seconds is not None else "no",
+    scored = [row["bits_per_byte"] for row in run.evaluations if "bits_per_byte" in row]
+    return {
+        "steps": run.rows[-1]["step"],
+        "tokens": round(run.tokens()[-1] * 1e6),
+        "parameters": run.summary.get("parameters"),
+        f"training {run.unit}, last 5 %": float(np.mean(last)) if last else None,
+        "validation bits per byte": scored[-1] if scored else None,
+        "training minutes": run.minutes()[-1],
+        "median tokens/s": float(np.median(speeds(run))),
+        "peak MB": run.peak_memory_bytes / 1e6 if run.peak_memory_bytes else None,
+        "finished": run.seconds is not None,
     }
-    scored = [row for row in run.evaluations if "bits_per_byte" in row]
-    if scored:
-        found["validation bits per byte"] = f"{scored[-1]['bits_per_byte']:.4f}"
-    return found
+
+
+def words(label: str, value: Any) -> str:
+    """Return a value of `ending` as the table shows it."""
+    if value is None or isinstance(value, bool):
+        return {None: "", True: "yes", False: "no"}[value]
+    return f"{value:{',' if isinstance(value, int) else DIGITS.get(label, ',.4f')}}"

@@ -77,8 +77,6 @@ def pretrain_encoder(config: PretrainConfig, out: Path) -> dict[str, Any]:
         return {}
     save_model(model, tok, out / "model")
     scores = validate(model, config, tok, validation, pairs) if scoring else {}
-    if scores:
-        say("  validation: " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
     return {"parameters": size, "steps": config.steps, "device": device.line, **scores}
 
 

@@ -94,6 +94,8 @@ def scoring_hook(
         release_memory()
         log.truncate_after(state.step - 1)
         log.write(step=state.step, tokens=state.tokens, **scores)
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        say(f"  validation at step {state.step:,}: {shown}")
         state.metrics |= {f"eval_{name}": value for name, value in scores.items()}
 
     return Hook(steps_between(config), run, looks=True)

@@ -36,6 +36,7 @@ from groundup.recipe.planning import outcome, planned
 from groundup.recipe.shared import (
     fit_settings,
     for_ranks,
+    last_metrics,
     remaining,
     shards_of,
     tokens_trained,
@@ -114,6 +115,7 @@ def pretrain(config: PretrainConfig, out: Path) -> dict[str, Any]:
         "parameters": size,
         "steps": config.steps,
         "tokens": tokens_trained(out),
+        "metrics": last_metrics(out),
         "train_bits_per_byte_per_nat": bits_per_nat,
         "ngram_bits_per_byte": level,
         "device": device.line,

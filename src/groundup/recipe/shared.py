@@ -104,11 +104,22 @@ def remaining(clock: Callable[[], float] = time.monotonic) -> Callable[[State], 
     return left
 
 
+def steps_of(out: Path) -> list[dict[str, Any]]:
+    """Return what a run has logged of its steps; nothing where it has no log yet."""
+    log = out / "metrics.jsonl"
+    return MetricsLog.read(log) if log.is_file() else []
+
+
 def tokens_trained(out: Path) -> int:
     """Return the tokens that a run has trained on, as its steps counted them."""
-    log = out / "metrics.jsonl"
-    rows = MetricsLog.read(log) if log.is_file() else []
-    return int(sum(row["tokens"] for row in rows))
+    return int(sum(row["tokens"] for row in steps_of(out)))
+
+
+def last_metrics(out: Path) -> dict[str, float]:
+    """Return what the last step of a run measured: losses and scores."""
+    others = ("step", "tokens", "seconds", "lr", "grad_norm")
+    last = steps_of(out)[-1:]
+    return {name: value for row in last for name, value in row.items() if name not in others}
 
 
 def given(config: Any, names: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ from groundup.model.hf import load_model
 from groundup.recipe.adapters import adapt, checkpoint_files, save_results
 from groundup.recipe.configs import AlignConfig, FinetuneConfig, PreferencesConfig
 from groundup.recipe.planning import read_plan
-from groundup.recipe.shared import fit_settings, rows_for_ranks, tokens_trained, watch
+from groundup.recipe.shared import fit_settings, last_metrics, rows_for_ranks, tokens_trained, watch
 from groundup.tokenizer import Tokenizer
 from groundup.train import (
     Examples,
@@ -83,6 +83,7 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
         "steps": steps,
         "epochs": steps / source.steps_per_epoch,
         "tokens": tokens_trained(out),
+        "metrics": last_metrics(out),
     }
     return summary | adapter
 
