@@ -54,8 +54,13 @@ def test_benchmarks_import_what_is_there():
 
 def test_every_public_name_is_there():
     assert sorted(groundup.__all__) == sorted(groundup._HOMES)
+    importlib.import_module("groundup.align")  # the import of a sub-package hides no function
+    importlib.import_module("groundup.evaluate")
     for name in groundup.__all__:
-        assert getattr(groundup, name) is not None
+        for _ in range(2):
+            assert callable(getattr(groundup, name)), name
+    assert set(groundup.__all__) <= set(dir(groundup))
+    assert groundup.__version__
 
 
 def test_a_page_a_stage():

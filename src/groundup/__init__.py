@@ -4,6 +4,8 @@ The names below are imported on first use, so that `import groundup` costs nothi
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,7 +49,29 @@ _HOMES = {
 }
 
 
+class _Package(ModuleType):
+    """Keeps sub-packages from taking the place of the stages of their names: align, evaluate.
+
+    An import binds a module in its package, and would hide the function from then on.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __dir__() -> list[str]:
+    return __all__  # before their first use too: what a notebook offers behind `groundup.`
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("groundup")
     if name not in _HOMES:
         raise AttributeError(f"module 'groundup' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

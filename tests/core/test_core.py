@@ -170,7 +170,9 @@ def test_a_users_own_function_is_found_or_named(tmp_path):
 def test_the_device_line_says_what_is_used():
     chosen = device.pick("cpu", "fp32")
     assert re.fullmatch(r"cpu, (1 thread|\d+ threads), fp32", chosen.line)
-    with pytest.raises(ConfigError, match="'warp' cannot be used here"):
+    with pytest.raises(
+        ConfigError, match=r"'warp' cannot be used here \(it is none of cpu, cuda and mps\)"
+    ):
         device.pick("warp")
 
 

@@ -1,6 +1,7 @@
 """Scores while training, trackers, and runs laid over each other."""
 
 import json
+import re
 from shutil import copytree, rmtree
 
 import numpy as np
@@ -58,6 +59,14 @@ def test_scores_are_printed_as_they_come_and_in_the_summary(place, corpus, capsy
     found = json.loads(out)["metrics"]
     assert found["eval_bits_per_byte"] == last["bits_per_byte"]
     assert set(found) == {"loss", "bits_per_byte", "eval_bits_per_byte"}
+
+
+def test_an_interval_takes_several_texts(place, text_folder, capsys):
+    one, other = sorted(text_folder.iterdir())[:2]
+    assert main(["evaluate", str(place / "plain"), "--data", str(one)]) == 0
+    assert "interval" not in capsys.readouterr().out
+    assert main(["evaluate", str(place / "plain"), "--data", str(one), str(other)]) == 0
+    assert re.search(r"95 % interval +[\d.]+ to [\d.]+\n", capsys.readouterr().out)
 
 
 def test_of_much_validation_text_a_part_is_scored(place, corpus, capsys):

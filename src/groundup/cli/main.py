@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GroundupError as err:
         if show_traceback:
             traceback.print_exc()
-        print(f"groundup: {err}", file=sys.stderr)
+        print(f"groundup: {str(err).removeprefix('groundup ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ngroundup: stopped; the same command continues from here", file=sys.stderr)

@@ -66,7 +66,9 @@ def inspect(argv: Sequence[str]) -> None:
     flags.add_argument(
         "--lengths", type=int, nargs="+", metavar="N", help="tokens (a quarter and all it reads)"
     )
-    flags.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", default=[1, 8])
+    flags.add_argument(
+        "--batch-sizes", type=int, nargs="+", metavar="N", default=[1, 8], help="rows (1 and 8)"
+    )
     flags.add_argument("--lora-r", type=int, default=0, metavar="N", help="train a LoRA adapter")
     flags.add_argument("--prompt", metavar="TEXT", help="draw what the model does with this text")
     flags.add_argument("--out", type=Path, metavar="FILE", help="the page (inspect.html)")

@@ -142,10 +142,11 @@ def evaluate(argv: Sequence[str]) -> None:
         print(json.dumps(scores))
         return
     for name, value in scores.items():
-        if not isinstance(value, dict | list):
-            print(
-                f"{name:<16} {value:,.4f}" if isinstance(value, float) else f"{name:<16} {value:,}"
-            )
+        if name == "low":
+            print(f"{'95 % interval':<16} {value:,.4f} to {scores['high']:,.4f}")
+        elif name != "high" and not isinstance(value, dict | list):
+            shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+            print(f"{name:<16} {shown}")
 
 
 def evaluation_flags() -> Parser:

@@ -94,7 +94,8 @@ def place(name: str | None = None) -> "torch.device":
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as err:
-        reason = str(err).splitlines()[0]
+        known = name.partition(":")[0] in ("cpu", "cuda", "mps")
+        reason = str(err).splitlines()[0] if known else "it is none of cpu, cuda and mps"
         raise ConfigError(f"device {name!r} cannot be used here ({reason}): try cpu") from err
     return device
 

@@ -200,7 +200,7 @@ class LLM:
         if not self.labels:
             raise ConfigError(
                 "this model writes text and has no head for labels: score() compares answers, "
-                "`groundup classify train` makes such a head"
+                "`groundup classify` makes such a head"
             )
 
     def pooled(

@@ -264,11 +264,15 @@ def evaluate_texts(
 ) -> dict[str, float]:
     """Return bits per byte, perplexity and counts of a model on files or folders.
 
+    `low` and `high` are the interval over texts, where there are several.
     Of an n-gram also its perplexity without the tokens that training never saw.
     """
     tok, lm = load_scorer(model, device)
     shard = read_shard(data, tok)
-    return ngram_scores(lm, shard) if isinstance(lm, NGram) else bits_per_byte(lm, shard)
+    scores = ngram_scores(lm, shard) if isinstance(lm, NGram) else bits_per_byte(lm, shard)
+    if scores["documents"] == 1:  # says nothing of how much texts differ
+        del scores["low"], scores["high"]
+    return scores
 
 
 def evaluate_mixture(
@@ -347,5 +351,7 @@ def evaluate_tasks(
         )
         for name, found in scores.items()
     ]
-    show_table("Tasks", TASK_HEADERS, rows)
+    filled = [n for n in range(len(TASK_HEADERS)) if any(row[n] for row in rows)]
+    headers = [TASK_HEADERS[n] for n in filled]
+    show_table("Tasks", headers, [[row[n] for n in filled] for row in rows])
     return scores

@@ -222,8 +222,8 @@ def print_table(
         collapse_padding=True,
         pad_edge=False,
     )
-    for n, name in enumerate(headers):
-        made.add_column(name.replace("_", " "), justify="left" if n == 0 else "right")
+    for n, name in enumerate(header.replace("_", " ") for header in headers):
+        made.add_column(name, justify="left" if n == 0 else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     out.print(made)
