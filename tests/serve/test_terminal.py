@@ -2,6 +2,9 @@
 
 import io
 
+import pytest
+
+from groundup.core.errors import ConfigError
 from groundup.core.types import SamplingParams
 from groundup.generate import LLM
 from groundup.serve import chat
@@ -45,3 +48,13 @@ def test_a_fenced_block_is_one_message(tiny, tok, monkeypatch, capsys):
     [wanted] = llm.chat([{"role": "user", "content": "```python\nx = 1\n```"}], PARAMS)
     assert wanted.outputs[0].text.strip() in out
     assert out.count(wanted.outputs[0].text.strip()) == 1
+
+
+def test_what_is_no_utf8_does_not_end_the_chat(tiny, tok, monkeypatch, capsys):
+    out = talk(LLM(tiny, tok), monkeypatch, capsys, "a\udcd2b\n/reset\n")
+    assert "forgotten" in out
+
+
+def test_what_is_wrong_for_every_answer_is_said_at_once(tiny, tok):
+    with pytest.raises(ConfigError, match="max_tokens = 9,999 does not fit"):
+        chat(LLM(tiny, tok), CARD, SamplingParams(max_tokens=9_999))

@@ -59,7 +59,7 @@ def read_lines(console: Console) -> Iterator[str]:
             if not more:
                 break
             line += more
-        yield line.rstrip("\n")
+        yield line.rstrip("\n").encode(errors="replace").decode()  # half a surrogate pair: ?
 
 
 def pasted_more() -> bool:
@@ -71,6 +71,7 @@ def pasted_more() -> bool:
 def chat(llm: LLM, card: dict[str, Any], params: SamplingParams, *, complete: bool = False) -> None:
     """Answer line after line; the oldest turns are dropped, out loud, when the context is full."""
     console = Console(highlight=False)
+    llm.engine.prepare([], params)  # what is wrong for every answer is said at once
     introduce(console, card, complete=complete)
     messages: list[Message] = []
     for typed in read_lines(console):
