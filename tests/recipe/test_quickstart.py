@@ -1,5 +1,6 @@
 """The whole quickstart, small: runs, skips, and ends the same when it is killed on the way."""
 
+import html
 import json
 import os
 import random
@@ -79,7 +80,7 @@ def arguments(text_folder, out):
 @pytest.fixture(scope="module")
 def finished(text_folder, tmp_path_factory):
     (text_folder.parent / "plan.json").write_text(json.dumps(FIXED))
-    out = tmp_path_factory.mktemp("runs") / "whole"
+    out = tmp_path_factory.mktemp("runs") / "the whole"
     assert main(arguments(text_folder, out)) == 0
     return out
 
@@ -95,6 +96,7 @@ def test_every_stage_is_finished_and_the_report_is_one_file(finished):
     report = (finished / "report.html").read_text()
     assert "Three models" in report
     assert "<script" not in report
+    assert f"groundup serve '{finished}'\n" in html.unescape(report)
     for stage in ["data", "pretrain", "align", "evaluate", "report"]:
         record = json.loads((finished / stage / "stage.json").read_text())
         assert record["seconds"] > 0

@@ -4,6 +4,7 @@ import importlib.resources
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -69,9 +70,10 @@ def finish(out: Path, dry_run: bool) -> None:
         return
     say()
     say(f"Report:      {out / 'report.html'}")
-    say(f"Talk to it:  groundup chat {out}")
-    say(f"Serve it:    groundup serve {out}")
-    say(f"Your text:   groundup quickstart --text FOLDER --out {out.parent / 'mine'}")
+    run, mine = quote(str(out)), quote(str(out.parent / "mine"))
+    say(f"Talk to it:  groundup chat {run}")
+    say(f"Serve it:    groundup serve {run}")
+    say(f"Your text:   groundup quickstart --text FOLDER --out {mine}")
 
 
 def compare(argv: Sequence[str]) -> None:

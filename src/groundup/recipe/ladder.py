@@ -3,6 +3,7 @@
 `plan.json` is the large run's, with what is foretold of it: `groundup pretrain --plan` trains that.
 """
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,16 @@ def ladder(config: LadderConfig, out: Path) -> dict[str, Any]:
     write_json(out / "ladder.json", {"trials": rows, "target": large, "predicted": result})
     planned = large | {"predicted": large["predicted"] | result, "trials": rows}
     write_json(out / "plan.json", planned)
-    command = f"groundup pretrain {config.corpus} --tokenizer {config.tokenizer}"
-    say(f"  to train it: {command} --plan {out} --out large")
+    command = [
+        "groundup",
+        "pretrain",
+        config.corpus,
+        "--tokenizer",
+        config.tokenizer,
+        "--plan",
+        out,
+    ]
+    say(f"  to train it: {shlex.join(map(str, command))} --out large")
     return {"parameters": large["parameters"], "tokens": large["tokens"], **result}
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -272,17 +273,19 @@ def stage_table(records: dict[str, Any]) -> str:
 
 
 def next_blocks(run: Path, outlook: str) -> list[str]:
-    """Return what to do with the run."""
+    """Return what to do with the run, in words that a shell takes."""
+    there, base = quote(str(run)), quote(str(run / "pretrain"))
+    mine, hour, own = (quote(str(run.parent / name)) for name in ("mine", "hour", "own"))
     return [
         page.code(
-            f"groundup chat {run}\ngroundup serve {run}\n"
-            f"groundup quickstart --text FOLDER --out {run.parent / 'mine'}\n"
-            f"groundup quickstart --budget 1h --out {run.parent / 'hour'}"
+            f"groundup chat {there}\ngroundup serve {there}\n"
+            f"groundup quickstart --text FOLDER --out {mine}\n"
+            f"groundup quickstart --budget 1h --out {hour}"
         ),
         page.text(
             "A longer budget gives a larger model more tokens. For other answers, change the "
             "recipe (groundup quickstart --print-recipe), or fine-tune on your own chats.jsonl: "
-            f"groundup finetune {run / 'pretrain'} --data chats.jsonl --out {run.parent / 'own'}"
+            f"groundup finetune {base} --data chats.jsonl --out {own}"
         ),
     ]
 
