@@ -132,6 +132,14 @@ def test_settings_that_no_tuning_can_use(flags, said, base, chats, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+def test_a_rank_above_that_of_the_matrices_is_refused(base, chats, tmp_path, capsys):
+    out = ["--data", str(chats), "--out", str(tmp_path / "o"), "--steps", "1"]
+    assert main(["finetune", str(base), *out, "--lora-r", "33"]) == 2
+    assert "lora_r = 33 is above the rank of every adapted matrix (32 at most)" in (
+        capsys.readouterr().err
+    )
+
+
 def test_tokens_are_counted_without_padding(base, chats, tmp_path):
     for name, more in (("rows", []), ("packed", ["--packing"])):
         out = tmp_path / name

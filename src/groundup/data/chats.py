@@ -317,9 +317,10 @@ def read_messages(row: dict[str, Any], key: str, where: str) -> list[Message]:
         messages = [{"role": author, "content": messages}]
     if not isinstance(messages, list) or not messages:
         keys = ", ".join(row) or "none"
+        author = "assistant" if key in ("chosen", "rejected") else "user"
         raise DataError(
-            f'{where}: the list "{key}" is missing (its fields: {keys}): write '
-            f'"{key}": [{{"role": "user", "content": "..."}}, ...]'
+            f'{where}: the list "{key}" is missing or empty (its fields: {keys}): write '
+            f'"{key}": [{{"role": "{author}", "content": "..."}}, ...]'
         )
     for number, message in enumerate(messages):
         role: Any = message.get("role") if isinstance(message, dict) else None

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groundup.core.errors import ConfigError
 from groundup.core.progress import say
 from groundup.model.adapter import adapter_weights, save_adapter, write_adapter
 from groundup.model.decoder import Decoder
 from groundup.model.hf import checkpoint_weights, save_model, write_model
-from groundup.model.lora import LoraConfig, apply_lora, trained_share
+from groundup.model.lora import LoraConfig, adaptable, apply_lora, matching, trained_share
 from groundup.recipe.configs import AlignConfig, FinetuneConfig
 from groundup.tokenizer import Tokenizer
 
@@ -37,6 +38,13 @@ def adapt(model: Decoder, config: FinetuneConfig | AlignConfig) -> dict[str, Any
     lora = lora_of(config)
     if lora is None:
         return {}
+    layers = adaptable(model)
+    names = matching(layers, lora.target_modules)
+    if lora.r > (most := max(min(layers[name].weight.shape) for name in names)):
+        raise ConfigError(
+            f"lora_r = {lora.r:,} is above the rank of every adapted matrix ({most:,} at most): "
+            "give less, or train all weights without it"
+        )
     torch.manual_seed(config.seed)
     names = apply_lora(model, lora)
     trained, total = trained_share(model)
