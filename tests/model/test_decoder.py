@@ -82,6 +82,19 @@ def test_documents_score_the_same_alone_and_in_batches():
         np.testing.assert_allclose(found, alone, atol=1e-5)
 
 
+def test_long_texts_are_scored_beside_a_bar_where_one_is_wanted(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "groundup.model.lm.track", lambda work, name: seen.append((name, len(work))) or work
+    )
+    lm = NeuralLM(make(), 0, batch_tokens=64, progress="scoring")
+    [found] = lm.token_logprobs([np.arange(90)])
+    [plain] = NeuralLM(lm.model, 0, batch_tokens=64).token_logprobs([np.arange(90)])
+    assert found.tolist() == plain.tolist()
+    assert [name for name, _ in seen] == ["scoring"]
+    assert seen[0][1] > 1
+
+
 def test_a_short_document_is_the_plain_forward():
     model = make()
     document = np.arange(1, 30)

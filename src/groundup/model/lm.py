@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from groundup.core.progress import track
 from groundup.model.decoder import LOGITS_IN_ONE_PIECE, Decoder
 from groundup.model.loss import IGNORE
 
@@ -29,8 +30,10 @@ class NeuralLM:
         *,
         batch_tokens: int = 4_096,
         dtype: torch.dtype = torch.float32,
+        progress: str = "",
     ) -> None:
         self.model = model
+        self.progress = progress  # what a bar says beside long texts; none: no bar
         self.eos_token_id = eos_token_id
         self.context = model.config.max_position_embeddings
         self.batch_tokens = batch_tokens
@@ -63,15 +66,18 @@ class NeuralLM:
         # equal lengths side by side: little padding, and the same each time
         windows = self.windows([len(text) for text in texts])
         spans = sorted(windows, key=lambda window: (size(window), window))
-        was_training = self.model.training
-        self.model.eval()
+        batches: list[list[Window]] = []
         first = 0
         while first < len(spans):
             stop = first + 1
             while stop < len(spans) and (stop + 1 - first) * size(spans[stop]) <= self.batch_tokens:
                 stop += 1
-            self.score(spans[first:stop], inputs, texts, result)
+            batches.append(spans[first:stop])
             first = stop
+        was_training = self.model.training
+        self.model.eval()
+        for batch in track(batches, self.progress) if self.progress else batches:
+            self.score(batch, inputs, texts, result)
         self.model.train(was_training)
         return result
 

@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig, out: Path) -> dict[str, Any]:
     validation = open_shard(config.shards, "validation")
     ngram = NGram.load(config.ngram)
     scored = part_of(validation, config.eval_tokens, tok)
-    three = compare_three(ngram, NeuralLM(base, tok.eos_token_id), scored)
+    three = compare_three(ngram, NeuralLM(base, tok.eos_token_id, progress="scoring"), scored)
     show_three(three, f"Kneser-Ney {ngram.order}-gram")
     folders = {"base": config.base, "finetuned": config.finetuned, "aligned": config.aligned}
     engines = {
@@ -311,6 +311,8 @@ def load_scorer(model: Path, device: str | None) -> tuple[Tokenizer, AnyLM]:
     """Return a folder's tokenizer and language model: a network, an n-gram or a mixture."""
     tok = Tokenizer.load(model)
     lm = load_lm(model, tok.eos_token_id, device=devices.pick(device, "fp32").device)
+    if isinstance(lm, NeuralLM):
+        lm.progress = "scoring"
     return tok.need_rows(lm.vocab_size, model), lm
 
 
