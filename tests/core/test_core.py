@@ -140,6 +140,23 @@ def test_lines_of_json_may_be_gzipped_and_begin_with_a_mark(tmp_path):
         assert list(files.read_jsonl(tmp_path / name)) == [(1, {"a": 1}), (3, {"a": 2})]
 
 
+@pytest.mark.parametrize("bad", ["9" * 5000, "[" * 100_000])
+def test_json_that_python_will_not_read_is_one_line(tmp_path, bad):
+    (tmp_path / "a.json").write_text(bad)
+    with pytest.raises(DataError, match=r"is not valid JSON|nested too deeply"):
+        files.read_json(tmp_path / "a.json")
+    (tmp_path / "b.jsonl").write_text('{"a": 1}\n{"a": ' + bad + "}\n")
+    with pytest.raises(DataError, match="line 2 is not JSON"):
+        list(files.read_jsonl(tmp_path / "b.jsonl"))
+
+
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{"a": 2}\r\n')
+    assert [row["a"] for _, row in files.read_jsonl(tmp_path / "a.jsonl")] == [1, 2]
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert files.read_json(tmp_path / "a.json") == {"a": 1}
+
+
 def test_metrics_are_cut_back_and_survive_a_torn_line(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
     for step in range(1, 5):

@@ -4,6 +4,7 @@ import ast
 import json
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +26,7 @@ from groundup.data import (
     write_shards,
 )
 from groundup.data.blocks import split_size
+from groundup.data.chats import code_rows
 from groundup.data.clean import Tidy, clean_up, tidy
 
 
@@ -146,6 +148,20 @@ def test_answers_can_be_known_from_the_prompt(chats):
     assert min(seen[t] for t in ("arguments", "returns", "summary", "complete")) > 100
     assert seen["greeting"] >= 30
     assert seen["refusal"] >= 30
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("x = " + "-" * 100_000 + "1\n", "file does not parse"),
+        ("def f(a, b):\n    return " + " + ".join("a" * 900), "function nested too deep"),
+    ],
+)
+def test_code_nested_too_deep_is_counted(text, why):
+    skipped = Counter()
+    document = Document(id="a.py", text=text, source="a.py")
+    assert not list(code_rows(document, skipped, np.random.default_rng(1)))
+    assert list(skipped) == [why]
 
 
 def test_of_a_large_corpus_a_part_of_the_documents_becomes_chats(

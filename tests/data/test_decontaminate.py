@@ -109,6 +109,17 @@ def test_every_kind_of_file_is_a_benchmark(tmp_path, kind):
     assert check(file, f"{words(9)} {text}")[0].startswith(f"contaminated: bench.{kind}, row 1")
 
 
+def test_line_ends_inside_a_field_are_blanks_between_words(tmp_path):
+    words = [f"word{n}" for n in range(26)]
+    (tmp_path / "a.csv").write_text('id,text\n1,"' + "\n".join(words) + '"\n')
+    document = Document(id="d", text=" ".join(words), source="d")
+    config = Decontaminate(benchmarks=(str(tmp_path / "a.csv"),))
+    assert str(decontaminate(config, document, Counter())).startswith("contaminated: a.csv, row 2")
+    (tmp_path / "b.csv").write_text('text\n"' + "long " * 100_000 + '"\n')
+    with pytest.raises(DataError, match=r"b.csv is no table"):
+        index_of(Decontaminate(benchmarks=(str(tmp_path / "b.csv"),)))
+
+
 def test_benchmarks_that_cannot_be_used_say_so(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         check(tmp_path / "no.jsonl", "text")

@@ -48,6 +48,22 @@ def test_long_texts_hash_as_their_pieces_do(monkeypatch):
     assert (pieces[:3000] == whole[:3000]).all()
 
 
+def test_long_texts_take_time_by_their_length(monkeypatch):
+    """Every code point is copied into one piece, not once for each piece before it."""
+    copied = 0
+
+    def counting(parts, **options):
+        nonlocal copied
+        copied += sum(len(part) for part in parts)
+        return concatenate(parts, **options)
+
+    concatenate = np.concatenate
+    monkeypatch.setattr(minhash.np, "concatenate", counting)
+    text = "some words " * 200_000
+    minhash.words_of(text)
+    assert copied < 2 * len(text)
+
+
 def test_estimates_are_unbiased_with_the_spread_of_theory():
     rng = np.random.default_rng(0)
     errors, variances = [], []

@@ -1,5 +1,6 @@
 """The pipeline: what is found, and that nothing but config and inputs decides the bytes."""
 
+import datetime as dt
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from groundup.core.errors import ConfigError, DataError
@@ -344,6 +347,29 @@ def test_sources_of_one_name_keep_their_paths(tmp_path):
     assert [source.name for source in found] == [source.path for source in found]
     with pytest.raises(DataError, match="given 2 times"):
         list_sources([both[0], both[0]], Counter())
+
+
+def test_metadata_of_any_type_does_not_stop_a_corpus(source, tmp_path):
+    metas = [{"quality": "high"}, {"quality": None}, {"quality": 10**400}, {"language": ["en"]}]
+    texts = [f"text {n} of its own, " * 150 + "end" for n in range(30)]
+    rows = [{"text": text, "meta": metas[n % 4]} for n, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dates = [{"d": dt.datetime(2020, 1, n + 1), "b": b"x"} for n in range(20)]
+    long = [f"number {n} has a date, " * 150 for n in range(20)]
+    pq.write_table(pa.table({"text": long, "meta": dates}), tmp_path / "rows.parquet")
+    paths = (str(tmp_path / "rows.jsonl"), str(tmp_path / "rows.parquet"))
+    config = CorpusConfig(paths=paths, keep="quality", near_duplicates="keep")
+    stats = build_corpus(config, tmp_path / "c")
+    assert stats["steps"][0]["documents_out"] == 50
+    assert stats["languages"] == {"['en']": 7}
+    dated = [d.meta["d"] for s in SPLITS for d in read_corpus(tmp_path / "c", s) if "d" in d.meta]
+    assert sorted(dated) == [f"2020-01-{n:02d} 00:00:00" for n in range(1, 21)]
+
+
+def test_a_step_that_returns_nothing_is_one_line(source, tmp_path):
+    (tmp_path / "own.py").write_text("def forgets(document, counts):\n    pass\n")
+    with pytest.raises(ConfigError, match=r"own.py:forgets returned a NoneType: it must return"):
+        build(source, tmp_path / "c", steps=(f"{tmp_path}/own.py:forgets",))
 
 
 def test_lone_surrogates_do_not_stop_a_corpus(tmp_path):

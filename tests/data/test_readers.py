@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections import Counter
 
 import pyarrow as pa
@@ -161,9 +162,95 @@ def test_links_that_lead_nowhere_or_round_do_not_stop_a_listing(tmp_path):
         ("gone.txt", 0),
         ("sub/good.txt", 4),
     ]
-    assert counts == {"link to a folder around it": 1}
+    assert counts == {"folder that a link has led to before": 1}
     assert [document.text for document in read_sources(sources, counts)] == ["good"]
     assert counts["unreadable: cannot be read"] == 1
+
+
+def test_folders_that_link_to_each_other_are_walked_once(tmp_path):
+    for name in "abcdefgh":  # 8! ways through them
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text(name)
+        for other in set("abcdefgh") - {name}:
+            (tmp_path / name / f"to-{other}").symlink_to(tmp_path / other)
+    os.mkfifo(tmp_path / "a" / "pipe.txt")  # to read it would be to wait for ever
+    counts = Counter()
+    assert sorted(d.text for d in read_documents([tmp_path], counts)) == list("abcdefgh")
+    assert counts == {"folder that a link has led to before": 56, "pipe or device": 1}
+
+
+def test_file_names_that_are_no_utf8_are_told_apart(tmp_path):
+    for name in (b"\xe8.txt", b"\xe9.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("text")
+    assert [d.source for d in read_documents([tmp_path])] == ["\\xe8.txt", "\\xe9.txt"]
+
+
+def test_one_endless_line_is_cut_between_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr("groundup.data.readers.PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr("groundup.data.readers.LONGEST_RECORD_BYTES", 1 << 20)
+    for character in "é漢😀":
+        text = "a" + character * 1_200_000
+        (tmp_path / "a.txt").write_text(text)
+        documents, counts, _ = read(tmp_path / "a.txt")
+        assert len(documents) > 1
+        assert "".join(document.text for document in documents) == text
+        assert not counts
+
+
+def test_a_long_text_in_utf16_is_cut_as_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("groundup.data.readers.PIECE_BYTES", 1 << 18)
+    text = "A line of text, ünd another.\n\n" * 50_000
+    for encoding in ("utf-16", "utf-32"):
+        (tmp_path / "a.txt").write_text(text, encoding=encoding)
+        documents, counts, _ = read(tmp_path / "a.txt")
+        assert len(documents) > 1
+        assert "".join(document.text for document in documents) == text
+        assert not counts
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfea")
+    assert read(tmp_path / "a.txt")[1] == {"unreadable: no utf-16 although it begins so": 1}
+
+
+def test_a_truncated_zstd_file_is_no_whole_one(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    packed = zstandard.compress(LINES) + zstandard.compress(LINES)
+    (tmp_path / "a.jsonl").write_bytes(packed)
+    assert len(read(tmp_path / "a.jsonl")[0]) == 2 * len(TEXTS)
+    (tmp_path / "a.jsonl").write_bytes(packed[:-9])
+    assert read(tmp_path / "a.jsonl")[1]["unreadable: truncated zstd frame"] == 1
+
+
+def test_rows_that_python_cannot_hold_cost_themselves_alone(tmp_path):
+    texts = pa.array([b"good", b"\xff\xfe", *[b"more"] * 50]).view(pa.string())
+    table = pa.table({"text": texts, "when": pa.array([1 << 60] * 52, pa.timestamp("ms"))})
+    pq.write_table(table, tmp_path / "a")
+    with pa.OSFile(str(tmp_path / "b"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+        out.write_table(table)
+    for name in "ab":
+        documents, counts, log = read(tmp_path / name)
+        assert [document.text for document in documents] == ["good", *["more"] * 50]
+        assert counts == {"unreadable: damaged row": 1}
+        assert log == [f"{name}, row 2: damaged row"]
+
+
+@pytest.mark.parametrize("name", ["hex", "rot13", "idna", "undefined", "punycode", "utf-16", "zip"])
+def test_a_declared_encoding_that_is_none_is_not_believed(name):
+    notes = Notes("f", Counter())
+    text = f"# coding: {name}\nBücher für schöne Tage, größer als üblich.\n" * 5
+    assert decode(text.encode("cp1252"), notes, declared=name) == text
+
+
+def test_one_wrong_byte_behind_a_mark_costs_no_file():
+    text = b"\xef\xbb\xbfviel \xc3\xbcber \xc3\xbcber\nein \xfcber\n"
+    assert decode(text, Notes("f", Counter())) == "viel über über\nein über\n"
+
+
+@pytest.mark.parametrize("page", ["<p>Research, R&D", "<html><p>one<p>two &amp", "a & b"])
+def test_the_end_of_a_page_is_not_lost(page):
+    text, _ = extract(page, "", "plain", Notes("f"))
+    assert (
+        text.replace("\n", " ")
+        == page.replace("<html>", "").replace("<p>", " ").replace("&amp", "&").strip()
+    )
 
 
 GERMAN = "Ein längerer Text mit Umlauten: für die Prüfung der Größe süßer Äpfel.\n"

@@ -49,6 +49,10 @@ class Server(BaseHTTPRequestHandler):
         content = self.server.files.get(path.replace(f"/resolve/{SHA}/", "/"))
         if content is None:
             return self.say(404)
+        if self.server.lengthless:  # nor ranges
+            self.send_response(200)
+            self.end_headers()
+            return self.wfile.write(content)
         start, stop = 0, len(content)
         if asked := self.headers.get("Range"):
             first, _, last = asked.removeprefix("bytes=").partition("-")
@@ -83,6 +87,7 @@ class World(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Server)
         self.files, self.asked, self.refused, self.cut = {}, [], {}, 0
+        self.lengthless = False
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def about(self, path, query):
@@ -380,6 +385,21 @@ def test_rows_that_lead_nowhere_are_counted(crawl, tmp_path):
     (tmp_path / "rows.cdxj").write_text("no row at all")
     with pytest.raises(DataError, match="the index holds no rows with filename"):
         read(f"cc:{tmp_path}/rows.cdxj")
+
+
+def test_a_range_that_breaks_off_is_no_end_of_the_file(crawl, world, tmp_path):
+    (tmp_path / "rows.cdxj").write_text(json.dumps(crawl[5]))
+    world.cut = 100
+    with pytest.raises(DataError, match=r"cannot be reached .the connection was closed"):
+        read(f"cc:{tmp_path}/rows.cdxj")
+
+
+def test_a_server_that_does_not_say_how_much_there_is(world):
+    world.files["/a.jsonl"] = b'{"text": "all of it"}\n' * 1000
+    world.lengthless = True
+    documents, counts, _ = read(f"{world.address}/a.jsonl")
+    assert len(documents) == 1000
+    assert not counts
 
 
 def test_an_outage_stops_a_build_that_goes_on_to_the_same_bytes(world, tmp_path):

@@ -105,12 +105,12 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read JSON; a broken file is a DataError that names file and line."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as err:
         raise DataError(f"{path} does not exist") from err
     except RecursionError as err:
         raise DataError(f"{path} is nested too deeply to be read") from err
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+    except ValueError as err:  # no JSON, no UTF-8, or a number of more digits than Python takes
         where = f"line {err.lineno}: {err.msg}" if isinstance(err, json.JSONDecodeError) else err
         raise DataError(f"{path} is not valid JSON ({where})") from err
 
@@ -145,10 +145,11 @@ def as_object(line: str, where: str) -> dict[str, Any]:
     """Return the JSON object of a line."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as err:
+    except (ValueError, RecursionError) as err:  # also too many digits, too deep
         if line.lstrip()[0] == "[":  # one array over many lines
             raise DataError(f"{where} begins a JSON array: write one object a line") from err
-        raise DataError(f"{where} is not JSON ({err.msg}): mend or delete that line") from err
+        reason = getattr(err, "msg", err)
+        raise DataError(f"{where} is not JSON ({reason}): mend or delete that line") from err
     if not isinstance(row, dict):
         raise DataError(
             f"{where} holds a {type(row).__name__}; "

@@ -37,7 +37,8 @@ class DocumentWriter:
 
     def add(self, document: Document, *more: str) -> None:
         """Add a document, with the values of further columns."""
-        meta = json.dumps(document.meta, ensure_ascii=False, sort_keys=True)
+        # Parquet's metadata may hold dates and bytes
+        meta = json.dumps(document.meta, ensure_ascii=False, sort_keys=True, default=str)
         self.rows.append((document.id, document.text, document.source, meta, *more))
         self.size += len(document.text)
         if self.size >= GROUP_BYTES:

@@ -154,14 +154,18 @@ def code_rows(document: Document, skipped: Counter[str], rng: np.random.Generato
     """Yield rows about every function of a Python file."""
     try:
         tree = ast.parse(document.text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # MemoryError: nested too deep
         skipped["file does not parse"] += 1
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            source = without_docstring(node)
-            for task, maker in CODE_TASKS.items():
-                made = maker(node)
+            try:
+                source = without_docstring(node)
+                found = {task: maker(node) for task, maker in CODE_TASKS.items()}
+            except RecursionError:
+                skipped["function nested too deep"] += 1
+                continue
+            for task, made in found.items():
                 if made is None:
                     continue
                 shown, answer, baseline = made

@@ -190,11 +190,14 @@ def benchmark_texts(file: Path) -> Iterator[tuple[int, str]]:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as err:
             raise DataError(f"the benchmark {file} is not UTF-8 text ({err})") from err
-        lines = text.splitlines()
         delimiter = {".csv": ",", ".tsv": "\t"}.get(kind)
+        lines = text.splitlines(keepends=delimiter is not None)  # fields may hold line ends
         rows = enumerate(csv.reader(lines, delimiter=delimiter) if delimiter else lines, start=1)
-    for row, values in rows:
-        yield from ((row, text) for text in strings_in(values))
+    try:
+        for row, values in rows:
+            yield from ((row, text) for text in strings_in(values))
+    except csv.Error as err:
+        raise DataError(f"the benchmark {file} is no table ({err})") from err
 
 
 def parquet_rows(file: Path) -> Iterator[Any]:

@@ -7,7 +7,6 @@ import re
 from groundup.data.notes import Notes
 
 MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -21,13 +20,13 @@ HEAD_BYTES = 2048
 
 def decode(content: bytes, notes: Notes, declared: str | None = None) -> str | None:
     """Return the text of bytes, or None where there is none: skipped, and counted why."""
-    for mark, encoding in MARKS:
-        if content.startswith(mark):
-            try:
-                return content.decode(encoding)
-            except UnicodeDecodeError:
-                notes.skip(f"no {encoding} although it begins so")
-                return None
+    if encoding := marked_encoding(content):
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError:
+            notes.skip(f"no {encoding} although it begins so")
+            return None
+    content = content.removeprefix(codecs.BOM_UTF8)
     if b"\0" in content[:8192]:
         notes.skip("a binary file", remedy=": give text")
         return None
@@ -45,6 +44,11 @@ def decode(content: bytes, notes: Notes, declared: str | None = None) -> str | N
             )
             return None
         return decode_as(content, found, notes)
+
+
+def marked_encoding(content: bytes) -> str | None:
+    """Return UTF-16 or UTF-32 where a byte-order mark says so."""
+    return next((encoding for mark, encoding in MARKS if content.startswith(mark)), None)
 
 
 def decode_as(content: bytes, encoding: str, notes: Notes) -> str:
@@ -92,9 +96,15 @@ def detect(content: bytes) -> str | None:
 
 
 def known_encoding(name: str) -> str | None:
-    """Return Python's name of an encoding; Latin-1 is Windows-1252, as on the web."""
+    """Return Python's name of an encoding; Latin-1 is Windows-1252, as on the web.
+
+    Only of one in which ASCII is ASCII: the text that is asked about is neither UTF-16, which has
+    NULs, nor rot13, zlib and whatever else Python calls a codec.
+    """
     try:
         known = codecs.lookup(name).name
-    except LookupError:
+        if b"charset".decode(known, "replace") != "charset":
+            return None
+    except (LookupError, ValueError):
         return None
     return "cp1252" if known in ("iso8859-1", "ascii") else known

@@ -209,6 +209,7 @@ def html_text(page: str) -> str:
     """Return the text of an HTML page, blank lines folded."""
     parser = HTMLText()
     parser.feed(page)
+    parser.close()  # a last stretch with an & in it waits for this
     lines = (" ".join(line.split()) for line in "".join(parser.parts).split("\n"))
     return "\n".join(line for line in lines if line)
 

@@ -67,13 +67,12 @@ def words_of(lowered: str) -> tuple[Hashes, NDArray[np.int64], NDArray[np.int64]
     """Return the hash of every word of a lower-case text, where it starts and where it ends."""
     points_n = np.frombuffer(lowered.encode("utf-32-le", "surrogatepass"), np.uint32)
     parts, offset = [], 0
-    while len(points_n):
-        piece, points_n = points_n[:PIECE], points_n[PIECE:]
+    while offset < len(points_n):
+        piece = points_n[offset : offset + PIECE]
         kind_n = kinds()[np.minimum(piece, PLANE - 1)]
-        if len(points_n):  # cut between words, where there is a place
+        if offset + PIECE < len(points_n):  # cut between words, where there is a place
             gaps = np.flatnonzero(kind_n == 0)
             cut = int(gaps[-1]) + 1 if len(gaps) else PIECE
-            points_n = np.concatenate([piece[cut:], points_n]) if cut < PIECE else points_n
             piece, kind_n = piece[:cut], kind_n[:cut]
         hashes, starts, ends = piece_words(piece, kind_n)
         parts.append((hashes, starts + offset, ends + offset))

@@ -1,5 +1,6 @@
 """The jobs that read text and write blocks: what each task of them does."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,12 +48,21 @@ class Blocks:
         """Return how much a document is worth keeping among its duplicates."""
         if self.keep == "longest":
             return len(document.text)
-        return float(document.meta.get("quality", 0)) if self.keep == "quality" else 0
+        return number_in(document.meta.get("quality")) if self.keep == "quality" else 0
 
     def measure(self, text: str) -> tuple[int, int]:
         """Return the bytes of a text in UTF-8, and its tokens where they are counted."""
         size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
         return size, self.count_tokens(text) if self.count_tokens else 0
+
+
+def number_in(value: object) -> float:
+    """Return a number that a row came with; 0 where it is none, or no finite one."""
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return found if math.isfinite(found) else 0.0
 
 
 class BlockSeries:
@@ -270,7 +280,7 @@ def write(task: WriteTask, rank: int, out: Path) -> None:
             ledger.leave(name, *measures)
         else:
             if language := document.meta.get("language"):
-                ledger.languages[language] += 1
+                ledger.languages[str(language)] += 1
             places = [(document, int(source[n - start]))]
             if task.pieces:
                 seed = task.blocks.seed

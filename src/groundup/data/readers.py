@@ -4,11 +4,15 @@ Formats are told by content: a WARC file is one under any name, `.json` holds li
 A reader is a generator `(file, name, notes) -> Iterator[Document]`.
 """
 
+import codecs
 import importlib
 import json
+import os
+import re
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from groundup.core.errors import DataError, MissingExtra
 from groundup.core.types import Document
 from groundup.data import redpajama
 from groundup.data.crawl import ROWS, read_rows
-from groundup.data.encodings import decode
+from groundup.data.encodings import decode, marked_encoding
 from groundup.data.extract import Mode, extract
 from groundup.data.hub import card_head
 from groundup.data.notes import UNREADABLE, Notes
@@ -43,6 +47,7 @@ HEAD_BYTES = 4096
 CARD_BYTES = 1 << 18
 CARD_KEYS = frozenset(("configs", "dataset_info", "task_categories", "size_categories"))
 PIECE_BYTES = 16 << 20  # longer text files become several documents
+LAST_CHARACTER = re.compile(rb"[\xc0-\xff]?[\x80-\xbf]*\Z")  # where it is beyond ASCII
 
 
 def read_documents(
@@ -99,8 +104,13 @@ def read_named(
         raise DataError(f"nothing can be read: {why}")
 
 
-def walk(folder: Path, counts: Counter[str]) -> Iterator[Path]:
-    """Yield the files of a folder in sorted order, hidden and unknown ones counted."""
+def walk(folder: Path, counts: Counter[str], seen: set[Path] | None = None) -> Iterator[Path]:
+    """Yield the files of a folder in sorted order, hidden and unknown ones counted.
+
+    `seen` are the real folders that have been walked, or lie around: links can lead to each of
+    them by more ways than there are files.
+    """
+    seen = {folder.resolve(), *folder.resolve().parents} if seen is None else seen
     joined = redpajama.PARTS if (folder / redpajama.DOCUMENTS.strip("/")).is_dir() else ()
     try:
         entries = sorted(folder.iterdir())
@@ -110,11 +120,16 @@ def walk(folder: Path, counts: Counter[str]) -> Iterator[Path]:
     for entry in entries:
         if entry.name.startswith("."):
             counts["hidden"] += 1
-        elif entry.is_dir():
-            if entry.is_symlink() and folder.resolve().is_relative_to(entry.resolve()):
-                counts["link to a folder around it"] += 1
-            elif entry.name not in SKIPPED_FOLDERS and entry.name not in joined:
-                yield from walk(entry, counts)
+        elif os.path.isdir(entry):  # a Path's own method raises where a folder is closed to us
+            if entry.name in SKIPPED_FOLDERS or entry.name in joined:
+                continue
+            if (real := entry.resolve()) in seen:
+                counts["folder that a link has led to before"] += 1
+            else:
+                seen.add(real)
+                yield from walk(entry, counts, seen)
+        elif os.path.exists(entry) and not os.path.isfile(entry):
+            counts["pipe or device"] += 1
         elif entry.name == "README.md" and is_card(entry):
             counts["data set card"] += 1
         elif entry.suffix.lower() in TEXT_SUFFIXES or format_of(entry) not in (None, "text"):
@@ -145,6 +160,7 @@ def read_file(
     without, it is a DataError. `mode` is how text is taken out of HTML: unset, all visible text
     of HTML files and the main content of crawled pages.
     """
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")  # a name may be any bytes
     notes = Notes(name if counts is not None else str(file), counts, log)
     try:
         kind = format_of(file) or "text"
@@ -177,7 +193,11 @@ def read_place(
 def format_of(file: Path | RemoteFile) -> str | None:
     """Return a file's format by its first bytes; None for a binary one, "text" for any other."""
     try:
-        head = next(read_pieces(file, Notes(str(file), Counter())), b"")[:HEAD_BYTES]
+        head = b""
+        for piece in read_pieces(file, Notes(str(file), Counter())):
+            head = (head + piece)[:HEAD_BYTES]
+            if len(head) == HEAD_BYTES:
+                break
     except (OSError, MissingExtra):
         return "text"  # reading it says what is wrong
     for magic, kind in MAGIC:
@@ -220,7 +240,7 @@ def read_text(file: Path | RemoteFile, name: str, notes: Notes) -> Iterator[Docu
     """Yield a text file as one document, a very long one in pieces that end with a line."""
     number = 0
     rest = b""
-    for piece in read_pieces(file, notes):
+    for piece in in_utf8(read_pieces(file, notes), notes):
         rest += piece
         if len(rest) <= PIECE_BYTES:
             continue
@@ -228,13 +248,30 @@ def read_text(file: Path | RemoteFile, name: str, notes: Notes) -> Iterator[Docu
         if end < 2:
             end = rest.rfind(b"\n") + 1
         if not end and len(rest) > LONGEST_RECORD_BYTES:
-            end = len(rest)
+            end = len(rest) - len(LAST_CHARACTER.findall(rest[-4:])[0])
         if end:
             number += 1
             yield from text_document(rest[:end], f"{name}#{number}", notes)
             rest = rest[end:]
     if rest or not number:
         yield from text_document(rest, f"{name}#{number + 1}" if number else name, notes)
+
+
+def in_utf8(pieces: Iterator[bytes], notes: Notes) -> Iterator[bytes]:
+    """Yield pieces of text, of UTF-16 and UTF-32 in UTF-8: these cannot be cut at any byte."""
+    first = next(pieces, b"")
+    encoding = marked_encoding(first)
+    if encoding is None:
+        yield first
+        yield from pieces
+        return
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        for piece in chain([first], pieces):
+            yield decoder.decode(piece).encode()
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        notes.skip(f"no {encoding} although it begins so")
 
 
 def text_document(content: bytes, name: str, notes: Notes) -> Iterator[Document]:
@@ -318,8 +355,3 @@ READERS: dict[str, Reader] = {
     "parquet": read_parquet,
     "arrow": read_arrow,
 }
-
-
-def to_json(document: Document) -> str:
-    """Return a document's metadata as JSON."""
-    return json.dumps(document.meta, ensure_ascii=False, sort_keys=True)

@@ -114,6 +114,9 @@ class RemoteStream(io.RawIOBase):
                     if count:
                         self.place += count
                         return int(count)
+                    if self.size is None and not self.response.length:
+                        self.size = self.place  # the server did not say how much there is
+                        break
                     problem: Exception = OSError("the connection was closed")
                 except (http.client.HTTPException, OSError) as err:
                     if isinstance(err, FileNotFoundError):
@@ -241,7 +244,10 @@ def read_range(url: str, start: int, stop: int) -> bytes:
                     return b""
                 if response.status != 206:
                     raise DataError(f"{url}: the server answers no requests for byte ranges")
-                return bytes(response.read(stop - start))
+                content = bytes(response.read(stop - start))
+                if len(content) < stop - start and response.length:
+                    raise OSError("the connection was closed")  # the client would not say so
+                return content
         except (http.client.HTTPException, OSError) as err:
             if isinstance(err, FileNotFoundError):
                 raise

@@ -59,7 +59,7 @@ def loaded(meta: Any) -> dict[str, Any]:
     """Return metadata that was stored as JSON, as in groundup's own corpora."""
     try:
         found = json.loads(meta) if isinstance(meta, str) else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -72,7 +72,7 @@ def read_parquet(file: Path | RemoteFile, name: str, notes: Notes) -> Iterator[D
     try:
         source = file.open("rb") if isinstance(file, RemoteFile) else file
         table = pq.ParquetFile(source)
-    except (pa.ArrowInvalid, OSError) as err:
+    except (pa.ArrowException, OSError) as err:
         notes.skip("not readable Parquet", remedy=f" ({err})")
         return
     names = table.schema_arrow.names
@@ -87,7 +87,7 @@ def read_parquet(file: Path | RemoteFile, name: str, notes: Notes) -> Iterator[D
                 yield from rows_of(batch, name, first, notes)
                 first += batch.num_rows
                 count -= batch.num_rows
-        except (pa.ArrowInvalid, OSError) as err:
+        except (pa.ArrowException, OSError) as err:
             notes.skip("damaged rows", f"row group {group}", f" ({err})")
         first += count
 
@@ -114,13 +114,32 @@ def read_arrow(file: Path | RemoteFile, name: str, notes: Notes) -> Iterator[Doc
             for batch in batches:
                 yield from rows_of(batch, name, first, notes)
                 first += batch.num_rows
-    except (pa.ArrowInvalid, OSError) as err:
+    except (pa.ArrowException, OSError) as err:
         notes.skip("not readable Arrow", f"row {first}", f" ({err})")
 
 
+def may_be_kept(field: Any) -> bool:
+    """Return whether a column can hold text or metadata; dates beyond Python's, say, cannot."""
+    import pyarrow as pa
+
+    nested, in_time = pa.types.is_nested(field.type), pa.types.is_temporal(field.type)
+    return field.name in ("meta", "metadata") or not (nested or in_time)
+
+
 def rows_of(batch: Any, name: str, first: int, notes: Notes) -> Iterator[Document]:
-    """Yield the documents of a batch of rows."""
-    for number, row in enumerate(batch.to_pylist(), start=first):
+    """Yield the documents of a batch of rows; one that is no Python values costs itself alone."""
+    kept = [n for n, field in enumerate(batch.schema) if may_be_kept(field)]
+    try:
+        rows = batch.select(kept).to_pylist()
+    except (ValueError, OverflowError) as err:  # bytes in a text column that are no UTF-8
+        if batch.num_rows == 1:
+            notes.skip("damaged row", f"row {first}", f" ({err})")
+            return
+        half = batch.num_rows // 2
+        yield from rows_of(batch.slice(0, half), name, first, notes)
+        yield from rows_of(batch.slice(half), name, first + half, notes)
+        return
+    for number, row in enumerate(rows, start=first):
         if row.get("text", "") is None:
             row["text"] = ""
         if document := document_of(row, f"{name}:{number}", f"row {number}", notes):

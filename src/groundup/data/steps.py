@@ -51,8 +51,14 @@ def own_step(spec: str) -> Step:
 
 
 def run_own(spec: str, document: Document, counts: Counter[str]) -> Document | str:
-    """Run a step that was named "module:function"."""
-    return own_step(spec)(document, counts)
+    """Run a step that was named "module:function"; a ConfigError if it gives anything else."""
+    result = own_step(spec)(document, counts)
+    if not isinstance(result, Document | str):
+        raise ConfigError(
+            f"the step {spec} returned a {type(result).__name__}: it must return the document, "
+            "or the reason to drop it"
+        )
+    return result
 
 
 def apply_steps(document: Document, steps: Iterable[Step], counts: Counter[str]) -> Document | str:

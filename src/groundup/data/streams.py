@@ -15,6 +15,7 @@ from groundup.data.notes import Notes
 from groundup.data.remote import RemoteFile
 
 PIECE_BYTES = 1 << 20
+ZSTD_BYTES = 1 << 12  # read at a time: a bomb makes 128 MB of it, and there is no limit to ask for
 LONGEST_RECORD_BYTES = 64 << 20
 BOMB_RATIO = 500  # gzip of prose reaches 10, of nothing but zeros 1,030
 BOMB_BYTES = 256 << 20  # smaller outputs may shrink as they like
@@ -89,13 +90,20 @@ def next_member(handle: BinaryIO, buffer: bytes, offset: int) -> tuple[bytes, in
 def unzstd(handle: BinaryIO, notes: Notes) -> Iterator[bytes]:
     """Yield the content of all zstd frames."""
     zstandard = need("zstandard", extra="data", purpose="reading .zst files")
-    reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(
-        handle, read_across_frames=True
-    )
-    try:
-        yield from iter(lambda: reader.read(PIECE_BYTES), b"")
-    except zstandard.ZstdError:
-        notes.skip("corrupt zstd frame", f"byte {handle.tell():,}")
+    maker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+    frame, buffer = maker.decompressobj(), handle.read(ZSTD_BYTES)
+    while buffer:
+        try:
+            if piece := frame.decompress(buffer):
+                yield piece
+        except zstandard.ZstdError:
+            notes.skip("corrupt zstd frame", f"byte {handle.tell():,}")
+            return
+        buffer = frame.unused_data or handle.read(ZSTD_BYTES)
+        if frame.eof:
+            frame = maker.decompressobj()
+        elif not buffer:
+            notes.skip("truncated zstd frame", f"byte {handle.tell():,}")
 
 
 def in_sequence(
