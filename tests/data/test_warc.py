@@ -1,6 +1,8 @@
 """WARC and WET: real and made archives; damage costs one record and is named with its offset."""
 
+import bz2
 import gzip
+import lzma
 from collections import Counter
 
 import pytest
@@ -138,3 +140,18 @@ def test_common_crawls_own_text_of_a_page_agrees():
     assert page.meta["date"].startswith("2008-07-04")
     words = set(page.text.split())
     assert len(words & set(wet.text.split())) / len(words) > 0.95
+
+
+def test_a_record_of_a_wrong_length_does_not_swallow_the_others(archive):
+    wrong = record(1).replace(b"Content-Length: ", b"Content-Length: 9")
+    file, offsets = archive([record(0), wrong, *map(record, range(2, 6))])
+    documents, counts, log = read(file)
+    assert numbers(documents) == [0, 1, 2, 3, 4, 5]
+    assert counts["unreadable: truncated WARC record"] == 1
+    assert log == [f"a.warc, byte {offsets[1]:,}: truncated WARC record"]
+
+
+@pytest.mark.parametrize("pack", [bz2.compress, lzma.compress])
+def test_an_archive_in_a_packing_that_is_not_read_is_counted(tmp_path, pack):
+    (tmp_path / "a.warc").write_bytes(pack(record(0)))
+    assert read(tmp_path / "a.warc")[1] == {"unreadable: WARC packed by bzip2 or xz": 1}

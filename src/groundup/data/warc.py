@@ -16,7 +16,7 @@ from groundup.data.encodings import decode
 from groundup.data.extract import Mode, extract, is_panic
 from groundup.data.notes import Notes
 from groundup.data.remote import RemoteFile
-from groundup.data.streams import GZIP, LONGEST_RECORD_BYTES, PIECE_BYTES
+from groundup.data.streams import BZIP2, GZIP, LONGEST_RECORD_BYTES, PIECE_BYTES, XZ
 
 HEADER = re.compile(rb"\nWARC/1\.[01]\r?\n")
 OVERLAP_BYTES = 16  # a header may lie across two pieces
@@ -29,6 +29,10 @@ def read_warc(
 ) -> Iterator[Document]:
     """Yield a document a page (WARC) or converted text (WET)."""
     with file.open("rb") as handle:
+        if handle.read(6).startswith((BZIP2, XZ)):  # fastwarc takes them for empty files
+            notes.skip("WARC packed by bzip2 or xz", remedy=": unpack it")
+            return
+        handle.seek(0)
         yield from read_records(handle, name, notes, mode)
 
 
@@ -92,7 +96,7 @@ def iterate_records(handle: BinaryIO, notes: Notes, base: int = 0) -> Iterator[t
                 if is_usable(record, base + place, zipped, notes):
                     record.parse_http(auto_decode="all", quirks_mode=True)
                     yield record, base + place
-            start = rest_of(handle, place, bare, notes, base)
+            start = rest_of(handle, place, zipped, bare, notes, base)
         except BaseException as err:
             if not isinstance(err, OSError) and not is_panic(err):
                 raise
@@ -111,7 +115,9 @@ def is_usable(record: Any, place: int, zipped: bool, notes: Notes) -> bool:
     return True
 
 
-def rest_of(handle: BinaryIO, place: int, bare: bool, notes: Notes, base: int) -> int | None:
+def rest_of(
+    handle: BinaryIO, place: int, zipped: bool, bare: bool, notes: Notes, base: int
+) -> int | None:
     """Return where the next text stands behind the last one, if the file does not end there.
 
     fastwarc stops without a word at a cut member, and behind some chunked and compressed bodies
@@ -125,6 +131,7 @@ def rest_of(handle: BinaryIO, place: int, bare: bool, notes: Notes, base: int) -
         size = min(int(length or 1), LONGEST_RECORD_BYTES)
         if len(record.reader.read(size)) < size:
             notes.skip("truncated WARC record", f"byte {base + record.stream_pos:,}")
+            return next_header(handle, record.stream_pos + 1, zipped)  # or only its length is wrong
     return None
 
 
