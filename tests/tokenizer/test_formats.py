@@ -12,7 +12,7 @@ import tiktoken
 import tokenizers
 
 from groundup.core.errors import TokenizerError
-from groundup.tokenizer import PATTERNS, Tokenizer
+from groundup.tokenizer import PATTERNS, Tokenizer, spm
 from inputs import real_data
 
 
@@ -258,13 +258,22 @@ def merge(word, pair):
     return tuple(out)
 
 
+def test_a_sentencepiece_model_with_a_wrong_bit_is_one_line(tokenizers, tmp_path):
+    content = spm.write(tokenizers["unigram"].sentencepiece)
+    (tmp_path / "a.model").write_bytes(content.replace(b"<0x41>", b"<0y41>"))
+    with pytest.raises(TokenizerError, match=r"model is damaged .byte piece <0y41> is invalid"):
+        Tokenizer.load(tmp_path / "a.model").encode("text")
+
+
 def test_bad_files_are_one_line(tmp_path, tok):
     bad = {
         "x.model": b"no protobuf",
         "cut.model": b"\x0a\x7f\x0a",
         "x.tiktoken": b"not base64 at all\n",
         "gap.tiktoken": b"YQ== 0\nYg== 7\n",
+        "few.tiktoken": b"YQ== 0\nYg== 1\nYWI= 2\n",  # what is no a or b would be lost
         "vocab.txt": b"just\nwords\n",
+        "latin.txt": b"[UNK]\n[CLS]\n[SEP]\ncaf\xe9\n",
         "tokenizer.json": b'{"version": "1.0", "cut',
     }
     for name, content in bad.items():
@@ -274,6 +283,14 @@ def test_bad_files_are_one_line(tmp_path, tok):
             Tokenizer.load(file)
         assert str(file) in str(caught.value), name
         assert len(str(caught.value).splitlines()) == 1, name
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.txt").write_bytes(b"\xef\xbb\xbf[UNK]\n[CLS]\n[SEP]\na\n")
+    assert Tokenizer.load(tmp_path / "vocab.txt").encode("a") == [3]
+    tok.save(tmp_path / "saved")
+    settings = {"chat_template": [{"name": "default"}]}
+    (tmp_path / "saved" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(TokenizerError, match="each chat_template of a list has a name"):
+        Tokenizer.load(tmp_path / "saved")
     (tmp_path / "merges.txt").write_text("")
     with pytest.raises(TokenizerError, match="cannot be read"):
         Tokenizer.load(tmp_path / "merges.txt")

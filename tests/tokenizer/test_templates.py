@@ -123,6 +123,28 @@ def test_a_template_that_trims_is_followed(named):
     assert "\n\npadded<|eot_id|>" in rendered.text
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama3.1", "llama3.2", "gemma"])
+def test_a_template_may_trim_what_one_role_says_and_not_another(named, theirs, name):
+    chat = [
+        {"role": "system", "content": "Be brief.\n"},
+        {"role": "user", "content": "How many?\n"},
+        {"role": "assistant", "content": " Many. "},
+    ]
+    if name != "gemma":  # which has no tools
+        chat[2:] = [
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "42\n"},
+            {"role": "assistant", "content": "42. \n"},
+        ]
+    text = theirs[name].apply_chat_template(chat, tokenize=False)
+    rendered = named[name].render(chat)
+    assert rendered.text == text
+    assert set(rendered.origin) >= {0, 1, len(chat) - 1}
+
+
 def test_reasoning_is_trained_where_it_is_seen(named, theirs):
     """Qwen3 drops <think> of earlier turns: each turn is a row of its own."""
     tok = named["qwen3"]

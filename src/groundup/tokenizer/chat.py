@@ -135,8 +135,7 @@ def mark(
     lost: list[int] | None = None
     twin = TWINS.get(unmarked(template), template)
     for source in dict.fromkeys((twin, template)):
-        for form in (as_it_is, stripped, answers_stripped, reasoning_apart):
-            parts = [form(message) for message in messages]
+        for parts in forms(template, messages, plain, variables):
             wrapped = [wrap(n, part, shield) for n, part in enumerate(parts)]
             try:
                 marked = fill(source, wrapped, shielded, marked=True)
@@ -195,20 +194,27 @@ def bare(marked: str) -> str:
     return MARK.sub("", marked).replace(SHIELD, "")
 
 
-def as_it_is(message: dict[str, Any]) -> dict[str, Any]:
-    """Return the message for templates that print its content unchanged."""
-    return message
+def forms(
+    template: str, messages: Sequence[dict[str, Any]], plain: str, variables: Mapping[str, Any]
+) -> Iterator[Sequence[dict[str, Any]]]:
+    """Yield the messages as the template may print them: as they are, trimmed, reasoning apart.
+
+    A template may trim what one role says and not another: Llama's trim all but what tools give.
+    """
+    yield messages
+    trimmed = list(messages)
+    for role in {message["role"] for message in messages}:
+        tried = [stripped(m) if m["role"] == role else m for m in trimmed]
+        if tried != trimmed and fill(template, tried, variables) == plain:
+            trimmed = tried
+    yield trimmed
+    yield [reasoning_apart(message) for message in messages]
 
 
 def stripped(message: dict[str, Any]) -> dict[str, Any]:
-    """Return the message for templates that trim its content."""
+    """Return the message without white space around its content."""
     content = message.get("content")
     return {**message, "content": content.strip()} if isinstance(content, str) else message
-
-
-def answers_stripped(message: dict[str, Any]) -> dict[str, Any]:
-    """Return the message for templates that trim what the assistant says."""
-    return stripped(message) if message["role"] == "assistant" else message
 
 
 def reasoning_apart(message: dict[str, Any]) -> dict[str, Any]:

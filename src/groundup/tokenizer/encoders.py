@@ -17,6 +17,7 @@ import tiktoken
 from tokenizers import Tokenizer as Backend
 from tokenizers.normalizers import Normalizer
 
+from groundup.core.errors import TokenizerError
 from groundup.tokenizer import spm
 from groundup.tokenizer.kinds import BYTES, UNKNOWN, byte_letters
 from groundup.tokenizer.patterns import PATTERNS
@@ -204,7 +205,13 @@ class SentencePieces:
             import sentencepiece
         except ModuleNotFoundError as err:
             raise NotFast from err
-        self.core = sentencepiece.SentencePieceProcessor(model_proto=spm.write(model))
+        try:
+            self.core = sentencepiece.SentencePieceProcessor(model_proto=spm.write(model))
+        except RuntimeError as err:
+            reason = str(err).removeprefix("INTERNAL: ")
+            raise TokenizerError(
+                f"the SentencePiece model is damaged ({reason}): copy it again"
+            ) from err
 
     def encode(self, text: str) -> list[int]:
         """Return ids."""

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from groundup.core.errors import DataError, TokenizerError
 from groundup.core.files import write_text
 from groundup.tokenizer import spm
+from groundup.tokenizer.encoders import NEVER_IN_UTF8
 from groundup.tokenizer.kinds import END_OF_TEXT, byte_letters, byte_level
 from groundup.tokenizer.patterns import PATTERNS
 
@@ -122,6 +123,8 @@ def load_ranks(path: Path) -> Loaded:
             raise TokenizerError(f"{path}, line {number}: no base64 token and rank") from err
     if set(ranks.values()) != set(range(len(ranks))):
         raise TokenizerError(f"{path}: the ranks are not 0 to {len(ranks) - 1:,}: copy it again")
+    if lost := {bytes([byte]) for byte in range(256)} - ranks.keys() - NEVER_IN_UTF8:
+        raise TokenizerError(f"{path}: {len(lost)} of the 256 bytes have no rank: copy it again")
     name, specials = RANK_FILES.get(path.stem, ("gpt4", {END_OF_TEXT: len(ranks)}))
     try:
         backend = byte_level(ranks, PATTERNS[name])
@@ -157,7 +160,8 @@ def load_merges(path: Path) -> Loaded:
     try:
         backend = Backend(models.BPE(vocab=vocab, merges=pairs))
     except Exception as err:  # the library raises bare Exception
-        raise TokenizerError(f"{path} and {other.name} do not belong together: {err}") from err
+        reason = str(err).splitlines()[0]
+        raise TokenizerError(f"{path} and {other.name} do not belong together: {reason}") from err
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PATTERNS["gpt2"]), behavior="isolated"),
@@ -179,7 +183,10 @@ def load_merges(path: Path) -> Loaded:
 
 def load_wordpiece(path: Path) -> Loaded:
     """Read BERT's vocab.txt; cased where it holds capital letters."""
-    words = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    try:
+        words = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    except UnicodeDecodeError as err:
+        raise TokenizerError(f"{path} is not UTF-8 ({err}): copy it again") from err
     words = [word.removesuffix("\r") for word in words]
     vocab = {word: n for n, word in enumerate(words)}
     names = {}  # as the file spells them: [CLS], or [cls]

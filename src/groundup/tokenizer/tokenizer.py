@@ -125,7 +125,13 @@ class Tokenizer:
             settings = {k: v for k, v in settings.items() if k != "model_max_length"}
         form = settings.get("chat_template")
         if isinstance(form, list):  # several, by name
-            named = {entry["name"]: entry["template"] for entry in form}
+            try:
+                named = {entry["name"]: entry["template"] for entry in form}
+            except (KeyError, TypeError) as err:
+                raise TokenizerError(
+                    f"{folder / 'tokenizer_config.json'}: each chat_template of a list has a name "
+                    "and a template"
+                ) from err
             form = named.get("default", next(iter(named.values()), None))
         if (folder / "chat_template.jinja").is_file():
             form = (folder / "chat_template.jinja").read_text(encoding="utf-8")
