@@ -121,6 +121,10 @@ def test_a_short_shard_is_refused(corpus, tok, tmp_path):
     file.write_bytes(file.read_bytes()[:-2])
     with pytest.raises(DataError, match="make the shards again"):
         open_shard(tmp_path, "train")
+    for content in (b"\x93NUMPY", (tmp_path / "test.offsets.npy").read_bytes()):
+        (tmp_path / "validation.offsets.npy").write_bytes(content)
+        with pytest.raises(DataError, match=r"validation.offsets.npy .*make the shards again"):
+            open_shard(tmp_path, "validation")
 
 
 @pytest.fixture(scope="module")

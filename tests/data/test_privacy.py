@@ -6,6 +6,7 @@ import pytest
 
 from groundup.core.errors import ConfigError
 from groundup.core.types import Document
+from groundup.data import privacy
 from groundup.data.privacy import FINDERS
 from groundup.data.steps import make_step
 
@@ -126,3 +127,18 @@ def test_unknown_steps_and_options_are_named():
         make_step("privacy", {"drops": ["email"]})
     with pytest.raises(ConfigError, match="step privacy"):
         make_step("privacy", {"drop": ["mail"]})
+
+
+def test_names_of_secrets_without_end_take_linear_time(monkeypatch):
+    looked_at = []
+
+    def counting(value):
+        looked_at.append(len(value))
+        return is_random(value)
+
+    is_random = privacy.is_random
+    monkeypatch.setattr(privacy, "is_random", counting)
+    assert privacy.find_secrets("api_key=" * 2000) == []
+    assert max(looked_at) <= 256
+    secret = "a1B2" * 300
+    assert privacy.find_secrets(f"api_key={secret} end") == [(8, 8 + len(secret))]

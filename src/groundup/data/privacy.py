@@ -91,6 +91,7 @@ NAME_BEFORE = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 VALUE = re.compile(r"""[:=]\s{0,3}["']?(?P<value>[A-Za-z0-9_/+=.-]{16,}\b)""", re.ASCII)
+LOOK_AHEAD = 256  # what tells whether a value is random
 LOOK_BACK = 32  # longer than any name that stands before a number or a secret
 
 
@@ -231,12 +232,16 @@ def find_secrets(text: str) -> list[Span]:
         if hint in text
         for found in pattern.finditer(text)
     ]
+    free = 0
     for sign in ASSIGNED.finditer(text):
-        if not NAME_BEFORE.search(text[max(0, sign.start() - LOOK_BACK) : sign.start()]):
+        start = sign.start()
+        if start < free or not NAME_BEFORE.search(text[max(0, start - LOOK_BACK) : start]):
             continue
-        found = VALUE.match(text, sign.start())
+        found = VALUE.match(text, start, start + LOOK_AHEAD)
         if found and is_random(found["value"]):
-            spans.append(found.span("value"))
+            whole = VALUE.match(text, start) or found
+            spans.append(whole.span("value"))
+            free = whole.end()
     return apart(spans)
 
 

@@ -202,9 +202,16 @@ def open_shard(folder: Path, split: Split) -> Shard:
             f"{max(0, size):,}: make the shards again"
         )
     tokens = np.memmap(file, dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+    bounds = Path(folder) / f"{split}.offsets.npy"
+    try:
+        offsets = np.load(bounds)
+    except (OSError, ValueError) as err:
+        raise DataError(f"{bounds} cannot be read ({err}): make the shards again") from err
+    if len(offsets) != counts["documents"] + 1 or offsets[-1] != counts["tokens"]:
+        raise DataError(f"{bounds} is of other shards than index.json: make the shards again")
     return Shard(
         tokens=tokens,
-        offsets=np.load(Path(folder) / f"{split}.offsets.npy"),
+        offsets=offsets,
         num_bytes=counts["bytes"],
         eos_token_id=index["eos_token_id"],
         vocab_size=index["vocab_size"],
