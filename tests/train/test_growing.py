@@ -56,6 +56,16 @@ def test_every_token_is_a_target_once_an_epoch_with_its_own_past(lengths, growth
         source.next_epoch()
 
 
+def test_rows_of_every_length_come_from_everywhere():
+    source = stream_of([40 * CONTEXT, 40 * CONTEXT])
+    for steps, _ in (*GROWTH, (3, CONTEXT)):
+        targets = torch.cat(
+            [m["targets"].flatten() for _ in range(steps) for m in source.next_step()]
+        )
+        eighths = {int(t) * 8 // len(source.tokens) for t in targets if t > 0}
+        assert len(eighths) >= 6
+
+
 @pytest.mark.parametrize("steps", [1, 3, 5, 8, 13])
 def test_a_position_can_be_restored_at_any_length(steps):
     one, two = stream_of([50, 70, 30]), stream_of([50, 70, 30])

@@ -34,7 +34,8 @@ class GrowingStream(TokenStream):
     """A token stream whose rows have the `growth` lengths in its first steps, (steps, length) each.
 
     Lengths divide the context, so that a step has as many positions at any time. A place in the
-    run is counted in positions: rows that are filled up count whole.
+    run is counted in positions: rows that are filled up count whole. Blocks of a context lie at
+    random in the epoch, so that rows of each length come from everywhere, as a stream's do.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class GrowingStream(TokenStream):
         return [*found, Stretch(at, total, self.context)] if at < total else found
 
     def arrange(self) -> None:
-        """Draw the order of documents, and of the rows of each stretch."""
+        """Draw the order of documents, of blocks, and of the rows of each stretch."""
         super().arrange()
         rng = np.random.default_rng((self.seed, self.epoch, 3))
+        self.lead = -self.before % self.context  # stretches end whole blocks behind these tokens
+        self.blocks = rng.permutation(max(0, len(self.tokens) - self.lead) // self.context)
         self.parts = self.stretches(self.before)
         self.firsts = np.cumsum([0, *(part.rows for part in self.parts)])
         self.order = np.concatenate([rng.permutation(part.rows) for part in self.parts])
@@ -83,7 +86,11 @@ class GrowingStream(TokenStream):
         """Return the tokens of the next row, and how long it is."""
         part = self.parts[self.part()]
         start = part.start + int(self.order[self.row]) * part.length
-        return start, min(start + part.length, part.stop), part.length
+        count = min(part.length, part.stop - start)
+        block, inside = divmod(start - self.lead, self.context)
+        if 0 <= block < len(self.blocks):  # lengths divide the context: no row leaves its block
+            start = self.lead + int(self.blocks[block]) * self.context + inside
+        return start, start + count, part.length
 
     def rows(self) -> int:
         """Return how many rows the next micro-batch has."""
