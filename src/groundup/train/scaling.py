@@ -106,7 +106,7 @@ LAW_FLOPS = 1e18
 FLOOR = 0.6  # bits per byte that no model gets below: Law.floor in Hoffmann's tokens
 # What a small run's exponent is multiplied with, and the spread of its logarithm: losses fall
 # faster past the first steps. Pairs of our own runs, docs/decisions/0006.
-STEEPER, STEEPER_SD, LONE_EXPONENT = 1.6, 0.4, 0.15
+STEEPER, STEEPER_SD, LONE_EXPONENT = 1.3, 0.4, 0.15
 
 DRAWS = 2_000
 EXPONENT_SD = 0.02  # Besiroglu et al.'s standard error of both exponents
