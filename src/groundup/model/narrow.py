@@ -1,7 +1,7 @@
 """bf16 matrices that stay as they are stored, on a CPU, in a model whose numbers are fp32.
 
 What comes out is what the widened weights give, bit for bit in steps of few tokens, from half the
-memory; such steps are as fast as memory is, and take little more than half the time.
+memory; such steps are as fast as memory is, and so take less time.
 """
 
 import torch
