@@ -140,6 +140,17 @@ def test_a_rank_above_that_of_the_matrices_is_refused(base, chats, tmp_path, cap
     )
 
 
+def test_all_weights_need_memory_that_adapters_do_not(base, chats, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("groundup.recipe.adapters.memory_free", lambda device: 1e4)
+    argv = ["finetune", str(base), "--data", str(chats), "--steps", "1"]
+    assert main([*argv, "--out", str(tmp_path / "all")]) == 2
+    said = capsys.readouterr().err
+    assert "not enough memory: gradients and muon of" in said
+    assert "--lora-r 16 trains adapters" in said
+    assert not (tmp_path / "all").exists()
+    assert main([*argv, "--out", str(tmp_path / "few"), "--lora-r", "2"]) == 0
+
+
 def test_tokens_are_counted_without_padding(base, chats, tmp_path):
     for name, more in (("rows", []), ("packed", ["--packing"])):
         out = tmp_path / name

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groundup.core import device as devices
 from groundup.core.errors import ConfigError
 from groundup.core.progress import say
 from groundup.model.adapter import adapter_weights, save_adapter, write_adapter
@@ -15,6 +16,8 @@ from groundup.model.hf import checkpoint_weights, save_model, write_model
 from groundup.model.lora import LoraConfig, adaptable, apply_lora, matching, trained_share
 from groundup.recipe.configs import AlignConfig, FinetuneConfig
 from groundup.tokenizer import Tokenizer
+from groundup.train.memory import check_tuning_memory, memory_free
+from groundup.train.ranks import here
 
 Files = tuple[Callable[[Any, Path], None], Callable[[Path], dict[str, Tensor]]]
 
@@ -33,10 +36,17 @@ def lora_of(config: FinetuneConfig | AlignConfig) -> LoraConfig | None:
     )
 
 
-def adapt(model: Decoder, config: FinetuneConfig | AlignConfig) -> dict[str, Any]:
-    """Put the adapter on the model, if the config asks for one; return what to report."""
+def adapt(
+    model: Decoder, config: FinetuneConfig | AlignConfig, device: devices.Device
+) -> dict[str, Any]:
+    """Put the adapter on the model, if the config asks for one; return what to report.
+
+    Without one all weights are trained, for which there must be memory.
+    """
     lora = lora_of(config)
     if lora is None:
+        ranks = here()
+        check_tuning_memory(model.config, config.optim, ranks.told(memory_free(device)), ranks.size)
         return {}
     layers = adaptable(model)
     names = matching(layers, lora.target_modules)

@@ -59,7 +59,7 @@ def finetune(config: FinetuneConfig, out: Path) -> dict[str, Any]:
     device = devices.pick(config.device, planned_dtype(config))
     model = load_model(config.model, device=device.device)
     tok.need_rows(model.config.vocab_size, config.model)
-    adapter = adapt(model, config)
+    adapter = adapt(model, config, device)
     longest = row_length(config, model.config.max_position_embeddings)
     chats = list(read_chats(config.data, "train"))
     rendered = (
@@ -167,7 +167,7 @@ def align(config: AlignConfig, out: Path) -> dict[str, Any]:
     device = devices.pick(config.device, planned_dtype(config))
     model = load_model(config.model, device=device.device)
     tok.need_rows(model.config.vocab_size, config.model)
-    adapter = adapt(model, config)
+    adapter = adapt(model, config, device)
     longest = row_length(config, model.config.max_position_embeddings)
     preferences = list(read_preferences(config.data, "train"))
     pairs, cut = pair_rows(preferences, tok, longest)

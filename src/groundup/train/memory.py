@@ -122,3 +122,14 @@ def check_memory(
         f"of {context:,} tokens at least {(here - kept) / 1e9:,.1f} GB more; "
         f"{free / 1e9:,.1f} GB are free. {help_}"
     )
+
+
+def check_tuning_memory(config: ModelConfig, optim: str, free: float, ranks: int) -> None:
+    """Refuse to train all weights of a model that is loaded if what comes on top cannot fit."""
+    more = kept_bytes(config, optim, ranks) - 4.0 * num_parameters(config)
+    if more > free:
+        raise ConfigError(
+            f"not enough memory: gradients and {optim} of {num_parameters(config) / 1e6:,.1f}M "
+            f"parameters take {more / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free. "
+            "--lora-r 16 trains adapters, which take next to none of it"
+        )
