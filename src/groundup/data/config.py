@@ -89,8 +89,8 @@ def check(config: CorpusConfig) -> None:
         ("repeated_characters", "repeated"),
         ("duplicate_similarity", "near_duplicates"),
     ):
-        default = CorpusConfig.__dataclass_fields__[name].default
-        if getattr(config, other) == "keep" and getattr(config, name) != default:
+        changed = getattr(config, name) != getattr(CorpusConfig, name)
+        if changed and getattr(config, other) == "keep":
             raise ConfigError(f"{name} changes nothing with {other} = keep")
     executor_of(config.executor)
     for corpus in config.against:

@@ -74,16 +74,8 @@ def ladder(config: LadderConfig, out: Path) -> dict[str, Any]:
     write_json(out / "ladder.json", {"trials": rows, "target": large, "predicted": result})
     planned = large | {"predicted": large["predicted"] | result, "trials": rows}
     write_json(out / "plan.json", planned)
-    command = [
-        "groundup",
-        "pretrain",
-        config.corpus,
-        "--tokenizer",
-        config.tokenizer,
-        "--plan",
-        out,
-    ]
-    say(f"  to train it: {shlex.join(map(str, command))} --out large")
+    given = shlex.join(map(str, (config.corpus, "--tokenizer", config.tokenizer, "--plan", out)))
+    say(f"  to train it: groundup pretrain {given} --out large")
     return {"parameters": large["parameters"], "tokens": large["tokens"], **result}
 
 

@@ -30,6 +30,7 @@ from groundup.train.step import DTYPES
 
 EVALUATIONS = 10  # a run, where eval_steps is unset
 FEW_BYTES = 20_000
+RECENT = 1  # generation of objects made of late, as those of steps and scores are
 SCORED = 4096  # tokens at a time, but no more than are trained at a time: that would be the peak
 
 
@@ -88,10 +89,10 @@ def scoring_hook(
     log = MetricsLog(out / "evals.jsonl")
 
     def run(state: State) -> None:
-        release_memory()
+        release_memory(RECENT)
         with state.as_saved():
             scores = score(state)
-        release_memory()
+        release_memory(RECENT)
         log.truncate_after(state.step - 1)
         log.write(step=state.step, tokens=state.tokens, **scores)
         shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())

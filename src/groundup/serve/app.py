@@ -221,7 +221,6 @@ def make_app(llm: LLM, name: str, card: dict[str, Any]) -> Any:
     """Return the ASGI application."""
     need("starlette", extra="serve", purpose="serving")
     from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
     from starlette.requests import Request as HTTPRequest
     from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
     from starlette.routing import Route
@@ -262,14 +261,6 @@ def make_app(llm: LLM, name: str, card: dict[str, Any]) -> Any:
     async def index(request: HTTPRequest) -> Any:
         return HTMLResponse(page)
 
-    async def refused(request: HTTPRequest, err: Any) -> Any:  # no such path or method
-        words = f"{err.detail}: {request.method} {request.url.path}"
-        return JSONResponse(protocol.error(words), err.status_code)
-
-    async def failed(request: HTTPRequest, err: Exception) -> Any:
-        words = f"{type(err).__name__}: {err}"
-        return JSONResponse(protocol.error(words, kind="server_error"), 500)
-
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         api.worker.start()
@@ -284,8 +275,23 @@ def make_app(llm: LLM, name: str, card: dict[str, Any]) -> Any:
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", complete, methods=["POST"]),
     ]
-    handlers = {HTTPException: refused, Exception: failed}
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=error_handlers())
+
+
+def error_handlers() -> dict[Any, Any]:
+    """Return what answers in OpenAI's form where no handler of ours does."""
+    from starlette.exceptions import HTTPException
+    from starlette.responses import JSONResponse
+
+    async def refused(request: Any, err: Any) -> Any:  # no such path or method
+        words = f"{err.detail}: {request.method} {request.url.path}"
+        return JSONResponse(protocol.error(words), err.status_code)
+
+    async def failed(request: Any, err: Exception) -> Any:
+        words = f"{type(err).__name__}: {err}"
+        return JSONResponse(protocol.error(words, kind="server_error"), 500)
+
+    return {HTTPException: refused, Exception: failed}
 
 
 def serve(llm: LLM, name: str, card: dict[str, Any], *, host: str, port: int) -> None:
